@@ -1,0 +1,143 @@
+"""Checks at the eager borders.
+
+Each check raises an error that names the argument, its value and, for arrays, the row. A value that is being traced
+(under `jit`, `vmap` or `grad`) has no value yet: there, only shapes and dtypes are checked.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf of a pytree is being traced, so that its values are unknown."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def key(value: Any, name: str = "key") -> None:
+    """`value` is one typed PRNG key, as made by `jax.random.key`."""
+    if not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"{name} must be a typed key made by jax.random.key(seed), got {_describe(value)}")
+    if value.shape:
+        raise ValueError(f"{name} must be a single key, got an array of keys of shape {value.shape}")
+
+
+def positive(name: str, value: Any) -> None:
+    """`value` is positive and finite, in every entry."""
+    _require(name, value, lambda x: np.isfinite(x) & (x > 0), "positive and finite")
+
+
+def not_negative(name: str, value: Any) -> None:
+    """`value` is zero or positive, and finite, in every entry."""
+    _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
+
+
+def finite(name: str, value: Any) -> None:
+    """`value` is finite in every entry."""
+    _require(name, value, np.isfinite, "finite")
+
+
+def between(name: str, value: Any, low: float, high: float) -> None:
+    """`low <= value < high` in every entry."""
+    _require(name, value, lambda x: (low <= x) & (x < high), f"at least {low} and below {high}")
+
+
+def probability(name: str, value: Any) -> None:
+    """`value` lies between 0 and 1, both included, in every entry."""
+    _require(name, value, lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
+
+
+def size(name: str, value: Any, *, at_least: int = 1) -> None:
+    """`value` is a whole number that can serve as a size: static, and not too small."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number known before tracing, got {_describe(value)}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def ids(name: str, value: Any, num: int) -> None:
+    """`value` is an array of integers, each in `0 .. num - 1`. (JAX itself would clamp the others silently.)."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"{name} must hold integers, got {_describe(value)}")
+    _require(name, value, lambda x: (x >= 0) & (x < num), f"between 0 and {num - 1}")
+
+
+def log_probs(name: str, value: Any) -> None:
+    """`value` is a floating-point array without NaN and without anything above 0 (a rounding error aside)."""
+    floating(name, value)
+    _require(name, value, lambda x: x <= 1e-3, "a log-probability, so at most 0")
+
+
+def floating(name: str, value: Any) -> None:
+    """`value` is an array of floating-point numbers."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise TypeError(f"{name} must hold floating-point numbers, got {_describe(value)}")
+
+
+def same_shape(**arrays: Any) -> None:
+    """All arrays have one and the same shape."""
+    shapes = {name: jnp.shape(array) for name, array in arrays.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def pair(name: str, value: Any) -> None:
+    """`value` is a 2-tuple (chosen, rejected) of floating-point arrays."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(f"{name} must be a pair (chosen, rejected), got {_describe(value)}")
+    floating(f"{name}.chosen", value[0])
+    floating(f"{name}.rejected", value[1])
+
+
+def rows(name: str, data: Any) -> int:
+    """The number of rows of a data set: a pytree whose leaves share a leading axis that is not empty."""
+    leaves = jax.tree_util.tree_leaves_with_path(data)
+    if not leaves:
+        raise ValueError(f"{name} holds no arrays")
+    shapes = {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(leaf) for path, leaf in leaves}
+    for leaf_name, shape in shapes.items():
+        if not shape or shape[0] == 0:
+            raise ValueError(f"{leaf_name} has no rows: its shape is {shape}")
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        listing = ", ".join(f"{leaf_name} {shape}" for leaf_name, shape in shapes.items())
+        raise ValueError(f"{name} is ragged: its arrays must have equally many rows, got {listing}")
+    return next(iter(shapes.values()))[0]
+
+
+def distinct(name: str, first: Any, second: Any) -> None:
+    """The two arrays differ in every row."""
+    if is_traced((first, second)):
+        return
+    equal = np.flatnonzero(np.asarray(first) == np.asarray(second))
+    if equal.size:
+        row = int(equal[0])
+        raise ValueError(
+            f"{name}: chosen and rejected must differ, but both are {np.asarray(first).flat[row]} in row {row}"
+        )
+
+
+def _require(name: str, value: Any, holds: Any, what: str) -> None:
+    if is_traced(value):
+        return
+    array = np.asarray(value)
+    if array.dtype == object or not np.issubdtype(array.dtype, np.number):
+        array = np.asarray(value, dtype=np.float64) if _is_extended_float(value) else array
+        if not np.issubdtype(array.dtype, np.number):
+            raise TypeError(f"{name} must be {what}, got {_describe(value)}")
+    wrong = np.argwhere(~holds(array))
+    if wrong.size or (array.ndim == 0 and not holds(array)):
+        index = tuple(int(i) for i in wrong[0])
+        where = f" in row {index[0] if len(index) == 1 else index}" if index else ""
+        raise ValueError(f"{name} must be {what}, got {array[index]}{where}")
+
+
+def _is_extended_float(value: Any) -> bool:
+    return hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _describe(value: Any) -> str:
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"an array of shape {value.shape} and dtype {value.dtype}"
+    return repr(value)

@@ -1,0 +1,99 @@
+"""Results as Matplotlib figures. Colours are those of Okabe and Ito (2008), told apart by the colour-blind too."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy import ndarray
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+PALETTE = (VERMILION, GREEN, BLUE, PURPLE, ORANGE, SKY)
+GREY = "#666666"
+
+
+def training(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
+    """How preference training went: loss, accuracy and reward margin over epochs."""
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels: Sequence[Axes] = figure.subplots(1, 3)
+    titles = {"loss": "Loss (nats) ↓", "accuracy": "Preference accuracy ↑", "reward_margin": "Reward margin ↑"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        axes.plot(range(1, len(history[name]) + 1), history[name], color=BLUE)
+        axes.set(xlabel="Epoch", ylabel=title[:-2], title=title)
+        axes.grid(alpha=0.3)
+    panels[0].axhline(np.log(2), color=GREY, linestyle="--", label="no preference: log 2")
+    panels[1].axhline(0.5, color=GREY, linestyle="--", label="coin toss")
+    for axes in panels[:2]:
+        axes.legend(loc="best")
+    return figure
+
+
+def beta_ablation(
+    betas: Sequence[float],
+    losses: Float[ndarray, "betas epochs"],
+    rewards: Float[ndarray, " betas"],
+    *,
+    optimal_rewards: Float[ndarray, " betas"],
+    sft_reward: float,
+    stderr: Float[ndarray, " betas"] | None = None,
+) -> Figure:
+    """What beta does: the loss over epochs, and the reward that the policies earn in the end.
+
+    Args:
+      betas: the values tried.
+      losses: mean loss (nats) of each epoch, for each beta.
+      rewards: expected true reward of the trained policies, for each beta.
+      optimal_rewards: that of the closed-form optimum, for each beta.
+      sft_reward: that of the policy which training started from.
+      stderr: standard errors of `rewards`, drawn as error bars.
+    """
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels, colours = [f"β = {beta:g}" for beta in betas], [PALETTE[i % len(PALETTE)] for i in range(len(betas))]
+    for loss, label, colour in zip(losses, labels, colours, strict=True):
+        left.plot(range(1, len(loss) + 1), loss, color=colour, label=label)
+    left.set(xlabel="Epoch", ylabel="DPO loss (nats)", title="Loss by β")
+    left.legend(loc="best")
+    left.grid(alpha=0.3)
+
+    bars = right.bar(labels, rewards, yerr=stderr, capsize=4, color=colours, width=0.6)
+    right.bar_label(bars, fmt="%.3f", label_type="center", color="white", fontweight="bold")
+    right.plot(labels, optimal_rewards, "D", color="black", label="closed-form optimum")
+    right.axhline(sft_reward, color=GREY, linestyle="--", label=f"SFT: {sft_reward:.3f}")
+    right.set(ylabel="Expected true reward", title="Final reward by β", ylim=(0, 1.35 * float(max(optimal_rewards))))
+    right.legend(loc="upper right", ncols=2)
+    right.grid(alpha=0.3, axis="y")
+    right.set_axisbelow(True)
+    return figure
+
+
+def frontier(
+    curve: Mapping[str, Float[ndarray, " points"]],
+    learned: Mapping[str, Float[ndarray, " betas"]],
+    betas: Sequence[float],
+    optima: Mapping[str, Float[ndarray, " betas"]],
+) -> Figure:
+    """Reward against KL to the reference: the best that can be had, and what was learnt.
+
+    Each mapping has `kl_to_reference` (nats) and `expected_reward`, means over prompts.
+
+    Args:
+      curve: the exact frontier.
+      learned: the trained policies, one for each beta.
+      betas: the values of beta.
+      optima: the closed-form optimum for each beta.
+    """
+    figure = Figure(figsize=(7, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
+    for i, beta in enumerate(betas):
+        colour = PALETTE[i % len(PALETTE)]
+        start, end = ((points["kl_to_reference"][i], points["expected_reward"][i]) for points in (optima, learned))
+        axes.plot(*zip(start, end, strict=True), color=colour, linestyle=":")
+        axes.plot(*start, "D", color=colour, markerfacecolor="white", label=f"optimum, β = {beta:g}")
+        axes.plot(*end, "o", color=colour, label=f"learnt, β = {beta:g}")
+    axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward", title="Reward against KL")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    return figure

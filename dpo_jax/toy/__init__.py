@@ -1,0 +1,31 @@
+"""The one-token world, a contextual bandit in which everything is known exactly."""
+
+from dpo_jax.toy.exact import evaluate as evaluate
+from dpo_jax.toy.exact import expected_reward as expected_reward
+from dpo_jax.toy.exact import frontier as frontier
+from dpo_jax.toy.exact import implicit_reward as implicit_reward
+from dpo_jax.toy.exact import kl_to_reference as kl_to_reference
+from dpo_jax.toy.exact import log_partition as log_partition
+from dpo_jax.toy.exact import optimal_policy as optimal_policy
+from dpo_jax.toy.exact import recovered_reward as recovered_reward
+from dpo_jax.toy.exact import regret as regret
+from dpo_jax.toy.exact import win_rate as win_rate
+from dpo_jax.toy.policy import TablePolicy as TablePolicy
+from dpo_jax.toy.policy import ToyLM as ToyLM
+from dpo_jax.toy.policy import generate as generate
+from dpo_jax.toy.policy import greedy as greedy
+from dpo_jax.toy.policy import log_prob_fn as log_prob_fn
+from dpo_jax.toy.policy import log_prob_table as log_prob_table
+from dpo_jax.toy.policy import lookup as lookup
+from dpo_jax.toy.world import World as World
+from dpo_jax.toy.world import all_preferences as all_preferences
+from dpo_jax.toy.world import demonstrations as demonstrations
+from dpo_jax.toy.world import label_pairs as label_pairs
+from dpo_jax.toy.world import make_world as make_world
+from dpo_jax.toy.world import preference_probability as preference_probability
+from dpo_jax.toy.world import preferences as preferences
+from dpo_jax.toy.world import sample_demonstrations as sample_demonstrations
+from dpo_jax.toy.world import sample_policy_pairs as sample_policy_pairs
+from dpo_jax.toy.world import sample_preferences as sample_preferences
+from dpo_jax.toy.world import sample_uniform_pairs as sample_uniform_pairs
+from dpo_jax.toy.world import sampled_reward as sampled_reward

@@ -1,0 +1,173 @@
+"""Closed forms on tables: what can only be estimated elsewhere is exact here.
+
+Tables have a row for each prompt and a column for each response. Policies are tables of log-probabilities (nats).
+Every function works on the last axis (responses) and keeps the axes before it.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.toy.world import preference_probability
+from dpo_jax.types import Metrics, Scalar
+
+
+def log_partition(
+    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, beta: Scalar
+) -> Float[Array, "*n"]:
+    r"""The log-partition function of the optimal policy.
+
+    .. math:: \log Z(x) = \log \sum_y \pi_{ref}(y|x) \exp(r(x, y) / \beta)
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 4.
+
+    Args:
+      reference: log-probabilities of the reference policy.
+      rewards: rewards of the responses.
+      beta: strength of the pull towards the reference; positive.
+    """
+    return jax.scipy.special.logsumexp(_tilted(reference, rewards, beta), axis=-1)
+
+
+def optimal_policy(
+    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, beta: Scalar
+) -> Float[Array, "*n responses"]:
+    r"""Log-probabilities of the policy that maximises expected reward minus beta times KL to the reference.
+
+    .. math:: \log \pi^*(y|x) = \log \pi_{ref}(y|x) + r(x, y) / \beta - \log Z(x)
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 4. Arguments as for `log_partition`.
+    """
+    return jax.nn.log_softmax(_tilted(reference, rewards, beta), axis=-1)
+
+
+def implicit_reward(
+    log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"], *, beta: Scalar
+) -> Float[Array, "*n responses"]:
+    r"""The reward under which a policy is optimal, up to a constant for each prompt.
+
+    .. math:: \hat r(x, y) = \beta \log \frac{\pi(y|x)}{\pi_{ref}(y|x)}
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, Sec. 4 (after Eq. 7) and Theorem 1.
+
+    Args:
+      log_probs: log-probabilities of the policy.
+      reference: log-probabilities of the reference policy.
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    checks.same_shape(log_probs=log_probs, reference=reference)
+    return beta * (log_probs - reference)
+
+
+def recovered_reward(
+    log_probs: Float[Array, "*n responses"],
+    reference: Float[Array, "*n responses"],
+    log_partition: Float[Array, "*n"],
+    *,
+    beta: Scalar,
+) -> Float[Array, "*n responses"]:
+    r"""The reward of which a policy is the optimum, given the log-partition function: `optimal_policy` undone.
+
+    .. math:: r(x, y) = \beta \log \frac{\pi(y|x)}{\pi_{ref}(y|x)} + \beta \log Z(x)
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 5. Arguments as for `implicit_reward`.
+    """
+    return implicit_reward(log_probs, reference, beta=beta) + beta * log_partition[..., None]
+
+
+def expected_reward(
+    log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]
+) -> Float[Array, "*n"]:
+    """The reward that a policy earns on average, for each prompt."""
+    checks.same_shape(log_probs=log_probs, rewards=rewards)
+    return jnp.sum(jnp.exp(log_probs) * rewards, axis=-1)
+
+
+def kl_to_reference(
+    log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"]
+) -> Float[Array, "*n"]:
+    """The Kullback-Leibler divergence KL(policy || reference) in nats, for each prompt.
+
+    Infinite where the policy may respond what the reference never does. A response of probability zero adds nothing.
+    """
+    checks.same_shape(log_probs=log_probs, reference=reference)
+    possible = log_probs > -jnp.inf
+    log_ratio = jnp.where(possible, log_probs, 0.0) - jnp.where(possible, reference, 0.0)
+    return jnp.sum(jnp.exp(log_probs) * log_ratio, axis=-1)
+
+
+def win_rate(
+    log_probs: Float[Array, "*n responses"],
+    opponent: Float[Array, "*n responses"],
+    rewards: Float[Array, "*n responses"],
+    *,
+    temperature: Scalar = 1.0,
+) -> Float[Array, "*n"]:
+    """The probability that people prefer a policy's response to an opponent's, for each prompt.
+
+    Both respond independently; the same response twice is a coin toss.
+
+    Args:
+      log_probs: log-probabilities of the policy.
+      opponent: log-probabilities of the policy it is compared with.
+      rewards: rewards of the responses.
+      temperature: how irrational people are (`preference_probability`); 0 asks which response is truly better.
+    """
+    checks.same_shape(log_probs=log_probs, opponent=opponent, rewards=rewards)
+    wins = preference_probability(rewards[..., :, None], rewards[..., None, :], temperature=temperature)
+    return jnp.einsum("...i,...ij,...j->...", jnp.exp(log_probs), wins, jnp.exp(opponent))
+
+
+def regret(
+    log_probs: Float[Array, "*n responses"],
+    reference: Float[Array, "*n responses"],
+    rewards: Float[Array, "*n responses"],
+    *,
+    beta: Scalar,
+) -> Float[Array, "*n"]:
+    r"""How far a policy falls short of the optimum of the RLHF objective, for each prompt.
+
+    .. math:: J(\pi^*) - J(\pi) = \beta\, KL(\pi \| \pi^*), \qquad J(\pi) = E_\pi[r] - \beta\, KL(\pi \| \pi_{ref})
+
+    Source: the identity follows from Rafailov et al. 2023, arXiv 2305.18290, App. A.1. Arguments as elsewhere.
+    """
+    return beta * kl_to_reference(log_probs, optimal_policy(reference, rewards, beta=beta))
+
+
+def frontier(
+    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], betas: Float[Array, " betas"]
+) -> Metrics:
+    """The exact reward-KL frontier: no policy earns more at the same KL to the reference than the optimal ones do.
+
+    Args:
+      reference: log-probabilities of the reference policy.
+      rewards: rewards of the responses.
+      betas: one point of the frontier for each.
+
+    Returns:
+      `expected_reward` and `kl_to_reference`, arrays `[betas]`, means over prompts.
+    """
+    checks.positive("betas", betas)
+    return jax.vmap(lambda beta: evaluate(optimal_policy(reference, rewards, beta=beta), reference, rewards))(betas)
+
+
+def evaluate(
+    log_probs: Float[Array, "*n responses"],
+    reference: Float[Array, "*n responses"],
+    rewards: Float[Array, "*n responses"],
+) -> Metrics:
+    """`expected_reward` and `kl_to_reference` of a policy, means over prompts."""
+    return {
+        "expected_reward": jnp.mean(expected_reward(log_probs, rewards)),
+        "kl_to_reference": jnp.mean(kl_to_reference(log_probs, reference)),
+    }
+
+
+def _tilted(
+    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], beta: Scalar
+) -> Float[Array, "*n responses"]:
+    checks.positive("beta", beta)
+    checks.same_shape(reference=reference, rewards=rewards)
+    return reference + rewards / beta

@@ -1,0 +1,125 @@
+"""Policies of the one-token world: a table of log-probabilities, and the networks that produce one."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dpo_jax import checks
+from dpo_jax.types import LogProbFn, Params
+
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+"""Uniform in +-1/sqrt(fan_in): how PyTorch initialises the weights of a linear layer."""
+
+
+class ToyLM(nn.Module):
+    """The notebook's network: embedding -> Dense -> ReLU -> Dense -> logits, from PyTorch's initial distribution.
+
+    Attributes:
+      num_responses: how many responses there are to choose from.
+      hidden_dim: width of the hidden layer.
+    """
+
+    num_responses: int = 10
+    hidden_dim: int = 32
+
+    @nn.compact
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
+        hidden = nn.relu(_dense(self.hidden_dim, embeddings)(embeddings))
+        return _dense(self.num_responses, hidden)(hidden)
+
+
+class TablePolicy(nn.Module):
+    """One logit for each prompt and response: a policy that can become any other. It starts uniform.
+
+    Attributes:
+      num_responses: how many responses there are to choose from.
+    """
+
+    num_responses: int = 10
+
+    @nn.compact
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
+        return self.param("logits", nn.initializers.zeros, (embeddings.shape[0], self.num_responses))
+
+
+def log_prob_table(
+    policy: nn.Module, embeddings: Float[Array, "prompts features"]
+) -> Callable[[Params], Float[Array, "prompts responses"]]:
+    """The function from a policy's parameters to its table of log-probabilities (nats), one row for each prompt."""
+
+    def log_probs(params: Params) -> Float[Array, "prompts responses"]:
+        return jax.nn.log_softmax(cast(Array, policy.apply(params, embeddings)))
+
+    return log_probs
+
+
+def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> LogProbFn:
+    """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives ask for.
+
+    The network runs once for each distinct prompt, however many comparisons there are.
+    """
+    log_probs = log_prob_table(policy, embeddings)
+    return lambda params, prompts, responses: lookup(log_probs(params), prompts, responses)
+
+
+def lookup(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], responses: Any) -> Any:
+    """Entries of a table for prompts and for responses: an array of ids, or any pytree of such arrays.
+
+    Raises:
+      TypeError: ids are not integers.
+      ValueError: an id is out of range. Where ids are traced their values are unknown; there, an id outside the
+        table yields NaN instead of another response's entry.
+    """
+    num_prompts, num_responses = table.shape
+    checks.ids("prompts", prompts, num_prompts)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(responses):
+        name = f"responses{jax.tree_util.keystr(path)}"
+        checks.ids(name, leaf, num_responses)
+        checks.same_shape(**{"prompts": prompts, name: leaf})
+    return jax.tree.map(lambda ids: table.at[prompts, ids].get(mode="fill", wrap_negative_indices=False), responses)
+
+
+def generate(
+    key: Key[Array, ""], log_probs: Float[Array, "prompts responses"], prompts: Int[Array, "*n"]
+) -> Int[Array, "*n"]:
+    """Samples a response to each prompt, by inverting the cumulative distribution: one uniform number a response.
+
+    Args:
+      key: typed PRNG key.
+      log_probs: the policy's table (nats).
+      prompts: ids of the prompts to respond to.
+
+    Raises:
+      TypeError, ValueError: the key is not a key, or an id is out of range (checked unless it is traced).
+    """
+    checks.key(key)
+    checks.ids("prompts", prompts, log_probs.shape[0])
+    return invert_cumulative(jax.random.uniform(key, jnp.shape(prompts)), jnp.exp(log_probs)[prompts])
+
+
+def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts"]:
+    """The most probable response to each prompt; the first of equals."""
+    return jnp.argmax(log_probs, axis=-1)
+
+
+def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n responses"]) -> Int[Array, "*n"]:
+    """Draws an index with probability proportional to the weights, given uniform numbers in [0, 1).
+
+    An index of weight zero is never drawn.
+    """
+    cumulative = jnp.cumsum(weights, axis=-1)
+    return jnp.sum(uniform[..., None] * cumulative[..., -1:] >= cumulative, axis=-1, dtype=jnp.int32)
+
+
+def _dense(features: int, inputs: Float[Array, "*n fan_in"]) -> nn.Dense:
+    """A layer whose bias, too, starts uniform in +-1/sqrt(fan_in); Flax does not tell a bias its fan-in."""
+    fan_in = inputs.shape[-1]
+    return nn.Dense(
+        features,
+        kernel_init=uniform_fan_in,
+        bias_init=lambda key, shape, dtype: uniform_fan_in(key, (fan_in, *shape), dtype)[0],
+    )

@@ -1,0 +1,282 @@
+"""The one-token world: prompts, responses, true rewards, and the people who demonstrate and compare."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dpo_jax import checks
+from dpo_jax.toy.policy import generate, invert_cumulative, lookup
+from dpo_jax.types import Demonstrations, Pair, Preferences, Scalar
+
+
+class World(NamedTuple):
+    """A contextual bandit whose rewards are known.
+
+    Attributes:
+      embeddings: what a policy sees of each prompt.
+      rewards: the true reward of each response to each prompt.
+    """
+
+    embeddings: Float[Array, "prompts features"]
+    rewards: Float[Array, "prompts responses"]
+
+    @property
+    def num_prompts(self) -> int:
+        return self.rewards.shape[0]
+
+    @property
+    def num_responses(self) -> int:
+        return self.rewards.shape[1]
+
+
+def make_world(
+    key: Key[Array, ""],
+    *,
+    num_prompts: int = 5,
+    num_responses: int = 10,
+    embedding_dim: int = 8,
+    sharpness: Scalar = 2.0,
+) -> World:
+    """A random world: embeddings N(0, 1), and for each prompt rewards `softmax(sharpness * N(0, 1))` that sum to 1.
+
+    Args:
+      key: typed PRNG key.
+      num_prompts, num_responses, embedding_dim: sizes; static.
+      sharpness: how unequal the rewards are; 0 makes all responses equally good.
+
+    Raises:
+      TypeError, ValueError: a size is not a whole number or too small, or sharpness is negative.
+    """
+    checks.key(key)
+    checks.size("num_prompts", num_prompts)
+    checks.size("num_responses", num_responses, at_least=2)
+    checks.size("embedding_dim", embedding_dim)
+    checks.not_negative("sharpness", sharpness)
+    embedding_key, reward_key = jax.random.split(key)
+    return World(
+        embeddings=jax.random.normal(embedding_key, (num_prompts, embedding_dim)),
+        rewards=jax.nn.softmax(sharpness * jax.random.normal(reward_key, (num_prompts, num_responses))),
+    )
+
+
+def demonstrations(world: World, prompts: Int[Array, " n"], responses: Int[Array, " n"]) -> Demonstrations:
+    """Demonstrations from ids of your own, checked: of equal length, not empty, integers, in the range of the world.
+
+    Raises:
+      TypeError, ValueError: naming the argument, the value and the row.
+    """
+    checks.rows("demonstrations", (prompts, responses))
+    _check_ids(world, prompts=prompts, responses=responses)
+    return Demonstrations(jnp.asarray(prompts), jnp.asarray(responses))
+
+
+def preferences(
+    world: World,
+    prompts: Int[Array, " n"],
+    chosen: Int[Array, " n"],
+    rejected: Int[Array, " n"],
+    weights: Float[Array, " n"] | None = None,
+) -> Preferences:
+    """Comparisons from ids of your own, checked like `demonstrations`; chosen and rejected must also differ.
+
+    Raises:
+      TypeError, ValueError: naming the argument, the value and the row.
+    """
+    checks.rows("preferences", (prompts, chosen, rejected, weights))
+    _check_ids(world, prompts=prompts, chosen=chosen, rejected=rejected)
+    checks.distinct("preferences", chosen, rejected)
+    if weights is not None:
+        checks.not_negative("weights", weights)
+        weights = jnp.asarray(weights, jnp.float32)
+    return Preferences(jnp.asarray(prompts), Pair(jnp.asarray(chosen), jnp.asarray(rejected)), weights)
+
+
+def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Demonstrations:
+    """Demonstrations for uniform prompts, each response shown with a probability proportional to its reward.
+
+    Args:
+      key: typed PRNG key.
+      world: its rewards, read as (unnormalised) probabilities.
+      num: how many; static.
+
+    Raises:
+      ValueError: a reward is negative (checked unless it is traced).
+    """
+    checks.key(key)
+    checks.size("num", num)
+    checks.not_negative("world.rewards", world.rewards)
+    prompt_key, response_key = jax.random.split(key)
+    prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
+    return Demonstrations(prompts, generate(response_key, jnp.log(world.rewards), prompts))
+
+
+def preference_probability(
+    reward: Float[Array, "*n"],
+    other_reward: Float[Array, "*n"],
+    *,
+    temperature: Scalar = 1.0,
+    flip_probability: Scalar = 0.0,
+) -> Float[Array, "*n"]:
+    r"""The probability that people prefer a response to another one, under the Bradley-Terry model.
+
+    .. math:: (1 - f)\, \sigma(\Delta / T) + f\, \sigma(-\Delta / T), \qquad \Delta = r - r'
+
+    Args:
+      reward: the response's true reward.
+      other_reward: that of the response it is compared with.
+      temperature: :math:`T`, how irrational people are: 1 is Bradley-Terry, 0 always prefers the better response (and
+        tosses a coin between equals), large values are all coin tosses.
+      flip_probability: :math:`f`, the probability that a label is flipped afterwards.
+
+    Source: Bradley and Terry 1952; Rafailov et al. 2023, arXiv 2305.18290, Eq. 1.
+
+    Raises:
+      ValueError: temperature is negative, or the flip probability is not a probability (checked unless traced).
+    """
+    checks.not_negative("temperature", temperature)
+    checks.probability("flip_probability", flip_probability)
+    difference = reward - other_reward
+    rational = jnp.asarray(temperature) == 0
+    preferred = jnp.where(
+        rational,
+        jnp.heaviside(difference, 0.5),
+        jax.nn.sigmoid(difference / jnp.where(rational, 1.0, temperature)),
+    )
+    return preferred + flip_probability * (1 - 2 * preferred)
+
+
+def sample_preferences(
+    key: Key[Array, ""],
+    world: World,
+    *,
+    num: int,
+    log_probs: Float[Array, "prompts responses"] | None = None,
+    temperature: Scalar = 1.0,
+    flip_probability: Scalar = 0.0,
+) -> Preferences:
+    """Human comparisons of two distinct responses to uniform prompts.
+
+    Args:
+      key: typed PRNG key.
+      world: whose rewards people compare by.
+      num: how many comparisons; static.
+      log_probs: table of the policy that proposes the responses (`sample_policy_pairs`); `None` proposes uniformly.
+      temperature: how irrational people are: 1 is Bradley-Terry, 0 is noiseless.
+      flip_probability: the probability that a label is flipped afterwards.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    checks.key(key)
+    pair_key, label_key = jax.random.split(key)
+    if log_probs is None:
+        prompts, pair = sample_uniform_pairs(pair_key, world, num=num)
+    else:
+        checks.same_shape(log_probs=log_probs, rewards=world.rewards)
+        prompts, pair = sample_policy_pairs(pair_key, log_probs, num=num)
+    return label_pairs(label_key, world, prompts, pair, temperature=temperature, flip_probability=flip_probability)
+
+
+def sample_uniform_pairs(
+    key: Key[Array, ""], world: World, *, num: int
+) -> tuple[Int[Array, " num"], tuple[Int[Array, " num"], Int[Array, " num"]]]:
+    """Uniform prompts, each with a uniform pair of distinct responses."""
+    checks.size("num", num)
+    limits = jnp.array([world.num_prompts, world.num_responses, world.num_responses - 1])
+    prompts, first, shift = jax.random.randint(key, (3, num), 0, limits[:, None])
+    return prompts, (first, (first + 1 + shift) % world.num_responses)
+
+
+def sample_policy_pairs(
+    key: Key[Array, ""], log_probs: Float[Array, "prompts responses"], *, num: int
+) -> tuple[Int[Array, " num"], tuple[Int[Array, " num"], Int[Array, " num"]]]:
+    """Uniform prompts, each with two independent samples of a policy, given that they differ.
+
+    The first of the two has probability proportional to `p (1 - p)`, and the second is any other one in proportion to
+    `p`. The policy must give at least two responses of each prompt a positive probability.
+
+    Args:
+      key: typed PRNG key.
+      log_probs: the policy's table (nats).
+      num: how many pairs; static.
+    """
+    checks.size("num", num)
+    checks.log_probs("log_probs", log_probs)
+    prompt_key, pair_key = jax.random.split(key)
+    num_prompts, num_responses = log_probs.shape
+    prompts = jax.random.randint(prompt_key, (num,), 0, num_prompts)
+    probs = jnp.exp(log_probs)[prompts]
+    first_uniform, second_uniform = jax.random.uniform(pair_key, (2, num))
+    first = invert_cumulative(first_uniform, probs * (1 - probs))
+    is_first = jnp.arange(num_responses) == first[:, None]
+    return prompts, (first, invert_cumulative(second_uniform, jnp.where(is_first, 0.0, probs)))
+
+
+def label_pairs(
+    key: Key[Array, ""],
+    world: World,
+    prompts: Int[Array, " n"],
+    pair: tuple[Int[Array, " n"], Int[Array, " n"]],
+    *,
+    temperature: Scalar = 1.0,
+    flip_probability: Scalar = 0.0,
+) -> Preferences:
+    """Has people say which response of each pair they prefer (`preference_probability`).
+
+    Args:
+      key: typed PRNG key.
+      world: whose rewards people compare by.
+      prompts: ids of the prompts.
+      pair: ids of the two responses to each prompt, in any order.
+      temperature, flip_probability: see `preference_probability`.
+    """
+    first, second = pair
+    first_reward, second_reward = lookup(world.rewards, prompts, pair)
+    first_wins: Bool[Array, " n"] = jax.random.bernoulli(
+        key,
+        preference_probability(first_reward, second_reward, temperature=temperature, flip_probability=flip_probability),
+    )
+    return Preferences(prompts, Pair(jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)))
+
+
+def all_preferences(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Preferences:
+    """Every ordered pair of distinct responses, weighted by its true probability: the limit of many labels.
+
+    The weights average 1, so that losses on this data and on sampled comparisons are comparable.
+
+    Args:
+      world: whose rewards people compare by.
+      temperature, flip_probability: see `preference_probability`.
+    """
+    prompts, chosen, rejected = np.indices((world.num_prompts, world.num_responses, world.num_responses)).reshape(3, -1)
+    prompts, chosen, rejected = jnp.asarray([prompts, chosen, rejected])[:, chosen != rejected]
+    probability = preference_probability(
+        *lookup(world.rewards, prompts, (chosen, rejected)), temperature=temperature, flip_probability=flip_probability
+    )
+    return Preferences(prompts, Pair(chosen, rejected), weights=2 * probability)
+
+
+def sampled_reward(
+    key: Key[Array, ""], world: World, log_probs: Float[Array, "prompts responses"], *, num: int = 200
+) -> Float[Array, " prompts"]:
+    """The mean true reward of sampled responses, for each prompt: an estimate of `expected_reward`.
+
+    Args:
+      key: typed PRNG key.
+      world: whose rewards count.
+      log_probs: table of the policy that responds.
+      num: how many responses to each prompt; static.
+    """
+    checks.size("num", num)
+    prompts = jnp.broadcast_to(jnp.arange(world.num_prompts)[:, None], (world.num_prompts, num))
+    return jnp.mean(lookup(world.rewards, prompts, generate(key, log_probs, prompts)), axis=-1)
+
+
+def _check_ids(world: World, *, prompts: Array, **responses: Array) -> None:
+    checks.ids("prompts", prompts, world.num_prompts)
+    for name, ids in responses.items():
+        checks.ids(name, ids, world.num_responses)
+        checks.same_shape(**{"prompts": prompts, name: ids})

@@ -1,0 +1,271 @@
+"""Training: objectives `(params, batch) -> (loss, metrics)`, and `fit`, one scan over epochs and minibatches.
+
+Nothing here knows what a response is. An objective scores responses through the `LogProbFn` it is given.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dpo_jax import checks
+from dpo_jax.losses import log_ratios
+from dpo_jax.shuffle import permutation
+from dpo_jax.types import Demonstrations, LogProbFn, Metrics, Objective, Params, PreferenceLoss, Preferences, Scalar
+
+
+def sft_objective(log_prob: LogProbFn) -> Objective:
+    """Supervised fine-tuning: the mean negative log-likelihood (nats) of demonstrated responses.
+
+    Args:
+      log_prob: scores responses.
+
+    Returns:
+      An objective on batches of `Demonstrations`, without metrics.
+    """
+
+    def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
+        logps = log_prob(params, batch.prompts, batch.responses)
+        return -_mean(logps, batch.weights), {}
+
+    return objective
+
+
+def preference_objective(
+    log_prob: LogProbFn, loss: PreferenceLoss, *, beta: Scalar, **hyperparameters: Scalar
+) -> Objective:
+    """The mean of a preference loss, with the metrics that tell how training goes.
+
+    Args:
+      log_prob: scores responses.
+      loss: elementwise loss, for instance `losses.dpo_loss`.
+      beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
+      **hyperparameters: what else the loss takes.
+
+    Returns:
+      An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are batch
+      means: `chosen_reward` and `rejected_reward`, the implicit rewards `beta * log(pi / pi_ref)`; `reward_margin`,
+      their difference; and `accuracy`, the share of comparisons with a positive margin.
+
+    Raises:
+      ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
+    """
+    checks.positive("beta", beta)
+
+    def objective(params: Params, batch: Preferences) -> tuple[Array, Metrics]:
+        if batch.reference is None:
+            raise ValueError("the preferences carry no reference log-probabilities: add them by train.with_reference")
+        policy = log_prob(params, batch.prompts, batch.responses)
+        values = loss(policy, batch.reference, beta=beta, **hyperparameters)
+        ratios = log_ratios(policy, batch.reference)
+        margin = beta * (ratios.chosen - ratios.rejected)
+        metrics = {
+            "chosen_reward": beta * ratios.chosen,
+            "rejected_reward": beta * ratios.rejected,
+            "reward_margin": margin,
+            "accuracy": (margin > 0).astype(margin.dtype),
+        }
+        return _mean(values, batch.weights), {name: _mean(metric, batch.weights) for name, metric in metrics.items()}
+
+    return objective
+
+
+def with_reference(log_prob: LogProbFn, reference: Params, preferences: Preferences) -> Preferences:
+    """Preferences that carry the log-probabilities of their responses under a reference policy.
+
+    Args:
+      log_prob: scores responses.
+      reference: parameters of the reference policy; no gradient flows into them.
+      preferences: comparisons; a reference they already carry is replaced.
+    """
+    logps = log_prob(reference, preferences.prompts, preferences.responses)
+    return preferences._replace(reference=jax.lax.stop_gradient(logps))
+
+
+class TrainState(NamedTuple):
+    """What training carries from step to step.
+
+    Attributes:
+      params: parameters; the last good ones once something was not finite.
+      opt_state: the state of the optimizer.
+      step: how many optimizer steps have been applied.
+      finite: whether every loss and every update so far was finite.
+    """
+
+    params: Params
+    opt_state: Any
+    step: Int[Array, ""]
+    finite: Bool[Array, ""]
+
+
+class NonFiniteError(FloatingPointError):
+    """Training met a loss or an update that is NaN or infinite.
+
+    Attributes:
+      step: the optimizer step, counted from 0, that failed.
+      params: the parameters before that step.
+      history: the history, NaN from the epoch of the failure on.
+    """
+
+    def __init__(self, step: int, num_batches: int, params: Params, history: Metrics):
+        super().__init__(
+            f"loss or update not finite in step {step} (epoch {step // num_batches}, batch {step % num_batches}, "
+            "counted from 0); the error's attributes `params` and `history` hold what was learnt before it"
+        )
+        self.step, self.params, self.history = step, params, history
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool))
+
+
+def update(
+    state: TrainState, batch: Any, *, objective: Objective, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step; no step from the first loss or update on that is not finite.
+
+    Returns:
+      The next state, and the metrics of the batch before the step, `loss` among them (NaN once training has stopped).
+    """
+    (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(updates))
+    finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(total)
+    params = jax.tree.map(
+        lambda old, new: jnp.where(finite, new, old), state.params, optax.apply_updates(state.params, updates)
+    )
+    metrics = {name: jnp.where(finite, metric, jnp.nan) for name, metric in {"loss": loss, **metrics}.items()}
+    return TrainState(params, opt_state, state.step + finite, finite), metrics
+
+
+def run_epoch(
+    state: TrainState,
+    data: Any,
+    order: Int[Array, " n"],
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+) -> tuple[TrainState, Metrics]:
+    """One pass over the data in a given order; the last batch holds what is left, and may be short.
+
+    Returns:
+      The next state, and each metric's mean over the batches (each batch counts equally, a short one too).
+    """
+    step = partial(update, objective=objective, optimizer=optimizer)
+    num_full, num_left = divmod(order.shape[0], batch_size)
+    shuffled = jax.tree.map(lambda leaf: leaf[order], data)
+    full = jax.tree.map(lambda leaf: _in_batches(leaf, num_full, batch_size), shuffled)
+    state, metrics = jax.lax.scan(step, state, full)
+    metrics = {name: jnp.sum(metric, axis=0) for name, metric in metrics.items()}
+    if num_left:
+        state, last = step(state, jax.tree.map(lambda leaf: leaf[num_full * batch_size :], shuffled))
+        metrics = {name: metrics[name] + last[name] for name in metrics}
+    return state, {name: metric / (num_full + bool(num_left)) for name, metric in metrics.items()}
+
+
+def fit(
+    key: Key[Array, ""],
+    params: Params,
+    data: Any,
+    *,
+    objective: Objective,
+    learning_rate: Scalar | optax.Schedule,
+    num_epochs: int,
+    batch_size: int,
+    optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam,
+    evaluate: Callable[[Params], Metrics] | None = None,
+    report: Callable[[int, Metrics], None] | None = None,
+    epochs_per_report: int = 10,
+) -> tuple[Params, Metrics]:
+    """Minimises an objective over a data set by shuffled minibatches: one compiled scan.
+
+    A pure function, to be used inside `jit` and `vmap` or on its own. Whatever the objective closes over may be traced
+    (beta, label smoothing, the world), and so may `learning_rate`: one compiled program serves all their values.
+
+    Args:
+      key: typed PRNG key; each epoch is shuffled by its own part of it.
+      params: where to start.
+      data: pytree of arrays that share their leading axis, for instance `Demonstrations` or `Preferences`.
+      objective: `(params, batch) -> (loss, metrics)`.
+      learning_rate: positive; a number, or an Optax schedule.
+      num_epochs: passes over the data; static.
+      batch_size: rows per optimizer step; static. An epoch's last batch is short where this does not divide the data.
+      optimizer: from a learning rate to an Optax optimizer, for instance `optax.adam` or
+        `lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))`.
+      evaluate: from parameters to further entries of the history, computed after each epoch.
+      report: called as `report(epochs_done, metrics)` between compiled pieces of `epochs_per_report` epochs, never
+        inside one. It changes no result. Not possible under `jit` or `vmap`.
+      epochs_per_report: how many epochs to run between two reports.
+
+    Returns:
+      The trained parameters, and the history: for each metric an array `[num_epochs]` of means over batches; `loss` and
+      `step`, the optimizer steps applied by the end of the epoch, are always among them.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+      NonFiniteError: a loss or an update was NaN or infinite. Under `jit` nothing can be raised: there, training also
+        stops with the last good parameters, `step` ceases to grow and the other metrics become NaN.
+    """
+    checks.key(key)
+    checks.size("num_epochs", num_epochs)
+    checks.size("batch_size", batch_size)
+    if not callable(learning_rate):
+        checks.positive("learning_rate", learning_rate)
+    num_rows = checks.rows("data", data)
+    transformation = optimizer(learning_rate)
+
+    def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        order = permutation(epoch_key, num_rows)
+        state, metrics = run_epoch(
+            state, data, order, objective=objective, optimizer=transformation, batch_size=min(batch_size, num_rows)
+        )
+        evaluated = evaluate(state.params) if evaluate else {}
+        return state, {**metrics, **evaluated, "step": state.step}
+
+    run = partial(jax.lax.scan, epoch)
+    keys = jax.random.split(key, num_epochs)
+    state = init_state(params, transformation)
+    if report is None:
+        state, history = run(state, keys)
+    else:
+        state, history = _run_with_reports(run, state, keys, report, epochs_per_report)
+
+    if not checks.is_traced(state) and not state.finite:
+        raise NonFiniteError(int(state.step), -(-num_rows // batch_size), state.params, history)
+    return state.params, history
+
+
+def _run_with_reports(
+    run: Callable[..., Any],
+    state: TrainState,
+    keys: Key[Array, " epochs"],
+    report: Callable[[int, Metrics], None],
+    epochs_per_report: int,
+) -> tuple[TrainState, Metrics]:
+    checks.size("epochs_per_report", epochs_per_report)
+    if checks.is_traced((state, keys)):
+        raise ValueError("report cannot be called under jit or vmap: leave it out, or call fit outside of them")
+    run = jax.jit(run)
+    pieces: list[Metrics] = []
+    for start in range(0, len(keys), epochs_per_report):
+        state, piece = run(state, keys[start : start + epochs_per_report])
+        pieces.append(jax.device_get(piece))
+        if not state.finite:
+            break
+        report(min(start + epochs_per_report, len(keys)), {name: metric[-1] for name, metric in pieces[-1].items()})
+    return state, {name: jnp.asarray(np.concatenate([piece[name] for piece in pieces])) for name in pieces[0]}
+
+
+def _in_batches(leaf: Array, num_batches: int, batch_size: int) -> Array:
+    return leaf[: num_batches * batch_size].reshape(num_batches, batch_size, *leaf.shape[1:])
+
+
+def _mean(values: Float[Array, " batch"], weights: Float[Array, " batch"] | None) -> Float[Array, ""]:
+    return jnp.mean(values) if weights is None else jnp.mean(weights * values)

@@ -1,0 +1,198 @@
+"""What every experiment needs around it: options, compiled programs and their times, files, tables."""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dpo_jax import checks
+
+console = Console()
+
+OptionsType = TypeVar("OptionsType")
+
+
+def parse(options: type[OptionsType]) -> OptionsType:
+    """Options from the command line; in a Jupyter notebook, their defaults."""
+    if in_jupyter():
+        return options()
+    import tyro
+
+    return tyro.cli(options)
+
+
+def in_jupyter() -> bool:
+    """Whether this process is a Jupyter kernel."""
+    return "ipykernel" in sys.modules
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Ends the script with one line, and no traceback, on an error that the user can mend."""
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")
+
+
+def check_seeds(seed: int, num_seeds: int) -> None:
+    """Ends the script unless `seed .. seed + num_seeds - 1` can be seeds."""
+    with clear_errors():
+        checks.size("--seed", seed, at_least=0)
+        checks.size("--num-seeds", num_seeds)
+        if seed + num_seeds > 2**32:
+            raise ValueError(f"--seed + --num-seeds must be at most 2**32, got {seed} + {num_seeds}")
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that the second start is fast.
+
+    They are kept in `~/.cache/dpo_jax` (`$XDG_CACHE_HOME/dpo_jax`), or where `JAX_COMPILATION_CACHE_DIR` says. Set
+    `JAX_ENABLE_COMPILATION_CACHE=false` to keep nothing.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class Stopwatch:
+    """Compiles and runs programs, and counts the seconds of each apart.
+
+    Attributes:
+      compile: seconds spent tracing and compiling.
+      run: seconds spent running compiled programs.
+    """
+
+    def __init__(self) -> None:
+        self.compile, self.run = 0.0, 0.0
+
+    def compiled(self, function: Callable[..., Any], *args: Any, optimise: bool = True) -> Callable[..., Any]:
+        """Compiles a function for arguments of these shapes; the result counts its own run time.
+
+        Args:
+          function: a pure function.
+          *args: arguments like those to come.
+          optimise: whether XLA shall spend time on fast code. A program that runs for milliseconds is not worth it.
+        """
+        on_cpu = jax.default_backend() == "cpu"
+        level = {"xla_backend_optimization_level": 1 if optimise else 0} if on_cpu else {}
+        start = time.perf_counter()
+        program = jax.jit(function).lower(*args).compile(compiler_options=level)
+        self.compile += time.perf_counter() - start
+
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = jax.block_until_ready(program(*args))
+            self.run += time.perf_counter() - start
+            return result
+
+        return run
+
+    def seconds(self) -> dict[str, float]:
+        """`{"compile": ..., "run": ...}`."""
+        return {"compile": self.compile, "run": self.run}
+
+
+def provenance(watch: Stopwatch) -> dict[str, Any]:
+    """What belongs to every result: how long it took, where, and with which versions."""
+    packages = ("dpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    device = jax.devices()[0]
+    return {
+        "seconds": watch.seconds(),
+        "device": f"{jax.device_count()} x {device.platform} ({device.device_kind})",
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
+    }
+
+
+def output_folder(path: Path) -> Path:
+    """Makes the folder for results, before any work is done whose results it could not take."""
+    with clear_errors():
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    return path
+
+
+def save(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all: `write` fills a neighbour, which then takes the file's place."""
+    unfinished = path.with_name(f".unfinished-{os.getpid()}-{path.name}")
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Writes `summary.json`: arrays as lists, and numbers that JSON lacks (NaN, infinity) as null."""
+    text = json.dumps(_as_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    save(folder / "summary.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, and shows it if this is a Jupyter notebook."""
+    save(path, lambda unfinished: figure.savefig(unfinished, format="png", dpi=110))
+    if in_jupyter():
+        from IPython.display import Image, display
+
+        display(Image(filename=str(path)))
+
+
+def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
+    """Mean over the first axis (seeds) and its standard error, NaN for a single seed."""
+    values = np.asarray(values, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
+    return {"mean": values.mean(axis=0), "stderr": spread / np.sqrt(len(values))}
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with rate and remaining time, shown on terminals only; yields what advances it."""
+    columns = [
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.speed:.1f}/s"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda steps: bar.update(task, advance=steps)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table: the first column to the left, numbers to the right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return _as_json(np.asarray(value).tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
