@@ -68,12 +68,13 @@ def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.St
     size = min(num_seeds, SEEDS_PER_CHUNK)
     beta_array = jnp.asarray(betas, jnp.float32)
     chunks = [np.arange(first, first + size, dtype=np.uint32) for first in range(seed, seed + num_seeds, size)]
+    program = watch.compiled(jax.vmap(run, in_axes=(0, None)), chunks[0], beta_array)
     with harness.console.status("Compiling one program for all seeds and betas"):
-        program = watch.compiled(jax.vmap(run, in_axes=(0, None)), chunks[0], beta_array)
+        program.wait()
     results = []
     with harness.progress("seeds", num_seeds) as advance:
         for chunk in chunks:
-            results.append(jax.device_get(program(chunk, beta_array)))
+            results.append(program(chunk, beta_array))
             advance(size)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_seeds], *results)
 

@@ -7,19 +7,32 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from dpo_jax import checks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 console = Console()
 
@@ -75,38 +88,74 @@ class Stopwatch:
     """Compiles and runs programs, and counts the seconds of each apart.
 
     Attributes:
-      compile: seconds spent tracing and compiling.
+      compile: seconds spent tracing, and waiting for the compiler, which works in the background.
       run: seconds spent running compiled programs.
     """
 
     def __init__(self) -> None:
         self.compile, self.run = 0.0, 0.0
+        self.compiler = ThreadPoolExecutor()
 
-    def compiled(self, function: Callable[..., Any], *args: Any, optimise: bool = True) -> Callable[..., Any]:
-        """Compiles a function for arguments of these shapes; the result counts its own run time.
+    def compiled(self, function: Callable[..., Any], *args: Any, optimise: bool = True) -> "Program":
+        """Compiles a function for arguments of these shapes (`jax.ShapeDtypeStruct` will do), in the background.
 
         Args:
           function: a pure function.
           *args: arguments like those to come.
           optimise: whether XLA shall spend time on fast code. A program that runs for milliseconds is not worth it.
         """
-        on_cpu = jax.default_backend() == "cpu"
-        level = {"xla_backend_optimization_level": 1 if optimise else 0} if on_cpu else {}
+        with self.counting("compile"):
+            lowered = jax.jit(function).lower(*args)
+        return Program(lowered.out_info, self.compiler.submit(_compile, lowered, optimise), self)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[None]:
+        """Adds the seconds spent inside to the attribute `what`."""
         start = time.perf_counter()
-        program = jax.jit(function).lower(*args).compile(compiler_options=level)
-        self.compile += time.perf_counter() - start
-
-        def run(*args: Any) -> Any:
-            start = time.perf_counter()
-            result = jax.block_until_ready(program(*args))
-            self.run += time.perf_counter() - start
-            return result
-
-        return run
+        yield
+        setattr(self, what, getattr(self, what) + time.perf_counter() - start)
 
     def seconds(self) -> dict[str, float]:
         """`{"compile": ..., "run": ...}`."""
         return {"compile": self.compile, "run": self.run}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program, or one that soon will be.
+
+    Attributes:
+      output: shapes and dtypes of the result, known before the program is compiled.
+      executable: the compiled program, a promise.
+      watch: counts the seconds.
+    """
+
+    output: Any
+    executable: Future[jax.stages.Compiled]
+    watch: Stopwatch
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program, once it is compiled; returns the result as NumPy arrays."""
+        self.wait()
+        with self.watch.counting("run"):
+            return jax.device_get(self.executable.result()(*args))
+
+    def wait(self) -> None:
+        """Waits until the program is compiled."""
+        with self.watch.counting("compile"):
+            self.executable.result()
+
+
+def _compile(lowered: jax.stages.Lowered, optimise: bool) -> jax.stages.Compiled:
+    """On a CPU, XLA's defaults take twice as long to compile, for code that is no faster here."""
+    if jax.default_backend() != "cpu":
+        return lowered.compile()
+    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_backend_optimization_level": 1} if optimise else quick
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
+        return lowered.compile()
 
 
 def provenance(watch: Stopwatch) -> dict[str, Any]:
@@ -144,7 +193,7 @@ def save_summary(summary: dict[str, Any], folder: Path) -> None:
     save(folder / "summary.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
     """Writes a figure as PNG, and shows it if this is a Jupyter notebook."""
     save(path, lambda unfinished: figure.savefig(unfinished, format="png", dpi=110))
     if in_jupyter():
@@ -164,13 +213,7 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar with rate and remaining time, shown on terminals only; yields what advances it."""
-    columns = [
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.speed:.1f}/s"),
-        TimeRemainingColumn(),
-    ]
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda steps: bar.update(task, advance=steps)
@@ -184,6 +227,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in rows:
         table.add_row(*row)
     console.print(table)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
 
 def _as_json(value: Any) -> Any:

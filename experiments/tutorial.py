@@ -28,7 +28,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dpo_jax import figures, losses, toy, train
+from dpo_jax import losses, toy, train
 from experiments import harness
 from experiments.notebook import BETA, BETAS, POLICY, prepare, train_dpo
 
@@ -79,16 +79,22 @@ watch = harness.Stopwatch()
 #
 # Five prompts (the notebook that this walk retells calls them contexts) with ten possible responses of one token each,
 # and a true reward for every response. A small network learns from 500 demonstrations: supervised fine-tuning, SFT.
-# Then people compare 1,800 pairs of responses. All of it is one pure function of a key.
+# Then people compare 1,800 pairs of responses. All of this is one pure function of a key, `prepare`, and DPO is another
+# one, `train_dpo`. Both are in `experiments/notebook.py`, and XLA compiles them in the background while we go on.
 
 # %%
 start_key, dpo_key = jax.random.split(jax.random.key(options.seed))
-start = watch.compiled(prepare, start_key, optimise=False)(start_key)
+prepare_program = watch.compiled(prepare, start_key, optimise=False)
+dpo_program = watch.compiled(train_dpo, dpo_key, prepare_program.output, BETA, optimise=False)
 
-sft_loss = start.sft.history["loss"]
+from dpo_jax import figures  # Matplotlib loads while XLA compiles
+
+with harness.console.status("Compiling"):
+    start = prepare_program(start_key)
+world, sft = start.world, start.sft
 harness.console.print(
-    f"SFT: loss {sft_loss[0]:.3f} -> {sft_loss[-1]:.3f} nats after {len(sft_loss)} epochs. "
-    f"Collected {len(start.preferences.prompts):,} comparisons."
+    f"SFT: loss {sft.history['loss'][0]:.3f} nats in the first epoch, {sft.history['loss'][-1]:.3f} in the last. "
+    f"Then {len(start.preferences.prompts):,} comparisons."
 )
 
 # %% [markdown]
@@ -99,9 +105,9 @@ harness.console.print(
 # comparison is a coin toss, and the loss is log 2.
 
 # %%
-objective = train.preference_objective(toy.log_prob_fn(POLICY, start.world.embeddings), losses.dpo_loss, beta=BETA)
+objective = train.preference_objective(toy.log_prob_fn(POLICY, world.embeddings), losses.dpo_loss, beta=BETA)
 three = jax.tree.map(lambda leaf: leaf[:3], start.preferences)
-loss, metrics = watch.compiled(objective, start.sft.params, three, optimise=False)(start.sft.params, three)
+loss, metrics = watch.compiled(objective, sft.params, three, optimise=False)(sft.params, three)
 harness.print_table(
     "Quick test of the loss on three comparisons, policy = reference",
     ["loss", *metrics],
@@ -109,26 +115,23 @@ harness.print_table(
 )
 
 # %% [markdown]
-# Now train. beta is a traced argument, so the program compiled here serves every value of beta later on.
+# Now train. beta is a traced argument, so the one compiled program serves every value of beta later on.
 
 # %%
-dpo_program = watch.compiled(train_dpo, dpo_key, start, BETA, optimise=False)
-dpo = jax.device_get(dpo_program(dpo_key, start, BETA))
-
-epochs = range(9, len(dpo.history["loss"]), 10)
+dpo = dpo_program(dpo_key, start, BETA)
 harness.print_table(
     f"DPO with β = {BETA}",
     ["epoch", "loss", "accuracy", "reward margin", "expected reward", "KL to reference"],
     [
         [
-            f"{epoch + 1}",
-            f"{dpo.history['loss'][epoch]:.4f}",
-            f"{dpo.history['accuracy'][epoch]:.1%}",
-            f"{dpo.history['reward_margin'][epoch]:.4f}",
-            f"{dpo.history['expected_reward'][epoch]:.4f}",
-            f"{dpo.history['kl_to_reference'][epoch]:.4f}",
+            f"{epoch}",
+            f"{dpo.history['loss'][epoch - 1]:.4f}",
+            f"{dpo.history['accuracy'][epoch - 1]:.1%}",
+            f"{dpo.history['reward_margin'][epoch - 1]:.4f}",
+            f"{dpo.history['expected_reward'][epoch - 1]:.4f}",
+            f"{dpo.history['kl_to_reference'][epoch - 1]:.4f}",
         ]
-        for epoch in epochs
+        for epoch in range(10, 51, 10)
     ],
 )
 
@@ -141,7 +144,6 @@ harness.save_figure(figures.training(dpo.history), out / "dpo_training.png")
 # responses to each prompt, stand beside it.
 
 # %%
-world, sft = jax.device_get((start.world, start.sft))
 harness.print_table(
     "True reward, SFT against DPO",
     ["prompt", "SFT sampled", "DPO sampled", "SFT exact", "DPO exact", ""],
@@ -166,19 +168,16 @@ harness.print_table(
 # ## 4. What beta does
 #
 # A small beta lets the policy go far from the reference, a large one keeps it close. For each beta the optimum is
-# known in closed form, so we can tell how much of what could be won was won, and how much comparisons that noisy mislead.
+# known in closed form, so we can tell how much of what could be won was won, and how far the noise misleads.
 
 # %%
-ablation = [jax.device_get(dpo_program(dpo_key, start, beta)) for beta in BETAS]
-
-
-def ground_truth(reference, rewards, betas, curve_betas):  # type: ignore[no-untyped-def]
-    """The closed-form optimum for each beta, and the exact frontier."""
-    return toy.frontier(reference, rewards, betas), toy.frontier(reference, rewards, curve_betas)
-
-
-exact_args = (sft.log_probs, world.rewards, np.float32(BETAS), np.geomspace(0.005, 20, 200, dtype=np.float32))
-optima, curve = jax.device_get(watch.compiled(ground_truth, *exact_args, optimise=False)(*exact_args))
+ablation = [dpo if beta == BETA else dpo_program(dpo_key, start, beta) for beta in BETAS]
+curve_betas = np.geomspace(0.005, 20.0, 200, dtype=np.float32)
+exact = watch.compiled(
+    lambda betas: toy.frontier(sft.log_probs, world.rewards, betas), np.append(curve_betas, BETAS), optimise=False
+)(np.append(curve_betas, BETAS))
+curve = {name: values[: len(curve_betas)] for name, values in exact.items()}
+optima = {name: values[len(curve_betas) :] for name, values in exact.items()}
 learned = {
     name: np.array([policy.history[name][-1] for policy in ablation])
     for name in ("expected_reward", "kl_to_reference", "loss")
@@ -230,7 +229,7 @@ harness.save_figure(figures.frontier(curve, learned, BETAS, optima), out / "fron
 summary = {
     "seed": options.seed,
     "sft": {
-        "loss": sft_loss,
+        "loss": sft.history["loss"],
         "expected_reward": sft.expected_reward,
         "sampled_reward": sft.sampled_reward,
         "mean_expected_reward": sft.expected_reward.mean(),
