@@ -14,17 +14,27 @@ GREY = "#666666"
 
 
 def training(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
-    """How preference training went: loss, accuracy and reward margin over epochs."""
+    """How preference training went: loss, accuracy and reward margin over epochs.
+
+    Args:
+      history: `loss` (nats), `accuracy` and `reward_margin`; where it also has `held_out_loss` or the like, that is
+        drawn beside it.
+    """
     figure, panels = _panels(13, 3.8, columns=3)
     titles = {"loss": "Loss (nats) ↓", "accuracy": "Preference accuracy ↑", "reward_margin": "Reward margin ↑"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        axes.plot(range(1, len(history[name]) + 1), history[name], color=BLUE)
+        epochs = range(1, len(history[name]) + 1)
+        held_out = history.get(f"held_out_{name}")
+        axes.plot(epochs, history[name], color=BLUE, label=None if held_out is None else "training")
+        if held_out is not None:
+            axes.plot(epochs, held_out, color=VERMILION, label="held out")
         axes.set(xlabel="Epoch", ylabel=title[:-2], title=title)
         axes.grid(alpha=0.3)
     panels[0].axhline(np.log(2), color=GREY, linestyle="--", label="no preference: log 2")
     panels[1].axhline(0.5, color=GREY, linestyle="--", label="coin toss")
-    for axes in panels[:2]:
-        axes.legend(loc="best")
+    for axes in panels:
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(loc="best")
     return figure
 
 
@@ -99,6 +109,6 @@ def frontier(
 def _panels(width: float, height: float, *, columns: int, legend_width: float = 0.0) -> tuple[Figure, Sequence[Axes]]:
     """A row of axes with margins set by hand (in inches): Matplotlib's layout engines take longer than the drawing."""
     figure = Figure(figsize=(width, height))
-    margins = {"left": 0.7 / width, "right": 1 - (0.15 + legend_width) / width, "bottom": 0.55 / height}
-    axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={**margins, "top": 1 - 0.35 / height, "wspace": 0.22})
+    margins = {"left": 0.9 / width, "right": 1 - (0.15 + legend_width) / width, "bottom": 0.55 / height}
+    axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={**margins, "top": 1 - 0.35 / height, "wspace": 0.25})
     return figure, list(axes[0])

@@ -65,13 +65,9 @@ class LogProbFn(Protocol):
     def __call__(self, params: Params, prompts: Array, responses: Any, /) -> Any: ...
 
 
-class PreferenceLoss(Protocol):
-    """An elementwise loss of two (chosen, rejected) pairs of log-probabilities: policy and reference."""
-
-    def __call__(
-        self, policy: PairLike[Array], reference: PairLike[Array], *, beta: Any, **hyperparameters: Any
-    ) -> Array: ...
-
+PreferenceLoss: TypeAlias = Callable[..., Array]
+"""An elementwise loss `(policy, reference, *, beta, ...) -> [batch]` of two (chosen, rejected) pairs of
+log-probabilities."""
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Array, Metrics]]
 """What training minimises: `(params, batch) -> (scalar loss, metrics)`."""

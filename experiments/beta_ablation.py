@@ -72,10 +72,10 @@ def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.St
     with harness.console.status("Compiling one program for all seeds and betas"):
         program.wait()
     results = []
-    with harness.progress("seeds", num_seeds) as advance:
+    with harness.progress("seeds", num_seeds) as show_done:
         for chunk in chunks:
             results.append(program(chunk, beta_array))
-            advance(size)
+            show_done(len(results) * size)
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_seeds], *results)
 
 

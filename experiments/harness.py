@@ -77,7 +77,7 @@ def enable_compilation_cache() -> None:
     They are kept in `~/.cache/dpo_jax` (`$XDG_CACHE_HOME/dpo_jax`), or where `JAX_COMPILATION_CACHE_DIR` says. Set
     `JAX_ENABLE_COMPILATION_CACHE=false` to keep nothing.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dpo_jax"
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -115,10 +115,6 @@ class Stopwatch:
         yield
         setattr(self, what, getattr(self, what) + time.perf_counter() - start)
 
-    def seconds(self) -> dict[str, float]:
-        """`{"compile": ..., "run": ...}`."""
-        return {"compile": self.compile, "run": self.run}
-
 
 @dataclass(frozen=True)
 class Program:
@@ -150,8 +146,8 @@ def _compile(lowered: jax.stages.Lowered, optimise: bool) -> jax.stages.Compiled
     """On a CPU, XLA's defaults take twice as long to compile, for code that is no faster here."""
     if jax.default_backend() != "cpu":
         return lowered.compile()
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    options = {"xla_backend_optimization_level": 1} if optimise else quick
+    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_backend_optimization_level": "1"} if optimise else quick
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
@@ -163,7 +159,7 @@ def provenance(watch: Stopwatch) -> dict[str, Any]:
     packages = ("dpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     device = jax.devices()[0]
     return {
-        "seconds": watch.seconds(),
+        "seconds": {"compile": watch.compile, "run": watch.run},
         "device": f"{jax.device_count()} x {device.platform} ({device.device_kind})",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
@@ -212,11 +208,11 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with rate and remaining time, shown on terminals only; yields what advances it."""
+    """A progress bar with rate and remaining time, shown on terminals only; yields what sets how much is done."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda steps: bar.update(task, advance=steps)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -226,7 +226,7 @@ harness.save_figure(figures.frontier(curve, learned, BETAS, optima), out / "fron
 # whole ablation with standard errors.
 
 # %%
-summary = {
+summary: dict[str, object] = {
     "seed": options.seed,
     "sft": {
         "loss": sft.history["loss"],
@@ -258,8 +258,9 @@ if options.num_seeds > 1:
     from experiments import beta_ablation
 
     results = beta_ablation.run_all(options.seed, options.num_seeds, BETAS, watch)
-    summary["over_seeds"] = beta_ablation.summarise(results, BETAS)
-    beta_ablation.print_results(summary["over_seeds"])
+    over_seeds = beta_ablation.summarise(results, BETAS)
+    beta_ablation.print_results(over_seeds)
+    summary["over_seeds"] = over_seeds
 
 harness.save_summary({**summary, **harness.provenance(watch)}, out)
 harness.console.print(
