@@ -219,6 +219,7 @@ def fit(
     if not callable(learning_rate):
         checks.positive("learning_rate", learning_rate)
     num_rows = checks.rows("data", data)
+    data = jax.tree.map(jnp.asarray, data)
     transformation = optimizer(learning_rate)
 
     def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:

@@ -1,7 +1,7 @@
 """The nouns of the library: what a comparison is, what a loss is, what an objective is."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
@@ -23,11 +23,11 @@ PairLike: TypeAlias = tuple[T, T]
 """A `Pair`, or any other 2-tuple in the order (chosen, rejected)."""
 
 
-class Pair(NamedTuple, Generic[T]):
+class Pair(NamedTuple):
     """Something that exists for both sides of a comparison: responses, log-probabilities, rewards."""
 
-    chosen: T
-    rejected: T
+    chosen: Any
+    rejected: Any
 
 
 class Demonstrations(NamedTuple):
@@ -50,20 +50,17 @@ class Preferences(NamedTuple):
     """
 
     prompts: Int[Array, "n ..."]
-    responses: Pair[Int[Array, "n ..."]]
+    responses: Pair
     weights: Float[Array, " n"] | None = None
-    reference: Pair[Float[Array, " n"]] | None = None
+    reference: Pair | None = None
 
 
-class LogProbFn(Protocol):
-    """Scores responses: `log_prob(params, prompts, responses)`.
+LogProbFn: TypeAlias = Callable[[Params, Array, Any], Any]
+"""Scores responses: `log_prob(params, prompts, responses)`.
 
-    `responses` is an array or any pytree of arrays (a `Pair`, say); the result has the same structure, with the
-    log-probability of each response in place of the response.
-    """
-
-    def __call__(self, params: Params, prompts: Array, responses: Any, /) -> Any: ...
-
+`responses` is an array or any pytree of arrays (a `Pair`, say); the result has the same structure, with the
+log-probability of each response in place of the response.
+"""
 
 PreferenceLoss: TypeAlias = Callable[..., Array]
 """An elementwise loss `(policy, reference, *, beta, ...) -> [batch]` of two (chosen, rejected) pairs of

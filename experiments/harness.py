@@ -147,9 +147,9 @@ def _compile(lowered: jax.stages.Lowered, optimise: bool) -> jax.stages.Compiled
     if jax.default_backend() != "cpu":
         return lowered.compile()
     quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-    options = {"xla_backend_optimization_level": "1"} if optimise else quick
+    usual: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
     try:
-        return lowered.compile(compiler_options=options)
+        return lowered.compile(compiler_options=usual if optimise else quick)
     except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
         return lowered.compile()
 

@@ -7,9 +7,7 @@ from dpo_jax import checks
 from dpo_jax.types import Pair, PairLike, Scalar
 
 
-def log_ratios(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]
-) -> Pair[Float[Array, "*batch"]]:
+def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]) -> Pair:
     """Log-probability ratios of policy to reference, `log pi(y|x) - log pi_ref(y|x)`, for chosen and rejected.
 
     Args:

@@ -1,15 +1,19 @@
 """The one-token world: prompts, responses, true rewards, and the people who demonstrate and compare."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.toy.policy import generate, invert_cumulative, lookup
 from dpo_jax.types import Demonstrations, Pair, Preferences, Scalar
+
+Ids: TypeAlias = Sequence[int] | ArrayLike
+"""Integers that count from 0: a list, a NumPy array or a JAX array."""
 
 
 class World(NamedTuple):
@@ -62,36 +66,39 @@ def make_world(
     )
 
 
-def demonstrations(world: World, prompts: Int[Array, " n"], responses: Int[Array, " n"]) -> Demonstrations:
+def demonstrations(world: World, prompts: Ids, responses: Ids) -> Demonstrations:
     """Demonstrations from ids of your own, checked: of equal length, not empty, integers, in the range of the world.
 
     Raises:
       TypeError, ValueError: naming the argument, the value and the row.
     """
-    checks.rows("demonstrations", (prompts, responses))
-    _check_ids(world, prompts=prompts, responses=responses)
-    return Demonstrations(jnp.asarray(prompts), jnp.asarray(responses))
+    prompts, responses = _checked_ids(world, prompts=prompts, responses=responses)
+    return Demonstrations(prompts, responses)
 
 
 def preferences(
-    world: World,
-    prompts: Int[Array, " n"],
-    chosen: Int[Array, " n"],
-    rejected: Int[Array, " n"],
-    weights: Float[Array, " n"] | None = None,
+    world: World, prompts: Ids, chosen: Ids, rejected: Ids, weights: Sequence[float] | ArrayLike | None = None
 ) -> Preferences:
     """Comparisons from ids of your own, checked like `demonstrations`; chosen and rejected must also differ.
+
+    Args:
+      world: the ids count its prompts and responses.
+      prompts: ids of the prompts.
+      chosen: ids of the preferred responses.
+      rejected: ids of the others.
+      weights: how much each comparison counts, zero or positive; `None` means equally.
 
     Raises:
       TypeError, ValueError: naming the argument, the value and the row.
     """
-    checks.rows("preferences", (prompts, chosen, rejected, weights))
-    _check_ids(world, prompts=prompts, chosen=chosen, rejected=rejected)
+    prompts, chosen, rejected = _checked_ids(world, prompts=prompts, chosen=chosen, rejected=rejected)
     checks.distinct("preferences", chosen, rejected)
-    if weights is not None:
-        checks.not_negative("weights", weights)
-        weights = jnp.asarray(weights, jnp.float32)
-    return Preferences(jnp.asarray(prompts), Pair(jnp.asarray(chosen), jnp.asarray(rejected)), weights)
+    if weights is None:
+        return Preferences(prompts, Pair(chosen, rejected))
+    weights = jnp.asarray(weights, jnp.float32)
+    checks.same_shape(prompts=prompts, weights=weights)
+    checks.not_negative("weights", weights)
+    return Preferences(prompts, Pair(chosen, rejected), weights)
 
 
 def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Demonstrations:
@@ -114,12 +121,12 @@ def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Dem
 
 
 def preference_probability(
-    reward: Float[Array, "*n"],
-    other_reward: Float[Array, "*n"],
+    reward: Float[Array, "*#n"],
+    other_reward: Float[Array, "*#n"],
     *,
     temperature: Scalar = 1.0,
     flip_probability: Scalar = 0.0,
-) -> Float[Array, "*n"]:
+) -> Float[Array, "*#n"]:
     r"""The probability that people prefer a response to another one, under the Bradley-Terry model.
 
     .. math:: (1 - f)\, \sigma(\Delta / T) + f\, \sigma(-\Delta / T), \qquad \Delta = r - r'
@@ -211,7 +218,7 @@ def sample_policy_pairs(
     probs = jnp.exp(log_probs)[prompts]
     first_uniform, second_uniform = jax.random.uniform(pair_key, (2, num))
     first = invert_cumulative(first_uniform, probs * (1 - probs))
-    is_first = jnp.arange(num_responses) == first[:, None]
+    is_first = jax.nn.one_hot(first, num_responses, dtype=bool)
     return prompts, (first, invert_cumulative(second_uniform, jnp.where(is_first, 0.0, probs)))
 
 
@@ -275,8 +282,11 @@ def sampled_reward(
     return jnp.mean(lookup(world.rewards, prompts, generate(key, log_probs, prompts)), axis=-1)
 
 
-def _check_ids(world: World, *, prompts: Array, **responses: Array) -> None:
-    checks.ids("prompts", prompts, world.num_prompts)
-    for name, ids in responses.items():
-        checks.ids(name, ids, world.num_responses)
-        checks.same_shape(**{"prompts": prompts, name: ids})
+def _checked_ids(world: World, **columns: Ids) -> list[Int[Array, " n"]]:
+    arrays = {name: np.asarray(ids) for name, ids in columns.items()}
+    checks.rows("data", arrays)
+    for name, ids in arrays.items():
+        if ids.ndim != 1:
+            raise ValueError(f"{name} must have one axis, got shape {ids.shape}")
+        checks.ids(name, ids, world.num_prompts if name == "prompts" else world.num_responses)
+    return [jnp.asarray(ids, jnp.int32) for ids in arrays.values()]

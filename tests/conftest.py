@@ -1,0 +1,24 @@
+"""Strictness: no silent rank promotion, and every annotated shape and dtype is checked at run time.
+
+Warnings are errors too: see `filterwarnings` in pyproject.toml.
+"""
+
+import jax
+import jaxtyping
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jaxtyping.install_import_hook("dpo_jax", "beartype.beartype")
+
+import pytest  # noqa: E402
+
+from dpo_jax import toy  # noqa: E402
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return toy.make_world(jax.random.key(7))

@@ -1,0 +1,105 @@
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpo_jax import toy
+from dpo_jax.types import Pair
+
+
+def test_network_starts_from_pytorchs_distribution(key):
+    params = jax.vmap(lambda key: toy.ToyLM().init(key, jnp.zeros((5, 8))))(jax.random.split(key, 300))["params"]
+    for layer, fan_in, shape in (("Dense_0", 8, (8, 32)), ("Dense_1", 32, (32, 10))):
+        assert params[layer]["kernel"].shape[1:] == shape
+        for values in params[layer].values():
+            bound = fan_in**-0.5
+            assert stats.kstest(np.ravel(values), "uniform", args=(-bound, 2 * bound)).pvalue > 1e-3
+
+
+def test_network_matches_the_formula(key, world):
+    variables = toy.ToyLM().init(key, world.embeddings)
+    first, second = (
+        {name: np.float64(values) for name, values in variables["params"][layer].items()}
+        for layer in ("Dense_0", "Dense_1")
+    )
+    hidden = np.maximum(np.float64(world.embeddings) @ first["kernel"] + first["bias"], 0)
+    logits = hidden @ second["kernel"] + second["bias"]
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_probs = toy.log_prob_table(toy.ToyLM(), world.embeddings)(variables)
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_table_policy_starts_uniform(key, world):
+    policy = toy.TablePolicy()
+    log_probs = toy.log_prob_table(policy, world.embeddings)(policy.init(key, world.embeddings))
+    np.testing.assert_allclose(log_probs, -np.log(10), rtol=1e-6)
+
+
+def test_log_prob_scores_any_structure_of_responses(key, world):
+    policy = toy.ToyLM()
+    params = policy.init(key, world.embeddings)
+    table = toy.log_prob_table(policy, world.embeddings)(params)
+    prompts, responses = jnp.array([0, 3, 3]), Pair(jnp.array([1, 2, 9]), jnp.array([0, 0, 0]))
+    logps = toy.log_prob_fn(policy, world.embeddings)(params, prompts, responses)
+    assert isinstance(logps, Pair)
+    assert logps.chosen.tolist() == [table[0, 1], table[3, 2], table[3, 9]]
+    assert logps.rejected.tolist() == [table[0, 0], table[3, 0], table[3, 0]]
+
+
+def test_network_runs_once_for_each_prompt_and_not_for_each_pair(key, world):
+    policy = toy.ToyLM()
+    params = policy.init(key, world.embeddings)
+    log_prob = toy.log_prob_fn(policy, world.embeddings)
+    ids = jnp.zeros(1000, jnp.int32)
+    jaxpr = jax.make_jaxpr(log_prob)(params, ids, Pair(ids, ids))
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    assert [product.outvars[0].aval.shape for product in products] == [(5, 32), (5, 10)]
+
+
+def test_generation_follows_the_table(key):
+    probs = np.array([[0.5, 0.0, 0.2, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.0]])
+    with np.errstate(divide="ignore"):
+        log_probs = jnp.log(jnp.asarray(probs))
+    num = 30_000
+    responses = toy.generate(key, log_probs, jnp.tile(jnp.arange(3)[:, None], (1, num)))
+    for row in range(3):
+        counts = np.bincount(responses[row], minlength=5)
+        assert counts[probs[row] == 0].sum() == 0
+        possible = probs[row] > 0
+        assert stats.chisquare(counts[possible], num * probs[row][possible]).pvalue > 1e-4 or possible.sum() == 1
+
+
+def test_greedy_picks_the_most_probable():
+    assert toy.greedy(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]))).tolist() == [1, 0]
+
+
+def test_ids_out_of_range_are_refused_and_never_clamped(world):
+    table = jnp.log(world.rewards)
+    with pytest.raises(ValueError, match=r"responses\.chosen must be between 0 and 9, got 10 in row 1"):
+        toy.lookup(table, jnp.array([0, 1]), Pair(jnp.array([0, 10]), jnp.array([1, 1])))
+    with pytest.raises(ValueError, match="prompts must be between 0 and 4, got 5 in row 0"):
+        toy.lookup(table, jnp.array([5]), jnp.array([0]))
+    for prompt, response in ((0, 10), (0, -1), (5, 0), (-1, 0)):
+        assert jnp.isnan(jax.jit(toy.lookup)(table, jnp.array([prompt]), jnp.array([response])))
+
+
+def test_ids_that_do_not_match_are_refused(world):
+    lookup = inspect.unwrap(toy.lookup)
+    with pytest.raises(ValueError, match=r"prompts \(2,\), responses \(3,\)"):
+        lookup(world.rewards, jnp.array([0, 1]), jnp.array([0, 1, 2]))
+    with pytest.raises(TypeError, match="responses must hold integers"):
+        lookup(world.rewards, jnp.array([0]), jnp.array([0.0]))
+
+
+def test_generate_wants_a_typed_key(world):
+    with pytest.raises(TypeError, match="key must be a typed key"):
+        inspect.unwrap(toy.generate)(jnp.zeros(2, jnp.uint32), jnp.log(world.rewards), jnp.array([0]))
+
+
+def test_same_key_same_bits(key, world):
+    samples = [toy.generate(key, jnp.log(world.rewards), jnp.zeros(50, jnp.int32)) for _ in range(2)]
+    chex.assert_trees_all_equal(*samples)

@@ -1,0 +1,211 @@
+import inspect
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpo_jax import toy
+from dpo_jax.types import Pair, Preferences
+
+NUM = 20_000
+
+
+def test_world_has_the_notebooks_distribution(key):
+    worlds = jax.vmap(toy.make_world)(jax.random.split(key, 400))
+    assert worlds.embeddings.shape == (400, 5, 8)
+    assert worlds.rewards.shape == (400, 5, 10)
+    assert stats.kstest(np.ravel(worlds.embeddings), "norm").pvalue > 1e-3
+    np.testing.assert_allclose(worlds.rewards.sum(-1), 1.0, rtol=1e-5)
+    logits = np.log(worlds.rewards)
+    centred = (logits - logits.mean(-1, keepdims=True)) / 2 / np.sqrt(1 - 1 / 10)
+    assert stats.kstest(np.ravel(centred), "norm").pvalue > 1e-3
+
+
+def test_sizes_and_sharpness_are_arguments(key):
+    world = toy.make_world(key, num_prompts=2, num_responses=3, embedding_dim=4, sharpness=0.0)
+    chex.assert_shape(world.embeddings, (2, 4))
+    assert (world.num_prompts, world.num_responses) == (2, 3)
+    np.testing.assert_allclose(world.rewards, 1 / 3, rtol=1e-6)
+
+
+def test_demonstrations_follow_the_rewards(key, world):
+    demos = toy.sample_demonstrations(key, world, num=NUM)
+    counts = np.zeros(world.rewards.shape)
+    np.add.at(counts, (np.asarray(demos.prompts), np.asarray(demos.responses)), 1)
+    expected = counts.sum(axis=1, keepdims=True) * np.float64(world.rewards)
+    assert stats.chisquare(counts.ravel(), expected.ravel(), ddof=4, sum_check=False).pvalue > 1e-4
+    assert stats.chisquare(np.bincount(demos.prompts)).pvalue > 1e-4
+
+
+def test_uniform_pairs_are_uniform_and_distinct(key, world):
+    prompts, (first, second) = toy.sample_uniform_pairs(key, world, num=NUM)
+    assert not jnp.any(first == second)
+    counts = np.zeros((world.num_prompts, world.num_responses, world.num_responses))
+    np.add.at(counts, (np.asarray(prompts), np.asarray(first), np.asarray(second)), 1)
+    different = ~np.eye(world.num_responses, dtype=bool)
+    assert stats.chisquare(counts[:, different].ravel()).pvalue > 1e-4
+
+
+def test_policy_pairs_are_independent_samples_given_that_they_differ(key, world):
+    policy = jnp.log(world.rewards)
+    _, pair = toy.sample_policy_pairs(key, policy[:1], num=NUM)
+    probs = np.float64(world.rewards[0])
+    expected = np.outer(probs, probs) * ~np.eye(len(probs), dtype=bool)
+    counts = np.zeros_like(expected)
+    np.add.at(counts, tuple(np.asarray(side) for side in pair), 1)
+    assert counts.trace() == 0
+    expected *= NUM / expected.sum()
+    common = expected > 5
+    pooled = [np.append(x[common], x[~common].sum()) for x in (counts, expected)]
+    assert stats.chisquare(*pooled, sum_check=False).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("temperature", "flip", "expected"),
+    [
+        (1.0, 0.0, 1 / (1 + np.exp(-0.5))),
+        (0.25, 0.0, 1 / (1 + np.exp(-2.0))),
+        (0.0, 0.0, 1.0),
+        (0.0, 0.2, 0.8),
+        (1.0, 1.0, 1 / (1 + np.exp(0.5))),
+    ],
+)
+def test_preference_probability_by_hand(temperature, flip, expected):
+    probability = toy.preference_probability(
+        jnp.array([0.75]), jnp.array([0.25]), temperature=temperature, flip_probability=flip
+    )
+    np.testing.assert_allclose(probability, expected, rtol=1e-6)
+
+
+def test_equal_rewards_are_a_coin_toss_even_without_noise():
+    equal = jnp.array([0.3])
+    probability, slope = jax.value_and_grad(
+        lambda temperature: toy.preference_probability(equal, equal, temperature=temperature)[0]
+    )(0.0)
+    assert probability == 0.5
+    assert jnp.isfinite(slope)
+
+
+@pytest.mark.parametrize(("temperature", "flip"), [(1.0, 0.0), (0.2, 0.3), (0.0, 0.0), (0.0, 0.25)])
+def test_labels_have_the_stated_probability(key, world, temperature, flip):
+    prompts = jnp.zeros(NUM, jnp.int32)
+    pair = (jnp.full(NUM, 2), jnp.full(NUM, 5))
+    labelled = toy.label_pairs(key, world, prompts, pair, temperature=temperature, flip_probability=flip)
+    wins = int(jnp.sum(labelled.responses.chosen == 2))
+    expected = float(
+        toy.preference_probability(
+            world.rewards[0, 2], world.rewards[0, 5], temperature=temperature, flip_probability=flip
+        )
+    )
+    assert stats.binomtest(wins, NUM, expected).pvalue > 1e-4
+    assert jnp.all(labelled.responses.chosen + labelled.responses.rejected == 7)
+
+
+def test_noise_is_traced_and_everything_fits_in_one_jit(key):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(key, temperature, flip_probability):
+        world = toy.make_world(key)
+        policy = jnp.log(world.rewards)
+        return toy.sample_preferences(
+            key, world, num=100, log_probs=policy, temperature=temperature, flip_probability=flip_probability
+        )
+
+    noiseless = run(key, 0.0, 0.0)
+    flipped = run(key, 0.0, 1.0)
+    chex.assert_trees_all_equal(noiseless.responses.chosen, flipped.responses.rejected)
+
+
+def test_all_preferences_are_every_ordered_pair_with_its_probability(world):
+    everything = toy.all_preferences(world, temperature=0.5)
+    chosen, rejected = everything.responses
+    assert len(everything.prompts) == 5 * 10 * 9
+    assert len({*zip(*(column.tolist() for column in (everything.prompts, chosen, rejected)), strict=True)}) == 450
+    assert not jnp.any(chosen == rejected)
+    np.testing.assert_allclose(everything.weights.mean(), 1.0, rtol=1e-6)
+    difference = np.float64(world.rewards[everything.prompts, chosen] - world.rewards[everything.prompts, rejected])
+    np.testing.assert_allclose(everything.weights, 2 / (1 + np.exp(-difference / 0.5)), rtol=1e-5)
+
+
+def test_sampled_reward_estimates_the_expected_reward(key, world):
+    policy = jax.nn.log_softmax(jax.random.normal(key, world.rewards.shape))
+    num = 20_000
+    exact = toy.expected_reward(policy, world.rewards)
+    spread = jnp.sqrt(toy.expected_reward(policy, world.rewards**2) - exact**2)
+    z = (toy.sampled_reward(key, world, policy, num=num) - exact) / (spread / num**0.5)
+    assert jnp.all(jnp.abs(z) < 4), z
+
+
+def test_same_key_same_bits(key, world):
+    chex.assert_trees_all_equal(*(toy.sample_preferences(key, world, num=50) for _ in range(2)))
+
+
+def test_your_own_ids_are_checked(world):
+    preferences = toy.preferences(world, [0, 1], np.array([2, 3]), jnp.array([4, 5]), weights=[0.5, 1.5])
+    expected = Preferences(jnp.array([0, 1]), Pair(jnp.array([2, 3]), jnp.array([4, 5])), jnp.array([0.5, 1.5]))
+    chex.assert_trees_all_equal(preferences, expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([0, 5], [1, 2], [3, 4]), ValueError, "prompts must be between 0 and 4, got 5 in row 1"),
+        (([0, 1], [1, 2], [3, -1]), ValueError, "rejected must be between 0 and 9, got -1 in row 1"),
+        (([0, 1], [1, 4], [3, 4]), ValueError, "chosen and rejected must differ, but both are 4 in row 1"),
+        (([0, 1], np.array([1.0, 4.0]), [3, 4]), TypeError, "chosen must hold integers"),
+        (([0, 1], [1], [3, 4]), ValueError, "ragged"),
+        (([], [], []), ValueError, "no rows"),
+        (([0, 1], [1, 2], [3, 4], [1.0, -1.0]), ValueError, r"weights must be zero or positive.* got -1.0 in row 1"),
+        (([0, 1], [1, 2], [3, 4], [1.0]), ValueError, r"prompts \(2,\), weights \(1,\)"),
+    ],
+)
+def test_bad_ids_are_refused_by_row(world, arguments, error, message):
+    with pytest.raises(error, match=message):
+        toy.preferences(world, *arguments)
+
+
+def test_bad_demonstrations_are_refused(world):
+    with pytest.raises(ValueError, match="responses must be between 0 and 9, got 10 in row 2"):
+        toy.demonstrations(world, [0, 1, 2], [0, 9, 10])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda key, world: toy.make_world(7), TypeError, "key must be a typed key made by jax.random.key"),
+        (lambda key, world: toy.make_world(jax.random.split(key)), ValueError, "key must be a single key"),
+        (
+            lambda key, world: toy.make_world(key, num_responses=1),
+            ValueError,
+            "num_responses must be at least 2, got 1",
+        ),
+        (lambda key, world: toy.make_world(key, num_prompts=2.5), TypeError, "num_prompts must be a whole number"),
+        (lambda key, world: toy.make_world(key, sharpness=-1.0), ValueError, "sharpness must be zero or positive"),
+        (lambda key, world: toy.sample_demonstrations(key, world, num=0), ValueError, "num must be at least 1, got 0"),
+        (
+            lambda key, world: toy.sample_preferences(key, world, num=3, temperature=-1.0),
+            ValueError,
+            "temperature must be zero or positive, and finite, got -1.0",
+        ),
+        (
+            lambda key, world: toy.sample_preferences(key, world, num=3, flip_probability=1.5),
+            ValueError,
+            "flip_probability must be between 0 and 1, got 1.5",
+        ),
+        (
+            lambda key, world: toy.sample_preferences(key, world, num=3, log_probs=jnp.zeros((5, 9))),
+            ValueError,
+            r"shapes must be equal, got log_probs \(5, 9\), rewards \(5, 10\)",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(key, world, call, error, message, monkeypatch):
+    for name in ("make_world", "sample_demonstrations", "sample_preferences"):
+        monkeypatch.setattr(toy, name, inspect.unwrap(getattr(toy, name)))
+    with pytest.raises(error, match=message):
+        call(key, world)
