@@ -20,7 +20,7 @@ def training(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
       history: `loss` (nats), `accuracy` and `reward_margin`; where it also has `held_out_loss` or the like, that is
         drawn beside it.
     """
-    figure, panels = _panels(13, 3.8, columns=3)
+    figure, panels = _panels(13.0, 3.8, columns=3)
     titles = {"loss": "Loss (nats) ↓", "accuracy": "Preference accuracy ↑", "reward_margin": "Reward margin ↑"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         epochs = range(1, len(history[name]) + 1)
@@ -57,7 +57,7 @@ def beta_ablation(
       sft_reward: that of the policy which training started from.
       stderr: standard errors of `rewards`, drawn as error bars.
     """
-    figure, (left, right) = _panels(12, 4.4, columns=2)
+    figure, (left, right) = _panels(12.0, 4.4, columns=2)
     labels, colours = [f"β = {beta:g}" for beta in betas], [PALETTE[i % len(PALETTE)] for i in range(len(betas))]
     for loss, label, colour in zip(losses, labels, colours, strict=True):
         left.plot(range(1, len(loss) + 1), loss, color=colour, label=label)

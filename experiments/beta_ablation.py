@@ -42,11 +42,13 @@ def run(seed: Int[Array, ""], betas: Float[Array, " betas"]) -> dict[str, Any]:
     reference, rewards = start.sft.log_probs, start.world.rewards
     optima = toy.frontier(reference, rewards, betas)
     sft_reward = jnp.mean(start.sft.expected_reward)
+    demonstrated_reward = jnp.mean(toy.expected_reward(jnp.log(rewards), rewards))
     last = {name: metric[:, -1] for name, metric in policies.history.items()}
     return {
         "sft": {
             "expected_reward": sft_reward,
             "sampled_reward": jnp.mean(start.sft.sampled_reward),
+            "gain_over_demonstrations": sft_reward - demonstrated_reward,
             "loss": start.sft.history["loss"][-1],
         },
         "betas": {
@@ -69,7 +71,7 @@ def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.St
     beta_array = jnp.asarray(betas, jnp.float32)
     chunks = [np.arange(first, first + size, dtype=np.uint32) for first in range(seed, seed + num_seeds, size)]
     program = watch.compiled(jax.vmap(run, in_axes=(0, None)), chunks[0], beta_array)
-    with harness.console.status("Compiling one program for all seeds and betas"):
+    with harness.waiting("Compiling one program for all seeds and betas"):
         program.wait()
     results = []
     with harness.progress("seeds", num_seeds) as show_done:

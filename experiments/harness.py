@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ from dpo_jax import checks
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-console = Console()
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 OptionsType = TypeVar("OptionsType")
 
@@ -206,11 +206,23 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
     return {"mean": values.mean(axis=0), "stderr": spread / np.sqrt(len(values))}
 
 
+def on_terminal() -> bool:
+    """Whether somebody watches who would like to see things move."""
+    return console.is_terminal and not in_jupyter()
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Says what is being waited for, on terminals only."""
+    with console.status(what) if on_terminal() else nullcontext():
+        yield
+
+
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar with rate and remaining time, shown on terminals only; yields what sets how much is done."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not on_terminal()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
 

@@ -22,8 +22,11 @@
 # This page is a script and a notebook in one: `python -m experiments.tutorial`, or `tutorial.ipynb` beside it.
 
 # %%
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append("..")  # a notebook starts in its own folder, scripts in the one above
 
 import jax
 import numpy as np
@@ -89,7 +92,7 @@ dpo_program = watch.compiled(train_dpo, dpo_key, prepare_program.output, BETA, o
 
 from dpo_jax import figures  # Matplotlib loads while XLA compiles
 
-with harness.console.status("Compiling"):
+with harness.waiting("Compiling"):
     start = prepare_program(start_key)
 world, sft = start.world, start.sft
 harness.console.print(

@@ -3,6 +3,10 @@
 Warnings are errors too: see `filterwarnings` in pyproject.toml.
 """
 
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # compiles faster
+
 import jax
 import jaxtyping
 

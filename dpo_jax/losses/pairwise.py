@@ -46,9 +46,10 @@ def dpo_loss(
     With :math:`\epsilon = 0` this is Rafailov et al. 2023, "Direct Preference Optimization", arXiv 2305.18290, Eq. 7;
     with :math:`\epsilon > 0`, the conservative DPO of Mitchell 2023, "A note on DPO with noisy preferences".
 
+    >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
-    >>> dpo_loss(policy, reference, beta=0.5)  # -log sigmoid(0.5 * 2)
-    Array([0.31326166], dtype=float32)
+    >>> print(dpo_loss(policy, reference, beta=0.5).round(4))  # -log sigmoid(0.5 * 2)
+    [0.3133]
 
     Args:
       policy: log-probabilities (nats, summed over the tokens of a response) of the chosen and the rejected responses

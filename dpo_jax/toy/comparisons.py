@@ -133,7 +133,7 @@ def load_policy(path: str | Path) -> NamedPolicy:
       ValueError: the file was not written by `save_policy`, or is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             prompts, responses = json.loads(str(arrays["names"]))
             names = Names(tuple(prompts), tuple(map(tuple, responses)))
             return NamedPolicy(names, arrays["log_probs"], arrays["reference"])
@@ -159,7 +159,7 @@ def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"{path}, line {reader.line_num}: more cells than columns")
             yield f"line {reader.line_num}", record
     except csv.Error as problem:
-        raise ValueError(f"{path}, line {reader.line_num}: {problem}") from problem
+        raise ValueError(f"{path}, line {reader.reader.line_num}: {problem}") from problem
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -171,7 +171,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except json.JSONDecodeError as problem:
             raise ValueError(f"{path}, line {number}: not JSON ({problem})") from problem
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, got {line.strip():.40}")
+            raise ValueError(f"{path}, line {number}: expected an object, got {_excerpt(line)}")
         _check_columns(f"{path}, line {number}", record)
         yield f"line {number}", record
 
@@ -211,7 +211,7 @@ def _check_columns(place: str | Path, names: Any) -> None:
 def _checked(record: dict[str, Any], place: str) -> tuple[str, str, str, float]:
     prompt, chosen, rejected = (_cell(record, name, place) for name in COLUMNS)
     if chosen == rejected:
-        raise ValueError(f"{place}: chosen and rejected are the same, {chosen:.40!r}")
+        raise ValueError(f"{place}: chosen and rejected are the same, {_excerpt(chosen)}")
     if "weight" not in record:
         return prompt, chosen, rejected, 1.0
     try:
@@ -228,5 +228,10 @@ def _cell(record: dict[str, Any], name: str, place: str) -> str:
     if cell is None or (isinstance(cell, str) and not cell.strip()):
         raise ValueError(f"{place}: {name} is blank")
     if not isinstance(cell, str | int | float) or isinstance(cell, bool):
-        raise ValueError(f"{place}: {name} must be text, got {cell!r:.40}")
+        raise ValueError(f"{place}: {name} must be text, got {_excerpt(cell)}")
     return str(cell)
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 50 else f"{text[:50]}..."

@@ -2,9 +2,10 @@
 
 An independent implementation to compare `experiments/beta_ablation.py` with. It draws from the global generators of
 PyTorch and NumPy in the notebook's order, so that a seed here is a seed there. Needs PyTorch; the tests do not: they
-read `notebook_in_torch.json`, which was made by
+read `notebook_in_torch.jsonl`, a line for each seed, which was made by the command below. It takes some seconds a seed,
+and goes on where it stopped.
 
-    python tests/golden/notebook_in_torch.py --first-seed 0 --num-seeds 200
+    python tests/golden/notebook_in_torch.py --num-seeds 800
 """
 
 import argparse
@@ -22,20 +23,15 @@ BETAS = (0.01, 0.1, 0.5, 2.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--num-seeds", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--num-seeds", type=int, default=800)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seeds = range(arguments.first_seed, arguments.first_seed + arguments.num_seeds)
-    runs = []
-    for seed in seeds:
-        runs.append(run_notebook(seed))
-        print(seed, runs[-1], flush=True)
-    columns = {name: np.round([run[name] for run in runs], 7).tolist() for name in runs[0]}
-    arguments.out.write_text(
-        json.dumps({"torch": torch.__version__, "first_seed": seeds.start, "betas": BETAS, **columns}) + "\n"
-    )
+    path = Path(__file__).with_suffix(".jsonl")
+    path.touch()
+    for seed in range(len(path.read_text().splitlines()), arguments.num_seeds):
+        run = {name: np.round(figures, 6).tolist() for name, figures in run_notebook(seed).items()}
+        with path.open("a") as file:
+            file.write(json.dumps({"seed": seed, **run}) + "\n")
 
 
 def run_notebook(seed: int) -> dict[str, float | list[float]]:

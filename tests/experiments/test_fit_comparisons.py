@@ -1,0 +1,121 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from dpo_jax import toy
+from dpo_jax.types import Pair, Preferences
+from experiments import example_comparisons, fit_comparisons, harness
+
+EXAMPLE = example_comparisons.PATH
+
+
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch):
+    monkeypatch.setattr(harness, "enable_compilation_cache", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("fit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harness, "enable_compilation_cache", lambda: None)
+        fit_comparisons.main(fit_comparisons.Options(EXAMPLE, out=out))
+    return out, json.loads((out / "summary.json").read_text())
+
+
+def test_the_example_is_what_its_script_makes():
+    with EXAMPLE.open(newline="", encoding="utf-8") as file:
+        assert [tuple(row) for row in csv.reader(file)] == example_comparisons.rows()
+
+
+def test_it_writes_results_and_nothing_else(finished):
+    out, summary = finished
+    assert {path.name for path in out.iterdir()} == {"policy.npz", "ranking.csv", "training.png", "summary.json"}
+    test = summary["test"]
+    assert test["num_training"] + test["num_held_out"] == 600
+    assert test["num_held_out"] == 120
+    assert test["accuracy"]["mean"] > 0.5 + 2 * test["accuracy"]["stderr"]
+    assert len(summary["history"]["held_out_loss"]) == 100
+
+
+def test_the_saved_policy_ranks_as_the_ranking_says(finished):
+    out, _ = finished
+    policy = toy.load_policy(out / "policy.npz")
+    with (out / "ranking.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["prompt"] for row in rows} == set(example_comparisons.TIMES)
+    for time in example_comparisons.TIMES:
+        ranked = [(row["response"], float(row["probability"])) for row in rows if row["prompt"] == time]
+        expected = policy.ranking(time)
+        assert [name for name, _ in ranked] == [name for name, _ in expected]
+        np.testing.assert_allclose([p for _, p in ranked], [p for _, p in expected], rtol=1e-5)
+
+
+def test_the_policy_recovers_known_odds(tmp_path):
+    """Of two responses, a wins three times as often as b: with beta = 1 it gets three times the probability."""
+    path = tmp_path / "votes.csv"
+    path.write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 300 + "q,b,a\n" * 100)
+    options = fit_comparisons.Options(path, held_out=0.01, out=tmp_path / "out")
+    fit_comparisons.main(options)
+    ranking = dict(toy.load_policy(tmp_path / "out" / "policy.npz").ranking("q"))
+    assert ranking["a"] / ranking["b"] == pytest.approx(3.0, rel=0.05)
+
+
+def test_accuracy_and_majority_by_hand():
+    names = toy.Names(("q",), (("a", "b", "c"),))
+    policy = toy.NamedPolicy(names, np.log([[0.5, 0.3, 0.2]]), np.log([[1 / 3] * 3]))
+
+    def preferences(pairs, weights=None):
+        chosen, rejected = np.array(pairs).T
+        return Preferences(np.zeros(len(pairs), int), Pair(chosen, rejected), weights)
+
+    training = preferences([(1, 0), (1, 0), (0, 1), (2, 0)])
+    held_out = preferences([(0, 1), (1, 0), (0, 2), (1, 2)])
+    test = fit_comparisons.evaluate(policy, training, held_out)
+    assert test["accuracy"]["mean"] == 0.75  # all but (1, 0)
+    assert test["majority_accuracy"]["mean"] == (0 + 1 + 0 + 0.5) / 4  # (1, 2) was never seen
+    weighted = fit_comparisons.evaluate(policy, training, preferences([(0, 1), (1, 0)], np.array([3.0, 1.0])))
+    assert weighted["accuracy"]["mean"] == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "--beta must be positive and finite, got 0.0"),
+        ({"learning_rate": -1.0}, "--learning-rate must be positive and finite, got -1.0"),
+        ({"label_smoothing": 0.5}, "--label-smoothing must be at least 0.0 and below 0.5, got 0.5"),
+        ({"held_out": 1.0}, "--held-out must lie between 0 and 1, got 1.0"),
+        ({"held_out": 1e-9}, "--held-out 1e-09 of 600 comparisons leaves none"),
+        ({"num_epochs": 0}, "--num-epochs must be at least 1, got 0"),
+        ({"file": EXAMPLE.with_name("nowhere.csv")}, "nowhere.csv"),
+    ],
+)
+def test_bad_options_end_in_one_line_and_write_nothing(tmp_path, changes, message):
+    options = fit_comparisons.Options(**{"file": EXAMPLE, "out": tmp_path / "out", **changes})
+    with pytest.raises(SystemExit, match=message):
+        fit_comparisons.main(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_file_ends_in_one_line_and_writes_nothing(tmp_path):
+    path = tmp_path / "bad.csv"
+    path.write_text("prompt,chosen,rejected\na,b,b\n")
+    with pytest.raises(SystemExit, match="line 2: chosen and rejected are the same, 'b'"):
+        fit_comparisons.main(fit_comparisons.Options(path, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write_half(unfinished):
+        unfinished.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        harness.save(path, write_half)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

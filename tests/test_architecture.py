@@ -1,0 +1,49 @@
+"""Arrows run one way: no module imports from a floor above its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpo_jax
+
+ROOT = Path(dpo_jax.__file__).parent
+FLOORS = {"types": 0, "checks": 0, "shuffle": 1, "toy": 2, "losses": 2, "train": 3, "figures": 5}
+MODULES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+
+
+def room(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_run_one_way(path):
+    here = room(path)
+    rooms = [name.split(".")[1] for name in imported(path) if name.startswith("dpo_jax.")]
+    assert all(other == here or FLOORS[other] < FLOORS[here] or FLOORS[other] == 0 for other in rooms), rooms
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in MODULES} == FLOORS.keys()
+
+
+@pytest.mark.parametrize(("where", "stranger"), [("losses", "flax"), ("losses", "optax"), ("train", "flax")])
+def test_some_rooms_have_never_heard_of_some_libraries(where, stranger):
+    names = [name.split(".")[0] for path in MODULES if room(path) == where for name in imported(path)]
+    assert names
+    assert stranger not in names
+
+
+def test_the_package_imports_fast():
+    loaded = "import sys, dpo_jax; sys.exit(any(m in sys.modules for m in ('jax', 'flax', 'matplotlib', 'pyarrow')))"
+    subprocess.run([sys.executable, "-c", loaded], check=True)

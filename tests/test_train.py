@@ -1,0 +1,399 @@
+import inspect
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import losses, toy, train
+from dpo_jax.types import Demonstrations, Pair, Preferences
+
+POLICY = toy.ToyLM()
+GOLDEN = Path(__file__).parent / "golden" / "torch_epochs.npz"
+
+
+@pytest.fixture(scope="module")
+def start():
+    return make_start()
+
+
+def make_start():
+    """A world, how it scores, a network's initial parameters, demonstrations, and comparisons with their reference."""
+    keys = jax.random.split(jax.random.key(1), 4)
+    world = toy.make_world(keys[0])
+    params = POLICY.init(keys[1], world.embeddings)
+    demos = toy.sample_demonstrations(keys[2], world, num=50)
+    preferences = toy.sample_preferences(keys[3], world, num=70)
+    log_prob = toy.log_prob_fn(POLICY, world.embeddings)
+    return world, log_prob, params, demos, train.with_reference(log_prob, params, preferences)
+
+
+def fit_dpo(key, start, *, beta=0.1, learning_rate=1e-2, num_epochs=3, batch_size=32, **options):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)
+    return train.fit(
+        key,
+        params,
+        preferences,
+        objective=objective,
+        learning_rate=learning_rate,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        **options,
+    )
+
+
+# Objectives
+
+
+def test_sft_objective_is_the_mean_negative_log_likelihood(start):
+    world, log_prob, params, demos, _ = start
+    table = np.float64(toy.log_prob_table(POLICY, world.embeddings)(params))
+    loss, metrics = train.sft_objective(log_prob)(params, demos)
+    np.testing.assert_allclose(loss, -table[demos.prompts, demos.responses].mean(), rtol=1e-5)
+    assert metrics == {}
+
+
+def test_preference_objective_has_the_notebooks_metrics(start, key):
+    world, log_prob, params, _, preferences = start
+    other = POLICY.init(key, world.embeddings)
+    table, reference = (np.float64(toy.log_prob_table(POLICY, world.embeddings)(p)) for p in (other, params))
+    prompts, (chosen, rejected) = preferences.prompts, preferences.responses
+    ratios = table - reference
+    chosen_reward, rejected_reward = 0.3 * ratios[prompts, chosen], 0.3 * ratios[prompts, rejected]
+    loss, metrics = train.preference_objective(log_prob, losses.dpo_loss, beta=0.3)(other, preferences)
+    expected = {
+        "chosen_reward": chosen_reward.mean(),
+        "rejected_reward": rejected_reward.mean(),
+        "reward_margin": (chosen_reward - rejected_reward).mean(),
+        "accuracy": (chosen_reward > rejected_reward).mean(),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(loss, np.logaddexp(0, rejected_reward - chosen_reward).mean(), rtol=1e-5)
+
+
+def test_hyperparameters_reach_the_loss(start):
+    _, log_prob, _, _, preferences = start
+
+    def loss(policy, reference, *, beta, slope):
+        return slope * beta * jnp.ones_like(policy[0] - reference[0])
+
+    value, _ = train.preference_objective(log_prob, loss, beta=0.5, slope=4.0)(start[2], preferences)
+    assert value == 2.0
+
+
+def test_whole_weights_equal_repeated_rows(start):
+    _, log_prob, params, demos, preferences = start
+    rows = jnp.array([0, 1, 1, 1])
+    for objective, data in (
+        (train.sft_objective(log_prob), demos),
+        (train.preference_objective(log_prob, losses.dpo_loss, beta=0.1), preferences),
+    ):
+        repeated = objective(params, jax.tree.map(lambda leaf: leaf[rows], data))
+        weighted = objective(params, jax.tree.map(lambda leaf: leaf[:2], data)._replace(weights=jnp.array([0.5, 1.5])))
+        chex.assert_trees_all_close(weighted, repeated, rtol=1e-5)
+
+
+def test_no_gradient_flows_into_the_reference(start):
+    _, log_prob, params, _, preferences = start
+    gradient = jax.grad(lambda p: train.with_reference(log_prob, p, preferences).reference.chosen.sum())(params)
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
+
+
+def test_preferences_without_reference_are_refused(start):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
+    with pytest.raises(ValueError, match="no reference log-probabilities"):
+        objective(params, preferences._replace(reference=None))
+
+
+# The same numbers as PyTorch, step by step, for a whole epoch
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 2e-4)])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_an_epoch_equals_pytorchs(stage, dtype, tolerance):
+    golden = dict(np.load(GOLDEN))
+    with jax.enable_x64(dtype == np.float64):
+
+        def params(moment):
+            return {
+                "params": {
+                    layer: {name: jnp.asarray(golden[f"{moment}_{layer}_{name}"], dtype) for name in ("kernel", "bias")}
+                    for layer in ("Dense_0", "Dense_1")
+                }
+            }
+
+        log_prob = toy.log_prob_fn(POLICY, jnp.asarray(golden["embeddings"], dtype))
+        if stage == "sft":
+            state_params, learning_rate, batch_size = params("start"), 1e-2, 32
+            data = Demonstrations(*jnp.asarray(golden["demos"]))
+            objective = train.sft_objective(log_prob)
+        else:
+            state_params, learning_rate, batch_size = params("sft"), 1e-3, 64
+            prompts, chosen, rejected = jnp.asarray(golden["preferences"])
+            data = train.with_reference(log_prob, state_params, Preferences(prompts, Pair(chosen, rejected)))
+            objective = train.preference_objective(log_prob, losses.dpo_loss, beta=float(golden["beta"]))
+        order = jnp.asarray(golden[f"{stage}_order"])
+        optimizer = optax.adam(learning_rate)
+        state = train.init_state(state_params, optimizer)
+        options = {"objective": objective, "optimizer": optimizer}
+
+        end, metrics = jax.jit(lambda state: train.run_epoch(state, data, order, batch_size=batch_size, **options))(
+            state
+        )
+        chex.assert_trees_all_close(end.params, params(stage), rtol=0, atol=tolerance)
+        np.testing.assert_allclose(metrics["loss"], golden[f"{stage}_losses"].mean(), rtol=tolerance)
+        assert end.step == len(golden[f"{stage}_losses"])
+
+        gradient_of = jax.jit(jax.grad(lambda params, batch: objective(params, batch)[0]))
+        step = jax.jit(lambda state, batch: train.update(state, batch, **options))
+        for i, (loss, gradient) in enumerate(zip(golden[f"{stage}_losses"], golden[f"{stage}_gradients"], strict=True)):
+            rows = order[i * batch_size : (i + 1) * batch_size]
+            batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
+            layers = gradient_of(state.params, batch)["params"]
+            flat = [layers[layer][name].ravel() for layer in ("Dense_0", "Dense_1") for name in ("kernel", "bias")]
+            np.testing.assert_allclose(np.concatenate(flat), gradient, rtol=0, atol=max(tolerance, 1e-7))
+            state, metrics = step(state, batch)
+            np.testing.assert_allclose(metrics["loss"], loss, rtol=tolerance)
+
+
+# fit
+
+
+def test_history_is_the_mean_of_batch_means_with_a_short_last_batch(start):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
+    optimizer = optax.sgd(0.5)
+    order = jnp.arange(70)[::-1]
+    _, metrics = train.run_epoch(
+        train.init_state(params, optimizer), preferences, order, objective=objective, optimizer=optimizer, batch_size=32
+    )
+    expected = []
+    for rows in (order[:32], order[32:64], order[64:]):
+        batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], preferences)
+        (loss, _), gradient = jax.value_and_grad(objective, has_aux=True)(params, batch)
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
+        expected.append(loss)
+    np.testing.assert_allclose(metrics["loss"], np.mean(expected), rtol=1e-5)
+
+
+def test_history_has_a_value_for_each_epoch(start, key):
+    world = start[0]
+    table = toy.log_prob_table(POLICY, world.embeddings)
+    reference = table(start[2])
+    params, history = fit_dpo(key, start, evaluate=lambda params: toy.evaluate(table(params), reference, world.rewards))
+    names = {"loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward", "step"}
+    assert history.keys() == names | {"expected_reward", "kl_to_reference"}
+    assert all(values.shape == (3,) for values in history.values())
+    assert history["step"].tolist() == [3, 6, 9]
+    exact = toy.expected_reward(table(params), world.rewards).mean()
+    np.testing.assert_allclose(history["expected_reward"][-1], exact, rtol=1e-6)
+
+
+def test_every_row_is_used_once_in_every_epoch(key):
+    seen = []
+
+    def objective(params, batch):
+        return params * jnp.sum(batch), {"rows": jnp.sum(2.0 ** batch.astype(jnp.float32))}
+
+    for num, batch_size in ((10, 4), (10, 5), (10, 1), (10, 10), (10, 99)):
+        _, history = train.fit(
+            key,
+            jnp.float32(0.0),
+            jnp.arange(num),
+            objective=objective,
+            learning_rate=0.1,
+            num_epochs=4,
+            batch_size=batch_size,
+        )
+        num_batches = -(-num // batch_size)
+        seen.append(history["rows"] * num_batches)
+    np.testing.assert_allclose(seen, 2.0**10 - 1)
+
+
+def test_epochs_are_shuffled_differently(key):
+    def objective(params, batch):
+        return params * 0.0, {"first": batch[0].astype(jnp.float32)}
+
+    _, history = train.fit(
+        key, jnp.float32(0.0), jnp.arange(1000), objective=objective, learning_rate=0.1, num_epochs=20, batch_size=1000
+    )
+    assert len(set(history["first"].tolist())) > 15
+
+
+def test_same_key_same_bits_and_other_key_other_bits(start, key):
+    first, again = (fit_dpo(key, start) for _ in range(2))
+    chex.assert_trees_all_equal(first, again)
+    other, _ = fit_dpo(jax.random.key(5), start)
+    assert not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, first[0], other)))
+
+
+def test_one_trace_serves_a_grid_of_betas_and_learning_rates(start, key):
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(beta, learning_rate):
+        return fit_dpo(key, start, beta=beta, learning_rate=learning_rate)[1]["reward_margin"][-1]
+
+    margins = {float(run(beta, rate)) for beta in (0.01, 0.1, 2.0) for rate in (1e-3, 1e-2)}
+    assert len(margins) == 6
+
+
+def test_vmap_over_betas_and_seeds_equals_a_loop():
+    """In float64: in float32 Adam's first steps turn a rounding error of a gradient near zero into a whole step."""
+    with jax.enable_x64(True):
+        start, keys, betas = make_start(), jax.random.split(jax.random.key(3), 2), jnp.array([0.01, 2.0])
+
+        def run(key, beta):
+            return fit_dpo(key, start, beta=beta, num_epochs=2)
+
+        swept = jax.vmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(0, None))(keys, betas)
+        program = jax.jit(run)
+        for i, key in enumerate(keys):
+            for j, beta in enumerate(betas):
+                alone = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], swept)
+                chex.assert_trees_all_close(alone, program(key, beta), rtol=1e-9, atol=1e-12)
+
+
+def test_reports_come_between_pieces_and_change_nothing(start, key):
+    reports = []
+    reported = fit_dpo(
+        key, start, num_epochs=5, epochs_per_report=2, report=lambda *arguments: reports.append(arguments)
+    )
+    chex.assert_trees_all_close(reported, fit_dpo(key, start, num_epochs=5), rtol=1e-6)
+    assert [epochs for epochs, _ in reports] == [2, 4, 5]
+    assert reports[-1][1]["loss"] == reported[1]["loss"][-1]
+    with pytest.raises(ValueError, match="report cannot be called under jit"):
+        jax.jit(lambda key: fit_dpo(key, start, report=print))(key)
+
+
+def test_schedules_and_other_optimizers_are_welcome(start, key):
+    def optimizer(rate):
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
+
+    _, history = fit_dpo(
+        key, start, learning_rate=optax.cosine_decay_schedule(1.0, 30), optimizer=optimizer, num_epochs=10
+    )
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_table_policy_converges_to_the_closed_form_optimum(key, world):
+    """With every comparison weighted by its true probability, DPO's minimum is the optimum of the RLHF objective."""
+    beta, policy = 0.2, toy.TablePolicy()
+    reference_table = jax.nn.log_softmax(jax.random.normal(key, world.rewards.shape))
+    log_prob = toy.log_prob_fn(policy, world.embeddings)
+    reference = {"params": {"logits": reference_table}}
+    data = train.with_reference(log_prob, reference, toy.all_preferences(world))
+    params, _ = train.fit(
+        key,
+        reference,
+        data,
+        objective=train.preference_objective(log_prob, losses.dpo_loss, beta=beta),
+        learning_rate=optax.cosine_decay_schedule(0.1, 3000),
+        num_epochs=3000,
+        batch_size=len(data.prompts),
+    )
+    learnt = toy.log_prob_table(policy, world.embeddings)(params)
+    optimum = toy.optimal_policy(reference_table, world.rewards, beta=beta)
+    total_variation = 0.5 * jnp.abs(jnp.exp(learnt) - jnp.exp(optimum)).sum(-1)
+    assert jnp.max(total_variation) < 1e-3, total_variation
+    start_variation = 0.5 * jnp.abs(jnp.exp(reference_table) - jnp.exp(optimum)).sum(-1)
+    assert jnp.min(start_variation) > 0.1
+
+
+# Bad input
+
+
+def nan_from(step):
+    """An objective that is fine until `step` steps were taken: the parameter counts them."""
+
+    def objective(params, batch):
+        loss = jnp.where(params > -0.5 - step, params, jnp.nan)
+        return loss, {"value": params}
+
+    return objective
+
+
+@pytest.mark.parametrize("bad_step", [0, 5])
+def test_nan_stops_training_with_the_step_and_the_last_good_parameters(key, bad_step):
+    options = {"learning_rate": 1.0, "num_epochs": 4, "batch_size": 4, "optimizer": optax.sgd}
+    run = lambda: train.fit(key, jnp.float32(0.0), jnp.arange(10), objective=nan_from(bad_step - 1), **options)  # noqa: E731
+    with pytest.raises(train.NonFiniteError, match=f"not finite in step {bad_step} ") as caught:
+        run()
+    assert caught.value.step == bad_step
+    assert caught.value.params == -bad_step
+    params, history = jax.jit(run)()
+    assert params == -bad_step
+    assert history["step"].tolist() == [min(3 * epoch, bad_step) for epoch in range(1, 5)]
+    assert jnp.isnan(history["loss"][-1])
+    assert jnp.isnan(history["loss"][bad_step // 3])
+    assert not jnp.any(jnp.isnan(history["loss"][: bad_step // 3]))
+
+
+def test_an_infinite_update_is_not_taken(key):
+    def objective(params, batch):
+        return jnp.sqrt(jnp.abs(params)).sum(), {}  # finite at 0, but not its slope
+
+    with pytest.raises(train.NonFiniteError, match="in step 0 ") as caught:
+        train.fit(key, jnp.zeros(2), jnp.arange(4), objective=objective, learning_rate=1.0, num_epochs=1, batch_size=4)
+    assert caught.value.params.tolist() == [0.0, 0.0]
+
+
+def test_one_diverging_run_leaves_its_neighbours_alone(start, key):
+    rates = jnp.array([1e-2, jnp.inf])
+    params, history = jax.vmap(lambda rate: fit_dpo(key, start, learning_rate=rate))(rates)
+    chex.assert_tree_all_finite(params)
+    alone, _ = fit_dpo(key, start, learning_rate=1e-2)
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], params), alone, atol=2e-5)
+    assert history["step"][:, -1].tolist() == [9, 0]
+
+
+def test_nan_is_reported_between_pieces_too(key):
+    with pytest.raises(train.NonFiniteError) as caught:
+        train.fit(
+            key,
+            jnp.float32(0.0),
+            jnp.arange(10),
+            objective=nan_from(4),
+            learning_rate=1.0,
+            num_epochs=9,
+            batch_size=4,
+            optimizer=optax.sgd,
+            report=lambda *_: None,
+            epochs_per_report=3,
+        )
+    assert caught.value.step == 5
+    assert caught.value.history["loss"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive and finite, got 0.0"),
+        ({"learning_rate": float("inf")}, ValueError, "learning_rate must be positive and finite, got inf"),
+        ({"num_epochs": 0}, ValueError, "num_epochs must be at least 1, got 0"),
+        ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
+        ({"data": jnp.zeros((0,))}, ValueError, "data has no rows"),
+        ({"data": (jnp.zeros(3), jnp.zeros(4))}, ValueError, r"data is ragged.*data\[0\] \(3,\), data\[1\] \(4,\)"),
+        ({"data": ()}, ValueError, "data holds no arrays"),
+        ({"key": 0}, TypeError, "key must be a typed key made by jax.random.key"),
+        ({"key": jax.random.PRNGKey(0)}, TypeError, "key must be a typed key made by jax.random.key"),
+    ],
+)
+def test_bad_arguments_are_refused(changes, error, message):
+    arguments = {"key": jax.random.key(0), "params": jnp.float32(0.0), "data": jnp.arange(4)}
+    arguments |= {"learning_rate": 0.1, "num_epochs": 1, "batch_size": 2, **changes}
+    with pytest.raises(error, match=message):
+        inspect.unwrap(train.fit)(objective=nan_from(0), **arguments)
+
+
+def test_bad_beta_is_refused_when_the_objective_is_made(start):
+    with pytest.raises(ValueError, match="beta must be positive and finite, got -0.1"):
+        train.preference_objective(start[1], losses.dpo_loss, beta=-0.1)
