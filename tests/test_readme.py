@@ -1,0 +1,64 @@
+"""What the README says is true: its code runs, its numbers are the reported ones, its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def table_row(entry):
+    """A row of the table of results."""
+
+    def cell(name, digits):
+        return f"{entry[name]['mean']:.{digits}f} ± {entry[name]['stderr']:.{digits}f}"
+
+    columns = (("loss", 4), ("accuracy", 4), ("kl_to_reference", 3), ("expected_reward", 3), ("gain", 3))
+    cells = [f"{entry['beta']:g}", *(cell(*column) for column in columns), f"{entry['optimal_reward']['mean']:.3f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def test_it_spells_out_what_dpo_is_in_the_first_line():
+    assert "Direct Preference Optimization" in README.splitlines()[0]
+
+
+def test_the_quickstart_is_short_and_all_code_runs():
+    assert sum(bool(line.strip()) for line in BLOCKS[0].splitlines()) <= 15
+    scope = {}
+    for block in BLOCKS:
+        exec(block, scope)
+    assert scope["history"]["loss"][-1] < scope["history"]["loss"][0]
+    assert scope["margins"].shape == (20,)
+    assert jax.numpy.isfinite(scope["loss"])
+    hinge, _ = scope["hinge"](scope["reference"], scope["pairs"])
+    assert hinge == 1.0  # no log-ratio yet
+
+
+def test_its_table_is_that_of_the_reported_results():
+    summary = json.loads((ROOT / "experiments/reported/beta_ablation/summary.json").read_text())
+    assert summary["num_seeds"] == 1000
+    for entry in summary["betas"]:
+        assert table_row(entry) in README
+    sft = summary["sft"]["expected_reward"]
+    assert f"{sft['mean']:.3f} ± {sft['stderr']:.3f}" in README
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md"])
+def test_its_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_continuous_integration_runs_its_commands():
+    commands = [
+        line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()
+    ]
+    script = (ROOT / ".ci/run").read_text().splitlines()
+    assert set(commands[:2]) <= set(script)
