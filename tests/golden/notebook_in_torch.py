@@ -5,7 +5,7 @@ PyTorch and NumPy in the notebook's order, so that a seed here is a seed there. 
 read `notebook_in_torch.jsonl`, a line for each seed, which was made by the command below. It takes some seconds a seed,
 and goes on where it stopped.
 
-    python tests/golden/notebook_in_torch.py --num-seeds 800
+    python tests/golden/notebook_in_torch.py --num-seeds 500
 """
 
 import argparse
@@ -23,7 +23,7 @@ BETAS = (0.01, 0.1, 0.5, 2.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-seeds", type=int, default=800)
+    parser.add_argument("--num-seeds", type=int, default=500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     path = Path(__file__).with_suffix(".jsonl")

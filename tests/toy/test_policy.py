@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from dpo_jax import toy
+from dpo_jax.toy.policy import invert_cumulative
 from dpo_jax.types import Pair
 
 
@@ -71,6 +72,13 @@ def test_generation_follows_the_table(key):
         assert counts[probs[row] == 0].sum() == 0
         possible = probs[row] > 0
         assert stats.chisquare(counts[possible], num * probs[row][possible]).pvalue > 1e-4 or possible.sum() == 1
+
+
+def test_weights_of_zero_are_never_drawn_at_the_edges():
+    weights = jnp.array([0.0, 0.3, 0.0, 0.1, 0.0])
+    below_one = np.nextafter(np.float32(1), np.float32(0))
+    drawn = invert_cumulative(jnp.array([0.0, 0.74, 0.76, below_one]), jnp.tile(weights, (4, 1)))
+    assert drawn.tolist() == [1, 1, 3, 3]
 
 
 def test_greedy_picks_the_most_probable():
