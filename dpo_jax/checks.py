@@ -34,14 +34,14 @@ def not_negative(name: str, value: Any) -> None:
     _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
 
 
-def finite(name: str, value: Any) -> None:
-    """`value` is finite in every entry."""
-    _require(name, value, np.isfinite, "finite")
-
-
 def between(name: str, value: Any, low: float, high: float) -> None:
     """`low <= value < high` in every entry."""
     _require(name, value, lambda x: (low <= x) & (x < high), f"at least {low} and below {high}")
+
+
+def finite(name: str, value: Any) -> None:
+    """`value` is finite in every entry."""
+    _require(name, value, np.isfinite, "finite")
 
 
 def probability(name: str, value: Any) -> None:
@@ -59,20 +59,29 @@ def size(name: str, value: Any, *, at_least: int = 1) -> None:
 
 def ids(name: str, value: Any, num: int) -> None:
     """`value` is an array of integers, each in `0 .. num - 1`. (JAX itself would clamp the others silently.)."""
-    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+    if not jnp.issubdtype(_dtype(name, value), jnp.integer):
         raise TypeError(f"{name} must hold integers, got {_describe(value)}")
     _require(name, value, lambda x: (x >= 0) & (x < num), f"between 0 and {num - 1}")
 
 
-def log_probs(name: str, value: Any) -> None:
-    """`value` is a floating-point array without NaN and without anything above 0 (a rounding error aside)."""
-    floating(name, value)
-    _require(name, value, lambda x: x <= 1e-3, "a log-probability, so at most 0")
+def choices(name: str, weights: Any, *, at_least: int = 1) -> None:
+    """Each row of `weights` leaves a choice: nothing negative or NaN, and enough entries that are positive."""
+    _require(name, weights, lambda x: (x >= 0) & (x < np.inf), "zero or positive, and finite")
+    if is_traced(weights):
+        return
+    num_possible = np.sum(np.asarray(weights) > 0, axis=-1)
+    too_few = np.argwhere(num_possible < at_least)
+    if too_few.size:
+        index = tuple(int(i) for i in too_few[0])
+        raise ValueError(
+            f"{name} must give at least {at_least} responses of each prompt a positive weight, "
+            f"got {num_possible[index]} in row {_position(index)}"
+        )
 
 
 def floating(name: str, value: Any) -> None:
     """`value` is an array of floating-point numbers."""
-    if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+    if not jnp.issubdtype(_dtype(name, value), jnp.floating):
         raise TypeError(f"{name} must hold floating-point numbers, got {_describe(value)}")
 
 
@@ -81,6 +90,23 @@ def same_shape(**arrays: Any) -> None:
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def same_dtype(**arrays: Any) -> None:
+    """All arrays have one and the same dtype."""
+    dtypes = {name: _dtype(name, array) for name, array in arrays.items()}
+    if len(set(dtypes.values())) > 1:
+        raise TypeError("dtypes must be equal, got " + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()))
+
+
+def broadcasts(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """`value` is a scalar or an array that broadcasts to `shape` without changing it."""
+    try:
+        fits = np.broadcast_shapes(jnp.shape(value), shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to the shape {shape}, got shape {jnp.shape(value)}")
 
 
 def pair(name: str, value: Any) -> None:
@@ -129,8 +155,19 @@ def _require(name: str, value: Any, holds: Any, what: str) -> None:
     wrong = np.argwhere(~holds(array))
     if wrong.size or (array.ndim == 0 and not holds(array)):
         index = tuple(int(i) for i in wrong[0])
-        where = f" in row {index[0] if len(index) == 1 else index}" if index else ""
+        where = f" in row {_position(index)}" if index else ""
         raise ValueError(f"{name} must be {what}, got {array[index]}{where}")
+
+
+def _position(index: tuple[int, ...]) -> int | tuple[int, ...]:
+    return index[0] if len(index) == 1 else index
+
+
+def _dtype(name: str, value: Any) -> Any:
+    """The dtype that JAX would give to the array."""
+    if not hasattr(value, "dtype"):
+        raise TypeError(f"{name} must be an array, got {_describe(value)}")
+    return jax.dtypes.canonicalize_dtype(value.dtype) if np.issubdtype(value.dtype, np.number) else value.dtype
 
 
 def _is_extended_float(value: Any) -> bool:

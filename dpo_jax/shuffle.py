@@ -29,7 +29,7 @@ def permutation(key: Key[Array, ""], num: int) -> Int[Array, " num"]:
     """
     checks.key(key)
     checks.size("num", num)
-    columns, rows = _grid(num)
+    rows, columns = _grid(num)
     round_keys = jax.random.bits(key, (_num_rounds(num), 2), jnp.uint32)
 
     def roll(index: UInt32[Array, " num"]) -> UInt32[Array, " num"]:
@@ -64,8 +64,9 @@ def _grid(num: int) -> tuple[int, int]:
 def _num_rounds(num: int) -> int:
     """How often to roll. A small grid mixes slowly, each roll having few amounts to choose from.
 
-    Measured by chi-squared tests on 300,000 permutations: with 4 rounds, the joint place of any three indices is
-    uniform from 30 indices on; with 12, each of the `num!` permutations of up to 7 indices is equally frequent.
+    Measured by chi-squared tests on 300,000 permutations: 4 rounds place any three indices uniformly and independently
+    from 30 indices on, and 12 rounds make all `num!` permutations of up to 7 indices equally frequent. Both limits are
+    exceeded here by a wide margin.
     """
     return 16 if num < 256 else 4
 

@@ -48,9 +48,10 @@ def preference_objective(
       **hyperparameters: what else the loss takes.
 
     Returns:
-      An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are batch
-      means: `chosen_reward` and `rejected_reward`, the implicit rewards `beta * log(pi / pi_ref)`; `reward_margin`,
-      their difference; and `accuracy`, the share of comparisons with a positive margin.
+      An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are means over
+      the batch, weighted where it has weights: `chosen_reward` and `rejected_reward`, the implicit rewards
+      `beta * log(pi / pi_ref)`; `reward_margin`, their difference; and `accuracy`, the share of comparisons with a
+      positive margin.
 
     Raises:
       ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
@@ -70,7 +71,8 @@ def preference_objective(
             "reward_margin": margin,
             "accuracy": (margin > 0).astype(margin.dtype),
         }
-        return _mean(values, batch.weights), {name: _mean(metric, batch.weights) for name, metric in metrics.items()}
+        shares = None if batch.weights is None else batch.weights / jnp.mean(batch.weights)
+        return _mean(values, batch.weights), {name: _mean(metric, shares) for name, metric in metrics.items()}
 
     return objective
 
@@ -109,13 +111,14 @@ class NonFiniteError(FloatingPointError):
     Attributes:
       step: the optimizer step, counted from 0, that failed.
       params: the parameters before that step.
-      history: the history, NaN from the epoch of the failure on.
+      history: the history; the objective's metrics are NaN from the epoch of the failure on.
     """
 
     def __init__(self, step: int, num_batches: int, params: Params, history: Metrics):
         super().__init__(
             f"loss or update not finite in step {step} (epoch {step // num_batches}, batch {step % num_batches}, "
-            "counted from 0); the error's attributes `params` and `history` hold what was learnt before it"
+            "counted from 0); the learning rate may be too high, or the data hold NaN or ids out of range. The error's "
+            "attributes `params` and `history` keep what was learnt before."
         )
         self.step, self.params, self.history = step, params, history
 
@@ -135,11 +138,11 @@ def update(
     """
     (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(updates))
-    finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(total)
-    params = jax.tree.map(
-        lambda old, new: jnp.where(finite, new, old), state.params, optax.apply_updates(state.params, updates)
-    )
+    params = optax.apply_updates(state.params, updates)
+    finite = state.finite & jnp.isfinite(loss)
+    for leaf in jax.tree.leaves(params):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    params = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state.params, params)
     metrics = {name: jnp.where(finite, metric, jnp.nan) for name, metric in {"loss": loss, **metrics}.items()}
     return TrainState(params, opt_state, state.step + finite, finite), metrics
 
@@ -211,13 +214,14 @@ def fit(
     Raises:
       TypeError, ValueError: an argument is not as described.
       NonFiniteError: a loss or an update was NaN or infinite. Under `jit` nothing can be raised: there, training also
-        stops with the last good parameters, `step` ceases to grow and the other metrics become NaN.
+        stops with the last good parameters, `step` ceases to grow and the objective's metrics become NaN.
     """
     checks.key(key)
     checks.size("num_epochs", num_epochs)
     checks.size("batch_size", batch_size)
     if not callable(learning_rate):
         checks.positive("learning_rate", learning_rate)
+        checks.broadcasts("learning_rate", learning_rate, ())
     num_rows = checks.rows("data", data)
     data = jax.tree.map(jnp.asarray, data)
     transformation = optimizer(learning_rate)
@@ -228,6 +232,8 @@ def fit(
             state, data, order, objective=objective, optimizer=transformation, batch_size=min(batch_size, num_rows)
         )
         evaluated = evaluate(state.params) if evaluate else {}
+        if taken := evaluated.keys() & {*metrics, "step"}:
+            raise ValueError(f"evaluate must not return {', '.join(sorted(taken))}: training has metrics of that name")
         return state, {**metrics, **evaluated, "step": state.step}
 
     run = partial(jax.lax.scan, epoch)
@@ -268,5 +274,8 @@ def _in_batches(leaf: Array, num_batches: int, batch_size: int) -> Array:
     return leaf[: num_batches * batch_size].reshape(num_batches, batch_size, *leaf.shape[1:])
 
 
-def _mean(values: Float[Array, " batch"], weights: Float[Array, " batch"] | None) -> Float[Array, ""]:
-    return jnp.mean(values) if weights is None else jnp.mean(weights * values)
+def _mean(values: Float[Array, " batch"], weights: Array | None) -> Float[Array, ""]:
+    if weights is None:
+        return jnp.mean(values)
+    checks.same_shape(losses=values, weights=weights)
+    return jnp.mean(weights * values)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks, figures, toy
 from experiments import harness
-from experiments.notebook import BETAS, ablate
+from experiments.notebook import BETA, BETAS, ablate
 
 SEEDS_PER_CHUNK = 64
 CURVE_BETAS = np.geomspace(0.005, 20.0, 60, dtype=np.float32)
@@ -53,13 +53,14 @@ def run(seed: Int[Array, ""], betas: Float[Array, " betas"]) -> dict[str, Any]:
         },
         "betas": {
             **{name: last[name] for name in ("loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward")},
+            **{f"{name}_history": policies.history[name] for name in ("loss", "accuracy", "reward_margin")},
             "expected_reward": last["expected_reward"],
             "sampled_reward": jnp.mean(policies.sampled_reward, axis=-1),
             "gain": last["expected_reward"] - sft_reward,
             "kl_to_reference": last["kl_to_reference"],
             "optimal_reward": optima["expected_reward"],
             "optimal_kl": optima["kl_to_reference"],
-            "loss_history": policies.history["loss"],
+            "diverged": jnp.isnan(last["loss"]),
         },
         "frontier": toy.frontier(reference, rewards, jnp.asarray(CURVE_BETAS)),
     }
@@ -77,7 +78,7 @@ def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.St
     with harness.progress("seeds", num_seeds) as show_done:
         for chunk in chunks:
             results.append(program(chunk, beta_array))
-            show_done(len(results) * size)
+            show_done(min(num_seeds, len(results) * size))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_seeds], *results)
 
 
@@ -110,16 +111,24 @@ def print_results(summary: dict[str, Any]) -> None:
         ["β", *(name.replace("_", " ") for name in columns)],
         [[f"{entry['beta']:g}", *(_plus_minus(entry[name]) for name in columns)] for entry in summary["betas"]],
     )
+    for entry in summary["betas"]:
+        if entry["diverged"]["mean"]:
+            harness.console.print(
+                f"Beware: with β = {entry['beta']:g}, {entry['diverged']['mean']:.1%} of runs diverged."
+            )
 
 
 def save_figures(summary: dict[str, Any], out: Path) -> None:
-    """Draws the ablation and the frontier from a summary."""
+    """Draws the training at the notebook's beta, the ablation and the frontier from a summary."""
     entries = summary["betas"]
     betas = [entry["beta"] for entry in entries]
 
     def column(name: str, statistic: str = "mean") -> np.ndarray:
         return np.array([entry[name][statistic] for entry in entries])
 
+    shown = betas.index(BETA) if BETA in betas else 0
+    training = {name: column(f"{name}_history")[shown] for name in ("loss", "accuracy", "reward_margin")}
+    harness.save_figure(figures.training(training), out / "dpo_training.png")
     figure = figures.beta_ablation(
         betas,
         column("loss_history"),
@@ -142,15 +151,18 @@ def main(options: Options) -> None:
     """Runs the ablation and writes its results."""
     harness.check_seeds(options.seed, options.num_seeds)
     with harness.clear_errors():
-        checks.rows("--betas", np.array(options.betas))
+        if not options.betas:
+            raise ValueError("--betas needs at least one value")
         checks.positive("--betas", np.array(options.betas))
     out = harness.output_folder(options.out)
     harness.enable_compilation_cache()
     watch = harness.Stopwatch()
     summary = summarise(run_all(options.seed, options.num_seeds, options.betas, watch), options.betas)
-    print_results(summary)
     save_figures(summary, out)
-    harness.save_summary({"seed": options.seed, **summary, **harness.provenance(watch)}, out)
+    harness.save_summary(
+        {"seed": options.seed, **summary, **harness.provenance(compile=watch.compile, run=watch.run)}, out
+    )
+    print_results(summary)
     harness.console.print(
         f"Compiled in {watch.compile:.1f} s, ran in {watch.run:.2f} s "
         f"({10 * watch.run / options.num_seeds:.2f} s per ten seeds). Figures and summary.json are in {out}."
@@ -158,7 +170,8 @@ def main(options: Options) -> None:
 
 
 def _plus_minus(statistics: dict[str, Any]) -> str:
-    return f"{statistics['mean']:.4f} ± {statistics['stderr']:.4f}"
+    mean, stderr = (f"{statistics[name]:.4f}" for name in ("mean", "stderr"))
+    return mean if stderr == "nan" else f"{mean} ± {stderr}"
 
 
 if __name__ == "__main__":

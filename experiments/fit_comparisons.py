@@ -5,6 +5,7 @@ were compared. With beta = 1 the ratio of two probabilities is the odds that the
 """
 
 import csv
+import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -60,26 +61,25 @@ def main(options: Options) -> None:
     out = harness.output_folder(options.out)
     harness.enable_compilation_cache()
 
-    watch = harness.Stopwatch()
-
-    with harness.progress("epochs", options.num_epochs) as show_done, watch.counting("run"), harness.clear_errors():
+    start = time.perf_counter()
+    with harness.progress("epochs", options.num_epochs) as show_done, harness.clear_errors(train.NonFiniteError):
         policy, history = fit(options, comparisons.names, training, held_out, show_done)
+    seconds = time.perf_counter() - start
     test = evaluate(policy, training, held_out)
     ranking = rank(policy, training, options.beta)
-    print_test(test)
-    print_ranking(ranking)
-
     harness.save(out / "policy.npz", lambda path: toy.save_policy(path, policy))
     harness.save(out / "ranking.csv", lambda path: write_ranking(path, ranking))
     harness.save_figure(figures.training(history), out / "training.png")
     summary = {"file": options.file.name, "beta": options.beta, "test": test, "history": history}
-    harness.save_summary({**summary, **harness.provenance(watch)}, out)
+    harness.save_summary({**summary, **harness.provenance(compile_and_run=seconds)}, out)
+    print_test(test)
+    print_ranking(ranking)
     harness.console.print(f"Saved policy.npz, ranking.csv, training.png and summary.json in {out}.")
 
 
 def check(options: Options) -> None:
     """Raises an error on options that make no sense, before anything is read or computed."""
-    checks.size("--seed", options.seed, at_least=0)
+    harness.check_seeds(options.seed)
     checks.positive("--beta", options.beta)
     checks.between("--label-smoothing", options.label_smoothing, 0.0, 0.5)
     checks.positive("--learning-rate", options.learning_rate)
@@ -257,7 +257,9 @@ def write_ranking(path: Path, ranking: list[Ranked]) -> None:
 
 
 def _rows(preferences: Preferences, rows: np.ndarray) -> Preferences:
-    return jax.tree.map(lambda leaf: leaf[rows], preferences)
+    """Some of the comparisons, their weights scaled to average 1 again."""
+    part = jax.tree.map(lambda leaf: leaf[rows], preferences)
+    return part if part.weights is None else part._replace(weights=part.weights / part.weights.mean())
 
 
 def _triples(preferences: Preferences) -> list[tuple[int, int, int]]:

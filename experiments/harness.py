@@ -34,7 +34,7 @@ from dpo_jax import checks
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 OptionsType = TypeVar("OptionsType")
 
@@ -54,15 +54,17 @@ def in_jupyter() -> bool:
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """Ends the script with one line, and no traceback, on an error that the user can mend."""
+def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the script with one line, and no traceback, on an error that the user can mend: by default, bad input."""
     try:
         yield
-    except (TypeError, ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    except Exception as problem:
+        if isinstance(problem, kinds or (TypeError, ValueError, OSError)):
+            sys.exit(f"error: {problem}")
+        raise
 
 
-def check_seeds(seed: int, num_seeds: int) -> None:
+def check_seeds(seed: int, num_seeds: int = 1) -> None:
     """Ends the script unless `seed .. seed + num_seeds - 1` can be seeds."""
     with clear_errors():
         checks.size("--seed", seed, at_least=0)
@@ -112,8 +114,10 @@ class Stopwatch:
     def counting(self, what: str) -> Iterator[None]:
         """Adds the seconds spent inside to the attribute `what`."""
         start = time.perf_counter()
-        yield
-        setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+        try:
+            yield
+        finally:
+            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,12 @@ def _compile(lowered: jax.stages.Lowered, optimise: bool) -> jax.stages.Compiled
         return lowered.compile()
 
 
-def provenance(watch: Stopwatch) -> dict[str, Any]:
-    """What belongs to every result: how long it took, where, and with which versions."""
+def provenance(**seconds: float) -> dict[str, Any]:
+    """What belongs to every result: how long each part took, where, and with which versions."""
     packages = ("dpo_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     device = jax.devices()[0]
     return {
-        "seconds": {"compile": watch.compile, "run": watch.run},
+        "seconds": seconds,
         "device": f"{jax.device_count()} x {device.platform} ({device.device_kind})",
         "versions": {"python": platform.python_version(), **{package: version(package) for package in packages}},
     }
@@ -229,11 +233,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table: the first column to the left, numbers to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=Text(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(Text(column), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     console.print(table)
 
 

@@ -17,7 +17,7 @@ NUM_PREFERENCES = 1800  # the notebook draws 2,000 pairs and drops those of a re
 BETA = 0.1
 BETAS = (0.01, 0.1, 0.5, 2.0)
 
-POLICY = toy.ToyLM()
+POLICY = toy.ToyLM(num_responses=10)
 
 
 class TrainedPolicy(NamedTuple):

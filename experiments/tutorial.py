@@ -26,12 +26,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append("..")  # a notebook starts in its own folder, scripts in the one above
+if "ipykernel" in sys.modules:
+    sys.path.append("..")  # a notebook starts in its own folder, a script in the one above
 
 import jax
 import numpy as np
 
 from dpo_jax import losses, toy, train
+from dpo_jax.types import Metrics
 from experiments import harness
 from experiments.notebook import BETA, BETAS, POLICY, prepare, train_dpo
 
@@ -122,21 +124,15 @@ harness.print_table(
 
 # %%
 dpo = dpo_program(dpo_key, start, BETA)
-harness.print_table(
-    f"DPO with β = {BETA}",
-    ["epoch", "loss", "accuracy", "reward margin", "expected reward", "KL to reference"],
-    [
-        [
-            f"{epoch}",
-            f"{dpo.history['loss'][epoch - 1]:.4f}",
-            f"{dpo.history['accuracy'][epoch - 1]:.1%}",
-            f"{dpo.history['reward_margin'][epoch - 1]:.4f}",
-            f"{dpo.history['expected_reward'][epoch - 1]:.4f}",
-            f"{dpo.history['kl_to_reference'][epoch - 1]:.4f}",
-        ]
-        for epoch in range(10, 51, 10)
-    ],
-)
+PROGRESS = ("epoch", "loss", "accuracy", "reward_margin", "expected_reward", "kl_to_reference")
+
+
+def progress(history: Metrics) -> list[list[str]]:
+    """Every tenth epoch of a history, as rows of a table."""
+    return [[f"{epoch}", *(f"{history[name][epoch - 1]:.4f}" for name in PROGRESS[1:])] for epoch in range(10, 51, 10)]
+
+
+harness.print_table(f"DPO with β = {BETA}", PROGRESS, progress(dpo.history))
 
 # %%
 harness.save_figure(figures.training(dpo.history), out / "dpo_training.png")
@@ -185,6 +181,11 @@ learned = {
     name: np.array([policy.history[name][-1] for policy in ablation])
     for name in ("expected_reward", "kl_to_reference", "loss")
 }
+harness.print_table(
+    "Training with each β",
+    ["β", *PROGRESS],
+    [[f"{beta:g}", *row] for beta, policy in zip(BETAS, ablation, strict=True) for row in progress(policy.history)],
+)
 harness.print_table(
     "DPO for four values of beta",
     ["β", "loss", "reward, sampled", "reward, exact", "optimum", "KL to reference", "KL of optimum"],
@@ -265,7 +266,7 @@ if options.num_seeds > 1:
     beta_ablation.print_results(over_seeds)
     summary["over_seeds"] = over_seeds
 
-harness.save_summary({**summary, **harness.provenance(watch)}, out)
+harness.save_summary({**summary, **harness.provenance(compile=watch.compile, run=watch.run)}, out)
 harness.console.print(
     f"Compiled in {watch.compile:.1f} s, ran in {watch.run:.2f} s. Figures and summary.json are in {out}."
 )

@@ -13,8 +13,9 @@ from dpo_jax import checks
         (lambda: checks.positive("x", jnp.bfloat16(-1)), "x must be positive and finite, got -1.0"),
         (lambda: checks.positive("x", np.ones((2, 2)) * [[1], [-1]]), r"got -1.0 in row \(1, 0\)"),
         (lambda: checks.finite("x", np.inf), "x must be finite, got inf"),
-        (lambda: checks.log_probs("x", jnp.array([-1.0, 0.5])), "x must be a log-probability, so at most 0, got 0.5"),
-        (lambda: checks.log_probs("x", jnp.array([jnp.nan])), "got nan in row 0"),
+        (lambda: checks.choices("x", [[0.5, 0.5], [1, 0]], at_least=2), "a positive weight, got 1 in row 1"),
+        (lambda: checks.choices("x", jnp.array([[jnp.nan]])), r"got nan in row \(0, 0\)"),
+        (lambda: checks.broadcasts("x", jnp.ones(2), (3,)), r"x must broadcast to the shape \(3,\), got shape \(2,\)"),
         (lambda: checks.ids("x", np.array([[0, 3]]), 3), r"x must be between 0 and 2, got 3 in row \(0, 1\)"),
         (lambda: checks.rows("x", {"a": jnp.zeros(())}), r"x\['a'\] has no rows"),
     ],
@@ -34,7 +35,8 @@ def test_good_values_pass():
     checks.positive("x", [1, 2.5])
     checks.positive("x", jnp.bfloat16(1))
     checks.not_negative("x", 0)
-    checks.log_probs("x", jnp.array([-jnp.inf, 0.0]))
+    checks.choices("x", jnp.array([[0.0, 1.0]]))
+    checks.broadcasts("x", 1.0, (3,))
     checks.distinct("x", [1, 2], [2, 1])
     assert checks.rows("x", (jnp.zeros((3, 2)), None, jnp.zeros(3))) == 3
 

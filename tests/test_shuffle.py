@@ -21,7 +21,7 @@ def permutations(num, count, seed=0):
     num=st.one_of(st.integers(1, 40), st.integers(250, 260), st.sampled_from([1800, 1801, 10_007])),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_every_index_comes_once(num, seed):
     assert sorted(permutation(jax.random.key(seed), num).tolist()) == list(range(num))
 
@@ -36,8 +36,8 @@ def test_small_permutations_are_all_equally_frequent(num):
 @pytest.mark.parametrize("num", [30, 290])
 def test_any_two_indices_are_placed_independently(num):
     places = permutations(num, 300_000)
-    side = _grid(num)[1]
-    for first, second in ((0, 1), (0, side), (num // 2, num - 1)):
+    columns = _grid(num)[1]
+    for first, second in ((0, 1), (0, columns), (num // 2, num - 1)):
         blocks = places[:, [first, second]] * 10 // num  # tenths of the range
         counts = np.zeros((10, 10))
         np.add.at(counts, (blocks[:, 0], blocks[:, 1]), 1)

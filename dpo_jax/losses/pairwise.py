@@ -15,19 +15,20 @@ def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Flo
       reference: the same under the reference policy.
 
     Raises:
-      TypeError: an argument is not a pair of floating-point arrays.
+      TypeError: an argument is not a pair of floating-point arrays, or the four differ in dtype.
       ValueError: the four arrays differ in shape.
     """
     checks.pair("policy", policy)
     checks.pair("reference", reference)
-    (policy_chosen, policy_rejected), (reference_chosen, reference_rejected) = policy, reference
-    checks.same_shape(
-        policy_chosen=policy_chosen,
-        policy_rejected=policy_rejected,
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
-    )
-    return Pair(policy_chosen - reference_chosen, policy_rejected - reference_rejected)
+    arrays = {
+        "policy_chosen": policy[0],
+        "policy_rejected": policy[1],
+        "reference_chosen": reference[0],
+        "reference_rejected": reference[1],
+    }
+    checks.same_shape(**arrays)
+    checks.same_dtype(**arrays)
+    return Pair(policy[0] - reference[0], policy[1] - reference[1])
 
 
 def dpo_loss(
@@ -55,18 +56,20 @@ def dpo_loss(
       policy: log-probabilities (nats, summed over the tokens of a response) of the chosen and the rejected responses
         under the policy.
       reference: the same under the reference policy, taken as constants by the caller.
-      beta: strength of the pull towards the reference; positive.
-      label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2.
+      beta: strength of the pull towards the reference; positive. A scalar, or one value for each comparison.
+      label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2. Likewise.
 
     Returns:
       The loss in nats, one per comparison. The mean is left to the caller.
 
     Raises:
-      TypeError: an argument is not a pair of floating-point arrays.
+      TypeError: an argument is not a pair of floating-point arrays, or they differ in dtype.
       ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     ratios = log_ratios(policy, reference)
+    checks.broadcasts("beta", beta, ratios.chosen.shape)
+    checks.broadcasts("label_smoothing", label_smoothing, ratios.chosen.shape)
     logits = beta * (ratios.chosen - ratios.rejected)
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)

@@ -95,8 +95,10 @@ def read_comparisons(path: str | Path) -> Comparisons:
     responses: list[dict[str, int]] = []
     ids: list[tuple[int, int, int]] = []
     weights: list[float] = []
+    weighted = None
     for place, record in _records(path):
-        prompt, chosen, rejected, weight = _checked(record, f"{path}, {place}")
+        weighted = "weight" in record if weighted is None else weighted
+        prompt, chosen, rejected, weight = _checked(record, weighted, f"{path}, {place}")
         row = prompts.setdefault(prompt, len(prompts))
         if row == len(responses):
             responses.append({})
@@ -106,13 +108,13 @@ def read_comparisons(path: str | Path) -> Comparisons:
     if not ids:
         raise ValueError(f"{path} holds no comparisons")
     prompt_ids, chosen_ids, rejected_ids = jnp.asarray(np.array(ids, dtype=np.int32).T)
-    relative = np.array(weights) / np.mean(weights)
+    relative = np.array(weights) / max(weights)
     return Comparisons(
         Names(tuple(prompts), tuple(map(tuple, responses))),
         Preferences(
             prompt_ids,
             Pair(chosen_ids, rejected_ids),
-            None if np.all(relative == 1) else jnp.asarray(relative, jnp.float32),
+            None if np.all(relative == 1) else jnp.asarray(relative / relative.mean(), jnp.float32),
         ),
     )
 
@@ -136,7 +138,15 @@ def load_policy(path: str | Path) -> NamedPolicy:
         with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             prompts, responses = json.loads(str(arrays["names"]))
             names = Names(tuple(prompts), tuple(map(tuple, responses)))
-            return NamedPolicy(names, arrays["log_probs"], arrays["reference"])
+            policy = NamedPolicy(names, arrays["log_probs"], arrays["reference"])
+        shapes = {
+            "names": names.compared.shape,
+            "log_probs": policy.log_probs.shape,
+            "reference": policy.reference.shape,
+        }
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"the shapes differ: {shapes}")
+        return policy
     except OSError:
         raise
     except Exception as problem:
@@ -151,11 +161,13 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), restkey="", strict=True)
+    csv.field_size_limit(2**31 - 1)  # responses may be long
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
-        _check_columns(path, reader.fieldnames or [])
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        _check_columns(path, reader.fieldnames)
         for record in reader:
-            if "" in record:
+            if None in record:
                 raise ValueError(f"{path}, line {reader.line_num}: more cells than columns")
             yield f"line {reader.line_num}", record
     except csv.Error as problem:
@@ -168,7 +180,7 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as problem:
+        except (ValueError, RecursionError) as problem:
             raise ValueError(f"{path}, line {number}: not JSON ({problem})") from problem
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: expected an object, got {_excerpt(line)}")
@@ -204,32 +216,39 @@ def _check_columns(place: str | Path, names: Any) -> None:
     missing = [name for name in COLUMNS if name not in names]
     if missing:
         raise ValueError(f"{place}: no column {', '.join(missing)}; found {', '.join(map(str, names)) or 'none'}")
-    if isinstance(names, list) and len(set(names)) < len(names):
+    if any(list(names).count(name) > 1 for name in (*COLUMNS, "weight")):
         raise ValueError(f"{place}: two columns have the same name, among {', '.join(names)}")
 
 
-def _checked(record: dict[str, Any], place: str) -> tuple[str, str, str, float]:
+def _checked(record: dict[str, Any], weighted: bool, place: str) -> tuple[str, str, str, float]:
     prompt, chosen, rejected = (_cell(record, name, place) for name in COLUMNS)
     if chosen == rejected:
         raise ValueError(f"{place}: chosen and rejected are the same, {_excerpt(chosen)}")
-    if "weight" not in record:
-        return prompt, chosen, rejected, 1.0
+    if weighted != ("weight" in record):
+        raise ValueError(f"{place}: weight is given in some lines only")
+    return prompt, chosen, rejected, _weight(record["weight"], place) if weighted else 1.0
+
+
+def _weight(cell: Any, place: str) -> float:
     try:
-        weight = float(record["weight"])
-    except (TypeError, ValueError):
+        weight = math.nan if isinstance(cell, bool) else float(cell)
+    except (TypeError, ValueError, OverflowError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"{place}: weight must be positive and finite, got {record['weight']!r}")
-    return prompt, chosen, rejected, weight
+        raise ValueError(f"{place}: weight must be positive and finite, got {_excerpt(cell)}")
+    return weight
 
 
 def _cell(record: dict[str, Any], name: str, place: str) -> str:
     cell = record[name]
-    if cell is None or (isinstance(cell, str) and not cell.strip()):
+    if cell is None or (isinstance(cell, str) and not cell.strip()) or cell != cell:  # NaN differs from itself
         raise ValueError(f"{place}: {name} is blank")
     if not isinstance(cell, str | int | float) or isinstance(cell, bool):
         raise ValueError(f"{place}: {name} must be text, got {_excerpt(cell)}")
-    return str(cell)
+    text = str(cell)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{place}: {name} has half a character (a lone surrogate), {_excerpt(cell)}")
+    return text
 
 
 def _excerpt(value: Any) -> str:

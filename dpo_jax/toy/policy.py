@@ -23,7 +23,7 @@ class ToyLM(nn.Module):
       hidden_dim: width of the hidden layer.
     """
 
-    num_responses: int = 10
+    num_responses: int
     hidden_dim: int = 32
 
     @nn.compact
@@ -39,7 +39,7 @@ class TablePolicy(nn.Module):
       num_responses: how many responses there are to choose from.
     """
 
-    num_responses: int = 10
+    num_responses: int
 
     @nn.compact
     def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
@@ -74,6 +74,7 @@ def lookup(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], 
       ValueError: an id is out of range. Where ids are traced their values are unknown; there, an id outside the
         table yields NaN instead of another response's entry.
     """
+    table = jnp.asarray(table)
     num_prompts, num_responses = table.shape
     checks.ids("prompts", prompts, num_prompts)
     for path, leaf in jax.tree_util.tree_leaves_with_path(responses):
@@ -94,11 +95,14 @@ def generate(
       prompts: ids of the prompts to respond to.
 
     Raises:
-      TypeError, ValueError: the key is not a key, or an id is out of range (checked unless it is traced).
+      TypeError, ValueError: the key is not a key, an id is out of range, or a prompt has no possible response. Where
+        these are traced their values are unknown; there, the response is -1, which is no response.
     """
     checks.key(key)
     checks.ids("prompts", prompts, log_probs.shape[0])
-    return invert_cumulative(jax.random.uniform(key, jnp.shape(prompts)), jnp.exp(log_probs)[prompts])
+    checks.choices("exp(log_probs)", jnp.exp(log_probs))
+    probs = jnp.exp(log_probs).at[prompts].get(mode="fill", wrap_negative_indices=False)
+    return invert_cumulative(jax.random.uniform(key, jnp.shape(prompts)), probs)
 
 
 def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts"]:
@@ -109,10 +113,12 @@ def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts
 def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n responses"]) -> Int[Array, "*n"]:
     """Draws an index with probability proportional to the weights, given uniform numbers in [0, 1).
 
-    An index of weight zero is never drawn.
+    An index of weight zero is never drawn. Where no weight is positive, or one is NaN, the index is -1.
     """
     cumulative = jnp.cumsum(weights, axis=-1)
-    return jnp.sum(uniform[..., None] * cumulative[..., -1:] >= cumulative, axis=-1, dtype=jnp.int32)
+    total = cumulative[..., -1:]
+    index = jnp.sum(uniform[..., None] * total >= cumulative, axis=-1, dtype=jnp.int32)
+    return jnp.where(total[..., 0] > 0, index, -1)
 
 
 def _dense(features: int, inputs: Float[Array, "*n fan_in"]) -> nn.Dense:
@@ -122,4 +128,5 @@ def _dense(features: int, inputs: Float[Array, "*n fan_in"]) -> nn.Dense:
         features,
         kernel_init=uniform_fan_in,
         bias_init=lambda key, shape, dtype: uniform_fan_in(key, (fan_in, *shape), dtype)[0],
+        precision="highest",  # accelerators would round to fewer digits
     )

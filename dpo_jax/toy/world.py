@@ -1,7 +1,7 @@
 """The one-token world: prompts, responses, true rewards, and the people who demonstrate and compare."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from dpo_jax.types import Demonstrations, Pair, Preferences, Scalar
 
 Ids: TypeAlias = Sequence[int] | ArrayLike
 """Integers that count from 0: a list, a NumPy array or a JAX array."""
+
+Weights: TypeAlias = Sequence[float] | ArrayLike | None
+"""Numbers, zero or positive, relative to 1; or `None` for all equal."""
 
 
 class World(NamedTuple):
@@ -66,19 +69,23 @@ def make_world(
     )
 
 
-def demonstrations(world: World, prompts: Ids, responses: Ids) -> Demonstrations:
+def demonstrations(world: World, prompts: Ids, responses: Ids, weights: Weights = None) -> Demonstrations:
     """Demonstrations from ids of your own, checked: of equal length, not empty, integers, in the range of the world.
+
+    Args:
+      world: the ids count its prompts and responses.
+      prompts: ids of the prompts.
+      responses: ids of the responses.
+      weights: how much each demonstration counts, zero or positive; `None` means equally.
 
     Raises:
       TypeError, ValueError: naming the argument, the value and the row.
     """
     prompts, responses = _checked_ids(world, prompts=prompts, responses=responses)
-    return Demonstrations(prompts, responses)
+    return Demonstrations(prompts, responses, _checked_weights(prompts, weights))
 
 
-def preferences(
-    world: World, prompts: Ids, chosen: Ids, rejected: Ids, weights: Sequence[float] | ArrayLike | None = None
-) -> Preferences:
+def preferences(world: World, prompts: Ids, chosen: Ids, rejected: Ids, weights: Weights = None) -> Preferences:
     """Comparisons from ids of your own, checked like `demonstrations`; chosen and rejected must also differ.
 
     Args:
@@ -93,12 +100,7 @@ def preferences(
     """
     prompts, chosen, rejected = _checked_ids(world, prompts=prompts, chosen=chosen, rejected=rejected)
     checks.distinct("preferences", chosen, rejected)
-    if weights is None:
-        return Preferences(prompts, Pair(chosen, rejected))
-    weights = jnp.asarray(weights, jnp.float32)
-    checks.same_shape(prompts=prompts, weights=weights)
-    checks.not_negative("weights", weights)
-    return Preferences(prompts, Pair(chosen, rejected), weights)
+    return Preferences(prompts, Pair(chosen, rejected), _checked_weights(prompts, weights))
 
 
 def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Demonstrations:
@@ -110,11 +112,13 @@ def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Dem
       num: how many; static.
 
     Raises:
-      ValueError: a reward is negative (checked unless it is traced).
+      TypeError, ValueError: the key is not a key, or a prompt has negative or no positive rewards (checked unless
+        they are traced).
     """
     checks.key(key)
     checks.size("num", num)
-    checks.not_negative("world.rewards", world.rewards)
+    _check(world)
+    checks.choices("world.rewards", world.rewards)
     prompt_key, response_key = jax.random.split(key)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
     return Demonstrations(prompts, generate(response_key, jnp.log(world.rewards), prompts))
@@ -191,7 +195,9 @@ def sample_uniform_pairs(
     key: Key[Array, ""], world: World, *, num: int
 ) -> tuple[Int[Array, " num"], tuple[Int[Array, " num"], Int[Array, " num"]]]:
     """Uniform prompts, each with a uniform pair of distinct responses."""
+    checks.key(key)
     checks.size("num", num)
+    checks.size("world.num_responses", world.num_responses, at_least=2)
     limits = jnp.array([world.num_prompts, world.num_responses, world.num_responses - 1])
     prompts, first, shift = jax.random.randint(key, (3, num), 0, limits[:, None])
     return prompts, (first, (first + 1 + shift) % world.num_responses)
@@ -209,13 +215,18 @@ def sample_policy_pairs(
       key: typed PRNG key.
       log_probs: the policy's table (nats).
       num: how many pairs; static.
+
+    Raises:
+      TypeError, ValueError: the key is not a key, or a prompt has fewer than two possible responses. Where the table is
+        traced its values are unknown; there, the ids of such a prompt are -1, which is no response.
     """
+    checks.key(key)
     checks.size("num", num)
-    checks.log_probs("log_probs", log_probs)
+    checks.choices("exp(log_probs)", jnp.exp(log_probs), at_least=2)
     prompt_key, pair_key = jax.random.split(key)
     num_prompts, num_responses = log_probs.shape
     prompts = jax.random.randint(prompt_key, (num,), 0, num_prompts)
-    probs = jnp.exp(log_probs)[prompts]
+    probs = jax.nn.softmax(log_probs)[prompts]
     first_uniform, second_uniform = jax.random.uniform(pair_key, (2, num))
     first = invert_cumulative(first_uniform, probs * (1 - probs))
     is_first = jax.nn.one_hot(first, num_responses, dtype=bool)
@@ -239,8 +250,14 @@ def label_pairs(
       prompts: ids of the prompts.
       pair: ids of the two responses to each prompt, in any order.
       temperature, flip_probability: see `preference_probability`.
+
+    Raises:
+      TypeError, ValueError: an id is out of range, or the two responses of a pair are the same, among others.
     """
+    checks.key(key)
+    _check(world)
     first, second = pair
+    checks.distinct("pair", first, second)
     first_reward, second_reward = lookup(world.rewards, prompts, pair)
     first_wins: Bool[Array, " n"] = jax.random.bernoulli(
         key,
@@ -283,10 +300,36 @@ def sampled_reward(
 
 
 def _checked_ids(world: World, **columns: Ids) -> list[Int[Array, " n"]]:
-    arrays = {name: np.asarray(ids) for name, ids in columns.items()}
+    arrays = {name: _as_array(name, ids) for name, ids in columns.items()}
     checks.rows("data", arrays)
     for name, ids in arrays.items():
         if ids.ndim != 1:
             raise ValueError(f"{name} must have one axis, got shape {ids.shape}")
         checks.ids(name, ids, world.num_prompts if name == "prompts" else world.num_responses)
     return [jnp.asarray(ids, jnp.int32) for ids in arrays.values()]
+
+
+def _checked_weights(prompts: Int[Array, " n"], weights: Weights) -> Float[Array, " n"] | None:
+    if weights is None:
+        return None
+    array = jnp.asarray(_as_array("weights", weights), jnp.float32)
+    checks.same_shape(prompts=prompts, weights=array)
+    checks.not_negative("weights", array)
+    return array
+
+
+def _as_array(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as problem:
+        raise ValueError(f"{name} is ragged: {problem}") from problem
+
+
+def _check(world: World) -> None:
+    """The tables of a world fit together, and its rewards are numbers."""
+    if jnp.shape(world.embeddings)[:1] != jnp.shape(world.rewards)[:1]:
+        raise ValueError(
+            "world.embeddings and world.rewards must have a row for each prompt, got shapes "
+            f"{jnp.shape(world.embeddings)} and {jnp.shape(world.rewards)}"
+        )
+    checks.finite("world.rewards", world.rewards)

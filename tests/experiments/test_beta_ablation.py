@@ -8,7 +8,7 @@ import pytest
 
 from dpo_jax import toy
 from experiments import beta_ablation, harness
-from experiments.notebook import ablate
+from experiments.notebook import BETAS, ablate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "notebook_in_torch.jsonl"
 REPORTED = Path(beta_ablation.__file__).parent / "reported" / "beta_ablation" / "summary.json"
@@ -28,7 +28,8 @@ def finished(tmp_path_factory):
 
 def test_summary_has_the_agreed_keys(finished):
     out, summary = finished
-    assert {path.name for path in out.iterdir()} == {"summary.json", "beta_ablation.png", "frontier.png"}
+    names = {"summary.json", "dpo_training.png", "beta_ablation.png", "frontier.png"}
+    assert {path.name for path in out.iterdir()} == names
     assert summary["num_seeds"] == 3
     assert summary["sft"]["expected_reward"].keys() == {"mean", "stderr"}
     assert [entry["beta"] for entry in summary["betas"]] == [0.1, 2.0]
@@ -51,6 +52,8 @@ def test_summary_is_the_mean_over_seeds_run_alone(finished):
             np.testing.assert_allclose(entry[name]["mean"], column.mean(), rtol=2e-3)
             np.testing.assert_allclose(entry[name]["stderr"], column.std(ddof=1) / 3**0.5, rtol=2e-2)
         assert entry["optimal_reward"]["mean"] > summary["sft"]["expected_reward"]["mean"]
+        gain = entry["expected_reward"]["mean"] - summary["sft"]["expected_reward"]["mean"]
+        assert entry["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_summary_is_the_mean_over_seeds_run_alone(finished):
         ({"num_seeds": 0}, "--num-seeds must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
         ({"betas": (0.1, -1.0)}, "--betas must be positive and finite, got -1.0 in row 1"),
-        ({"betas": ()}, "--betas"),
+        ({"betas": ()}, "--betas needs at least one value"),
     ],
 )
 def test_bad_options_end_in_one_line(tmp_path, options, message):
@@ -78,6 +81,30 @@ def compare(theirs, ours):
     """How many combined standard errors lie between PyTorch's runs and our mean and standard error."""
     stderr = theirs.std(ddof=1) / len(theirs) ** 0.5
     return abs(theirs.mean() - ours["mean"]) / np.hypot(stderr, ours["stderr"])
+
+
+def test_a_fresh_run_is_like_pytorch():
+    """64 new seeds beside PyTorch's 500: nothing differs by more than three combined standard errors."""
+    watch = harness.Stopwatch()
+    summary = beta_ablation.summarise(beta_ablation.run_all(10_000, 64, BETAS, watch), BETAS)
+    theirs = golden()
+    theirs["gain"] = theirs["expected_reward"] - theirs["sft_reward"][:, None]
+    for column, entry in enumerate(summary["betas"]):
+        for name in ("gain", "loss", "accuracy", "reward_margin", "kl_to_reference"):
+            assert compare(theirs[name][:, column], entry[name]) < 3, (name, entry["beta"])
+    gain = theirs["sft_reward"] - theirs["demonstrator_reward"]
+    assert compare(gain, summary["sft"]["gain_over_demonstrations"]) < 3
+
+
+def test_runs_have_the_notebooks_length():
+    """Steps, which averages hardly show: 100 epochs of 500 in batches of 32, 50 of about 1,800 in batches of 64."""
+    start, policies = jax.eval_shape(lambda key: ablate(key, jnp.ones(1)), jax.random.key(0))
+    assert start.sft.history["loss"].shape == (100,)
+    assert policies.history["loss"].shape == (1, 50)
+    start, policies = jax.jit(lambda key: ablate(key, jnp.ones(1)))(jax.random.key(0))
+    assert start.sft.history["step"][-1] == 100 * -(-500 // 32)
+    assert policies.history["step"][0, -1] == 50 * -(-1800 // 64)
+    assert len(start.preferences.prompts) == 1800
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 0.5, 2.0])

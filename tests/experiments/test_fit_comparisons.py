@@ -80,6 +80,51 @@ def test_accuracy_and_majority_by_hand():
     assert weighted["accuracy"]["mean"] == 0.75
 
 
+def test_weights_average_one_in_both_parts_and_accuracies_are_shares(tmp_path):
+    path = tmp_path / "weighted.csv"
+    path.write_text("prompt,chosen,rejected,weight\n" + "q,a,b,1\nq,a,c,60\n" * 20)
+    options = fit_comparisons.Options(path, out=tmp_path / "out", num_epochs=20)
+    for part in fit_comparisons.split(options, toy.read_comparisons(path).preferences):
+        assert part.weights.mean() == pytest.approx(1.0)
+    fit_comparisons.main(options)
+    history = json.loads((tmp_path / "out" / "summary.json").read_text())["history"]
+    assert history["held_out_accuracy"][-1] == pytest.approx(1.0)
+    assert history["accuracy"][-1] == pytest.approx(1.0)
+
+
+def test_markup_in_names_is_left_alone(tmp_path, capsys):
+    path = tmp_path / "votes.csv"
+    path.write_text("prompt,chosen,rejected\n" + "q [bold],[/INST] yes,[red]ok\n" * 20)
+    fit_comparisons.main(fit_comparisons.Options(path, out=tmp_path / "out[x]", num_epochs=2))
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("q [bold]", "[/INST] yes", "[red]ok"))
+    assert (tmp_path / "out[x]" / "policy.npz").exists()
+
+
+def test_options_matter(tmp_path):
+    def ranking(**changes):
+        options = fit_comparisons.Options(EXAMPLE, num_epochs=5, out=tmp_path / "out", **changes)
+        fit_comparisons.main(options)
+        with (tmp_path / "out" / "ranking.csv").open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    usual = ranking()
+    assert ranking() == usual
+    for changes in ({"seed": 1}, {"label_smoothing": 0.3}, {"beta": 0.3}):
+        assert ranking(**changes) != usual, changes
+    first, last = usual[0], usual[len(example_comparisons.TEAS) - 1]
+    assert int(float(first["wins"])) > int(float(first["losses"]))
+    assert int(float(last["wins"])) < int(float(last["losses"]))
+    assert float(first["implicit_reward"]) > 0 > float(last["implicit_reward"])
+
+
+def test_divergence_ends_in_one_line(tmp_path):
+    options = fit_comparisons.Options(EXAMPLE, learning_rate=3e38, out=tmp_path / "out")
+    with pytest.raises(SystemExit, match="not finite in step"):
+        fit_comparisons.main(options)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

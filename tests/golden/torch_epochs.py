@@ -61,7 +61,7 @@ def run_epoch(name, network, loss_of, data, *, batch_size, learning_rate):
         optimizer.zero_grad()
         loss.backward()
         losses.append(loss.item())
-        gradients.append(torch.cat([p.grad.t().flatten() for p in network.parameters()]).numpy().astype(np.float32))
+        gradients.append(torch.cat([p.grad.t().flatten() for p in network.parameters()]).numpy())
         optimizer.step()
     end = {f"{name}_{parameter}": array for parameter, array in parameters(network).items()}
     return {f"{name}_losses": np.array(losses), f"{name}_gradients": np.array(gradients), **end}

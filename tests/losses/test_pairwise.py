@@ -143,3 +143,9 @@ def test_dpo_refuses_pairs_that_do_not_match():
         log_ratios((jnp.array([1, 2, 3]), POLICY.rejected), REFERENCE)
     with pytest.raises(TypeError, match="reference must be a pair"):
         log_ratios(POLICY, REFERENCE.chosen)
+    with pytest.raises(TypeError, match="policy.chosen must be an array, got"):
+        log_ratios(([-1.0], [-2.0]), REFERENCE)
+    with pytest.raises(TypeError, match="policy_chosen bfloat16.*reference_chosen float32"):
+        log_ratios(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), POLICY), REFERENCE)
+    with pytest.raises(ValueError, match=r"beta must broadcast to the shape \(3,\), got shape \(3, 1\)"):
+        dpo_loss(POLICY, REFERENCE, beta=jnp.ones((3, 1)))

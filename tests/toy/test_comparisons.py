@@ -97,6 +97,19 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.jsonl", b'{"prompt": "a", "chosen": "b"}', "line 1: no column rejected"),
         ("a.jsonl", b'\n{"prompt"', "line 2: not JSON"),
         ("a.jsonl", b"[1, 2]", "line 1: expected an object"),
+        ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
+        ("a.jsonl", b'{"prompt": NaN, "chosen": "b", "rejected": "c"}', "line 1: prompt is blank"),
+        ("a.jsonl", b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "line 1: prompt has half a character"),
+        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": true}', "weight must be positive"),
+        (
+            "a.jsonl",
+            (
+                b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": 1}\n'
+                b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
+            ),
+            "line 2: weight is given in some lines only",
+        ),
+        ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,1e999\n", "line 2: weight must be positive"),
         ("a.jsonl", b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}', "line 1: prompt must be text"),
         ("a.jsonl", b'{"prompt": null, "chosen": "b", "rejected": "c"}', "line 1: prompt is blank"),
         ("a.parquet", b"PAR1 and then nothing", "not a Parquet file"),
@@ -109,6 +122,20 @@ def test_bad_files_are_refused_by_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         toy.read_comparisons(path)
     assert str(path) in str(caught.value)
+
+
+def test_headers_as_other_programs_write_them(tmp_path):
+    for header, row in (("", "0"), (" prompt", None)):
+        path = tmp_path / "file.csv"
+        cells = [header, "prompt", "chosen", "rejected"] if row else [header, " chosen", "rejected "]
+        path.write_text(",".join(cells) + "\n" + ",".join([row, "q", "a", "b"] if row else ["q", "a", "b"]) + "\n")
+        assert toy.read_comparisons(path).names == toy.Names(("q",), (("a", "b"),))
+
+
+def test_responses_may_be_long(tmp_path):
+    long = "x" * 300_000
+    names, _ = toy.read_comparisons(write_csv(tmp_path / "file.csv", [("q", long, "b")]))
+    assert names.responses == ((long, "b"),)
 
 
 def test_bad_parquet_rows_are_refused_by_row(tmp_path):
@@ -151,5 +178,8 @@ def test_a_file_that_is_no_policy_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     with pytest.raises(ValueError, match="does not hold a policy"):
         toy.load_policy(tmp_path / "other.npz")
+    toy.save_policy(tmp_path / "shapes.npz", make_policy()._replace(log_probs=np.zeros((3, 7), np.float32)))
+    with pytest.raises(ValueError, match="the shapes differ"):
+        toy.load_policy(tmp_path / "shapes.npz")
     with pytest.raises(FileNotFoundError):
         toy.load_policy(tmp_path / "nowhere.npz")

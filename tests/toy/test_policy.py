@@ -13,7 +13,9 @@ from dpo_jax.types import Pair
 
 
 def test_network_starts_from_pytorchs_distribution(key):
-    params = jax.vmap(lambda key: toy.ToyLM().init(key, jnp.zeros((5, 8))))(jax.random.split(key, 300))["params"]
+    params = jax.vmap(lambda key: toy.ToyLM(num_responses=10).init(key, jnp.zeros((5, 8))))(jax.random.split(key, 300))[
+        "params"
+    ]
     for layer, fan_in, shape in (("Dense_0", 8, (8, 32)), ("Dense_1", 32, (32, 10))):
         assert params[layer]["kernel"].shape[1:] == shape
         for values in params[layer].values():
@@ -22,7 +24,7 @@ def test_network_starts_from_pytorchs_distribution(key):
 
 
 def test_network_matches_the_formula(key, world):
-    variables = toy.ToyLM().init(key, world.embeddings)
+    variables = toy.ToyLM(num_responses=10).init(key, world.embeddings)
     first, second = (
         {name: np.float64(values) for name, values in variables["params"][layer].items()}
         for layer in ("Dense_0", "Dense_1")
@@ -30,18 +32,18 @@ def test_network_matches_the_formula(key, world):
     hidden = np.maximum(np.float64(world.embeddings) @ first["kernel"] + first["bias"], 0)
     logits = hidden @ second["kernel"] + second["bias"]
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    log_probs = toy.log_prob_table(toy.ToyLM(), world.embeddings)(variables)
+    log_probs = toy.log_prob_table(toy.ToyLM(num_responses=10), world.embeddings)(variables)
     np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_table_policy_starts_uniform(key, world):
-    policy = toy.TablePolicy()
+    policy = toy.TablePolicy(num_responses=10)
     log_probs = toy.log_prob_table(policy, world.embeddings)(policy.init(key, world.embeddings))
     np.testing.assert_allclose(log_probs, -np.log(10), rtol=1e-6)
 
 
 def test_log_prob_scores_any_structure_of_responses(key, world):
-    policy = toy.ToyLM()
+    policy = toy.ToyLM(num_responses=10)
     params = policy.init(key, world.embeddings)
     table = toy.log_prob_table(policy, world.embeddings)(params)
     prompts, responses = jnp.array([0, 3, 3]), Pair(jnp.array([1, 2, 9]), jnp.array([0, 0, 0]))
@@ -52,7 +54,7 @@ def test_log_prob_scores_any_structure_of_responses(key, world):
 
 
 def test_network_runs_once_for_each_prompt_and_not_for_each_pair(key, world):
-    policy = toy.ToyLM()
+    policy = toy.ToyLM(num_responses=10)
     params = policy.init(key, world.embeddings)
     log_prob = toy.log_prob_fn(policy, world.embeddings)
     ids = jnp.zeros(1000, jnp.int32)
@@ -101,6 +103,23 @@ def test_ids_that_do_not_match_are_refused(world):
         lookup(world.rewards, jnp.array([0, 1]), jnp.array([0, 1, 2]))
     with pytest.raises(TypeError, match="responses must hold integers"):
         lookup(world.rewards, jnp.array([0]), jnp.array([0.0]))
+
+
+def test_a_prompt_without_possible_response_gets_none():
+    table = jnp.array([[0.0, -jnp.inf], [-jnp.inf, -jnp.inf], [jnp.nan, 0.0]])
+    key = jax.random.key(0)
+    assert jax.jit(toy.generate)(key, table, jnp.array([0, 1, 2, 3, -1])).tolist() == [0, -1, -1, -1, -1]
+    with pytest.raises(ValueError, match="at least 1 responses of each prompt a positive weight, got 0 in row 1"):
+        toy.generate(key, table[:2], jnp.array([0]))
+    with pytest.raises(ValueError, match=r"got nan in row \(0, 0\)"):
+        toy.generate(key, table[2:], jnp.array([0]))
+    with pytest.raises(ValueError, match="prompts must be between 0 and 0, got 1 in row 0"):
+        toy.generate(key, table[:1], jnp.array([1]))
+
+
+def test_tables_may_be_numpy_arrays(world):
+    lookup = inspect.unwrap(toy.lookup)  # as users have it, without the tests' type checks
+    assert lookup(np.asarray(world.rewards), np.array([2]), np.array([3])) == world.rewards[2, 3]
 
 
 def test_generate_wants_a_typed_key(world):

@@ -159,6 +159,7 @@ def test_your_own_ids_are_checked(world):
         (([0, 1], [1, 4], [3, 4]), ValueError, "chosen and rejected must differ, but both are 4 in row 1"),
         (([0, 1], np.array([1.0, 4.0]), [3, 4]), TypeError, "chosen must hold integers"),
         (([0, 1], [1], [3, 4]), ValueError, "ragged"),
+        (([0, 1], np.array(["a", "b"]), [3, 4]), TypeError, "chosen must hold integers"),
         (([], [], []), ValueError, "no rows"),
         (([0, 1], [1, 2], [3, 4], [1.0, -1.0]), ValueError, r"weights must be zero or positive.* got -1.0 in row 1"),
         (([0, 1], [1, 2], [3, 4], [1.0]), ValueError, r"prompts \(2,\), weights \(1,\)"),
@@ -172,6 +173,28 @@ def test_bad_ids_are_refused_by_row(world, arguments, error, message):
 def test_bad_demonstrations_are_refused(world):
     with pytest.raises(ValueError, match="responses must be between 0 and 9, got 10 in row 2"):
         toy.demonstrations(world, [0, 1, 2], [0, 9, 10])
+
+
+def test_a_policy_that_cannot_differ_makes_no_pairs(key):
+    certain = jnp.log(jnp.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))
+    with pytest.raises(ValueError, match="at least 2 responses of each prompt a positive weight, got 1 in row 1"):
+        toy.sample_policy_pairs(key, certain, num=4)
+    prompts, (first, second) = jax.jit(lambda table: toy.sample_policy_pairs(key, table, num=50))(certain)
+    assert jnp.all(jnp.where(prompts == 1, (first == -1) & (second != -1) | (second == -1), first != second))
+
+
+def test_worlds_of_your_own_are_checked(key, world):
+    broken = world._replace(rewards=world.rewards.at[2, 3].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"world\.rewards must be finite, got nan in row \(2, 3\)"):
+        toy.sample_preferences(key, broken, num=3)
+    with pytest.raises(ValueError, match=r"a row for each prompt, got shapes \(3, 8\) and \(5, 10\)"):
+        toy.sample_demonstrations(key, world._replace(embeddings=world.embeddings[:3]), num=3)
+    with pytest.raises(ValueError, match="got 0 in row 1"):
+        toy.sample_demonstrations(key, world._replace(rewards=world.rewards.at[1].set(0.0)), num=3)
+    with pytest.raises(ValueError, match=r"world\.num_responses must be at least 2, got 1"):
+        toy.sample_preferences(key, world._replace(rewards=world.rewards[:, :1]), num=3)
+    with pytest.raises(ValueError, match="chosen and rejected must differ, but both are 2 in row 0"):
+        toy.label_pairs(key, world, jnp.array([0]), (jnp.array([2]), jnp.array([2])))
 
 
 @pytest.mark.parametrize(
