@@ -43,7 +43,7 @@ class TablePolicy(nn.Module):
 
     @nn.compact
     def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
-        return self.param("logits", nn.initializers.zeros, (embeddings.shape[0], self.num_responses))
+        return self.param("logits", nn.initializers.zeros, (embeddings.shape[0], self.num_responses), embeddings.dtype)
 
 
 def log_prob_table(
@@ -128,5 +128,6 @@ def _dense(features: int, inputs: Float[Array, "*n fan_in"]) -> nn.Dense:
         features,
         kernel_init=uniform_fan_in,
         bias_init=lambda key, shape, dtype: uniform_fan_in(key, (fan_in, *shape), dtype)[0],
+        param_dtype=inputs.dtype,
         precision="highest",  # accelerators would round to fewer digits
     )
