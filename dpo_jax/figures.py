@@ -1,6 +1,7 @@
 """Results as Matplotlib figures. Colours are those of Okabe and Ito (2008), told apart by the colour-blind too."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -13,15 +14,18 @@ PALETTE = (VERMILION, GREEN, BLUE, PURPLE, ORANGE, SKY)
 GREY = "#666666"
 
 
-def training(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
+def training(history: Mapping[str, Float[ndarray, " epochs"]], *, bayes: Mapping[str, Any] | None = None) -> Figure:
     """How preference training went: loss, accuracy and reward margin over epochs.
 
     Args:
       history: `loss` (nats), `accuracy` and `reward_margin`; where it also has `held_out_loss` or the like, that is
         drawn beside it.
+      bayes: `loss` and `accuracy` of the true rewards on new comparisons, if known (`toy.bayes_prediction`).
     """
     figure, panels = _panels(13.0, 3.8, columns=3)
-    titles = {"loss": "Loss (nats) ↓", "accuracy": "Preference accuracy ↑", "reward_margin": "Reward margin ↑"}
+    titles = {"loss": "Training loss (nats) ↓", "accuracy": "Training accuracy ↑", "reward_margin": "Reward margin ↑"}
+    if "held_out_loss" in history:
+        titles |= {"loss": "Loss (nats) ↓", "accuracy": "Preference accuracy ↑"}
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         epochs = range(1, len(history[name]) + 1)
         held_out = history.get(f"held_out_{name}")
@@ -32,6 +36,9 @@ def training(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
         axes.grid(alpha=0.3)
     panels[0].axhline(np.log(2), color=GREY, linestyle="--", label="no preference: log 2")
     panels[1].axhline(0.5, color=GREY, linestyle="--", label="coin toss")
+    for axes, name in zip(panels, ("loss", "accuracy"), strict=False):
+        if bayes is not None:
+            axes.axhline(bayes[name], color="black", linestyle=":", label="true rewards, new pairs")
     for axes in panels:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(loc="best")
@@ -61,7 +68,7 @@ def beta_ablation(
     labels, colours = [f"β = {beta:g}" for beta in betas], [PALETTE[i % len(PALETTE)] for i in range(len(betas))]
     for loss, label, colour in zip(losses, labels, colours, strict=True):
         left.plot(range(1, len(loss) + 1), loss, color=colour, label=label)
-    left.set(xlabel="Epoch", ylabel="DPO loss (nats)", title="Loss by β")
+    left.set(xlabel="Epoch", ylabel="Training loss (nats)", title="DPO loss by β")
     left.legend(loc="best")
     left.grid(alpha=0.3)
 
@@ -81,6 +88,8 @@ def frontier(
     learned: Mapping[str, Float[ndarray, " betas"]],
     betas: Sequence[float],
     optima: Mapping[str, Float[ndarray, " betas"]],
+    *,
+    sft_reward: float,
 ) -> Figure:
     """Reward against KL to the reference: the best that can be had, and what was learnt.
 
@@ -91,9 +100,11 @@ def frontier(
       learned: the trained policies, one for each beta.
       betas: the values of beta.
       optima: the closed-form optimum for each beta.
+      sft_reward: the expected reward of the reference policy.
     """
     figure, (axes,) = _panels(7.5, 4.8, columns=1, legend_width=2.0)
     axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
+    axes.plot(0.0, sft_reward, "s", color=GREY, label="SFT, the reference")
     for i, beta in enumerate(betas):
         colour = PALETTE[i % len(PALETTE)]
         start, end = ((points["kl_to_reference"][i], points["expected_reward"][i]) for points in (optima, learned))

@@ -84,8 +84,12 @@ def with_reference(log_prob: LogProbFn, reference: Params, preferences: Preferen
       log_prob: scores responses.
       reference: parameters of the reference policy; no gradient flows into them.
       preferences: comparisons; a reference they already carry is replaced.
+
+    Raises:
+      TypeError: `log_prob` did not return a pair for a pair of responses.
     """
     logps = log_prob(reference, preferences.prompts, preferences.responses)
+    checks.pair("log_prob(params, prompts, responses)", logps)
     return preferences._replace(reference=jax.lax.stop_gradient(logps))
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dpo_jax import checks, figures, toy
+from dpo_jax import checks, figures, losses, toy, train
+from dpo_jax.types import Metrics, Params, Scalar
 from experiments import harness
-from experiments.notebook import BETA, BETAS, ablate
+from experiments.notebook import BETA, BETAS, POLICY, Start, ablate
 
 SEEDS_PER_CHUNK = 64
 CURVE_BETAS = np.geomspace(0.005, 20.0, 60, dtype=np.float32)
@@ -43,6 +44,7 @@ def run(seed: Int[Array, ""], betas: Float[Array, " betas"]) -> dict[str, Any]:
     optima = toy.frontier(reference, rewards, betas)
     sft_reward = jnp.mean(start.sft.expected_reward)
     demonstrated_reward = jnp.mean(toy.expected_reward(jnp.log(rewards), rewards))
+    population = jax.vmap(predict_new_pairs, in_axes=(None, 0, 0))(start, policies.params, betas)
     last = {name: metric[:, -1] for name, metric in policies.history.items()}
     return {
         "sft": {
@@ -60,10 +62,21 @@ def run(seed: Int[Array, ""], betas: Float[Array, " betas"]) -> dict[str, Any]:
             "kl_to_reference": last["kl_to_reference"],
             "optimal_reward": optima["expected_reward"],
             "optimal_kl": optima["kl_to_reference"],
+            "population_loss": population["loss"],
+            "population_accuracy": population["accuracy"],
             "diverged": jnp.isnan(last["loss"]),
         },
+        "bayes": toy.bayes_prediction(rewards),
         "frontier": toy.frontier(reference, rewards, jnp.asarray(CURVE_BETAS)),
     }
+
+
+def predict_new_pairs(start: Start, params: Params, beta: Scalar) -> Metrics:
+    """Exact loss and accuracy on new comparisons from the same world: the average over all of them."""
+    log_prob = toy.log_prob_fn(POLICY, start.world.embeddings)
+    everything = train.with_reference(log_prob, start.sft.params, toy.all_preferences(start.world))
+    loss, metrics = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)(params, everything)
+    return {"loss": loss, **metrics}
 
 
 def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.Stopwatch) -> dict[str, Any]:
@@ -98,17 +111,21 @@ def summarise(results: dict[str, Any], betas: Sequence[float]) -> dict[str, Any]
             }
             for i, beta in enumerate(betas)
         ],
-        "frontier": {name: harness.mean_and_stderr(values) for name, values in results["frontier"].items()},
+        **{
+            part: {name: harness.mean_and_stderr(values) for name, values in results[part].items()}
+            for part in ("bayes", "frontier")
+        },
     }
 
 
 def print_results(summary: dict[str, Any]) -> None:
     """Prints the table of a summary."""
     columns = ("loss", "accuracy", "reward_margin", "kl_to_reference", "expected_reward", "gain", "optimal_reward")
+    headings = ("training loss", "training accuracy", "reward margin", "KL to reference", "reward", "gain", "optimum")
     sft = summary["sft"]["expected_reward"]
     harness.print_table(
         f"{summary['num_seeds']} seeds, mean ± standard error; expected reward after SFT {_plus_minus(sft)}",
-        ["β", *(name.replace("_", " ") for name in columns)],
+        ["β", *headings],
         [[f"{entry['beta']:g}", *(_plus_minus(entry[name]) for name in columns)] for entry in summary["betas"]],
     )
     for entry in summary["betas"]:
@@ -128,7 +145,8 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
 
     shown = betas.index(BETA) if BETA in betas else 0
     training = {name: column(f"{name}_history")[shown] for name in ("loss", "accuracy", "reward_margin")}
-    harness.save_figure(figures.training(training), out / "dpo_training.png")
+    bayes = {name: float(values["mean"]) for name, values in summary["bayes"].items()}
+    harness.save_figure(figures.training(training, bayes=bayes), out / "dpo_training.png")
     figure = figures.beta_ablation(
         betas,
         column("loss_history"),
@@ -143,6 +161,7 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         {name: column(name) for name in ("kl_to_reference", "expected_reward")},
         betas,
         {"kl_to_reference": column("optimal_kl"), "expected_reward": column("optimal_reward")},
+        sft_reward=float(summary["sft"]["expected_reward"]["mean"]),
     )
     harness.save_figure(figure, out / "frontier.png")
 

@@ -223,6 +223,8 @@ def print_test(test: dict[str, Any]) -> None:
             ["coin toss", "50.0%"],
         ],
     )
+    gain = test["gain"]
+    harness.console.print(f"The policy is ahead of the vote by {gain['mean']:+.1%} ± {gain['stderr']:.1%} (paired).")
 
 
 def print_ranking(ranking: list[Ranked]) -> None:

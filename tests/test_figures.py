@@ -17,10 +17,12 @@ def test_training_shows_what_it_is_given():
     history = {name: np.linspace(1, 2, 5) for name in ("loss", "accuracy", "reward_margin")}
     panels = drawn(figures.training(history))
     assert [axes.get_xlabel() for axes in panels] == ["Epoch"] * 3
-    assert [axes.get_ylabel() for axes in panels] == ["Loss (nats)", "Preference accuracy", "Reward margin"]
+    assert [axes.get_ylabel() for axes in panels] == ["Training loss (nats)", "Training accuracy", "Reward margin"]
     assert all(axes.lines[0].get_ydata().tolist() == history["loss"].tolist() for axes in panels)
     held_out = drawn(figures.training({**history, "held_out_loss": np.full(5, 7.0)}))[0]
     assert held_out.lines[1].get_ydata().tolist() == [7.0] * 5
+    bayes = drawn(figures.training(history, bayes={"loss": 0.5, "accuracy": 0.6}))
+    assert [axes.lines[-1].get_ydata()[0] for axes in bayes[:2]] == [0.5, 0.6]
     assert "held out" in [text.get_text() for text in held_out.get_legend().get_texts()]
 
 
@@ -43,7 +45,7 @@ def test_ablation_shows_curves_and_bars():
 def test_frontier_joins_what_was_learnt_to_its_optimum():
     curve = {"kl_to_reference": np.array([0.0, 1.0]), "expected_reward": np.array([0.3, 0.6])}
     learned = {"kl_to_reference": np.array([0.8, 0.2]), "expected_reward": np.array([0.4, 0.35])}
-    (axes,) = drawn(figures.frontier(curve, learned, BETAS, curve))
+    (axes,) = drawn(figures.frontier(curve, learned, BETAS, curve, sft_reward=0.3))
     joining = [line for line in axes.lines if line.get_linestyle() == ":"]
     assert [line.get_xdata().tolist() for line in joining] == [[0.0, 0.8], [1.0, 0.2]]
-    assert len(axes.get_legend().get_texts()) == 5
+    assert len(axes.get_legend().get_texts()) == 6

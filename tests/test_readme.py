@@ -18,8 +18,9 @@ def table_row(entry):
     def cell(name, digits):
         return f"{entry[name]['mean']:.{digits}f} ± {entry[name]['stderr']:.{digits}f}"
 
-    columns = (("loss", 4), ("accuracy", 4), ("kl_to_reference", 3), ("expected_reward", 3), ("gain", 3))
-    cells = [f"{entry['beta']:g}", *(cell(*column) for column in columns), f"{entry['optimal_reward']['mean']:.3f}"]
+    columns = (("loss", 4), ("accuracy", 4), ("kl_to_reference", 4), ("expected_reward", 3), ("gain", 4))
+    optimum = (f"{entry[name]['mean']:.3f}" for name in ("optimal_reward", "optimal_kl"))
+    cells = [f"{entry['beta']:g}", *(cell(*column) for column in columns), *optimum]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -33,7 +34,7 @@ def test_the_quickstart_is_short_and_all_code_runs():
     for block in BLOCKS:
         exec(block, scope)
     assert scope["history"]["loss"][-1] < scope["history"]["loss"][0]
-    assert scope["margins"].shape == (20,)
+    assert scope["rewards"].shape == (20,)
     assert jax.numpy.isfinite(scope["loss"])
     hinge, _ = scope["hinge"](scope["reference"], scope["pairs"])
     assert hinge == 1.0  # no log-ratio yet
@@ -46,6 +47,17 @@ def test_its_table_is_that_of_the_reported_results():
         assert table_row(entry) in README
     sft = summary["sft"]["expected_reward"]
     assert f"{sft['mean']:.3f} ± {sft['stderr']:.3f}" in README
+    words = " ".join(README.split())
+    assert f"foretell only {summary['bayes']['accuracy']['mean']:.1%} of new comparisons" in words
+    assert f"with a loss of {summary['bayes']['loss']['mean']:.3f}" in words
+    population = [entry["population_loss"]["mean"] for entry in summary["betas"]]
+    assert f"between {min(population):.3f} and {max(population):.3f}" in words
+
+
+def test_the_quickstart_prints_what_it_says(capsys):
+    exec(BLOCKS[0], {})
+    before, after = map(float, re.findall(r"0\.\d+", capsys.readouterr().out))
+    assert f"{before:.2f} and {after:.2f}" in README
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md"])

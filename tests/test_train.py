@@ -106,6 +106,14 @@ def test_no_gradient_flows_into_the_reference(start):
     chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
 
 
+def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
+    def stacked(params, prompts, responses):
+        return params[prompts, jnp.stack(responses)]
+
+    with pytest.raises(TypeError, match="must be a pair"):
+        train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
+
+
 def test_preferences_without_reference_are_refused(start):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)

@@ -6,6 +6,7 @@ from dpo_jax.toy.comparisons import Names as Names
 from dpo_jax.toy.comparisons import load_policy as load_policy
 from dpo_jax.toy.comparisons import read_comparisons as read_comparisons
 from dpo_jax.toy.comparisons import save_policy as save_policy
+from dpo_jax.toy.exact import bayes_prediction as bayes_prediction
 from dpo_jax.toy.exact import evaluate as evaluate
 from dpo_jax.toy.exact import expected_reward as expected_reward
 from dpo_jax.toy.exact import frontier as frontier

@@ -6,6 +6,7 @@ Every function works on the last axis (responses) and keeps the axes before it.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
@@ -134,9 +135,34 @@ def regret(
 
     .. math:: J(\pi^*) - J(\pi) = \beta\, KL(\pi \| \pi^*), \qquad J(\pi) = E_\pi[r] - \beta\, KL(\pi \| \pi_{ref})
 
-    Source: the identity follows from Rafailov et al. 2023, arXiv 2305.18290, App. A.1. Arguments as elsewhere.
+    Source: the identity follows from Rafailov et al. 2023, arXiv 2305.18290, App. A.1. Arguments as elsewhere. Rounding
+    errors are those of the divergence times beta: of no use in float32 beyond a beta of about 1e4.
     """
     return beta * kl_to_reference(log_probs, optimal_policy(reference, rewards, beta=beta))
+
+
+def bayes_prediction(
+    rewards: Float[Array, "*n responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+) -> Metrics:
+    """How well the true rewards foretell comparisons of uniform pairs of distinct responses: nothing does better.
+
+    Args:
+      rewards: rewards of the responses.
+      temperature, flip_probability: how people compare (`preference_probability`).
+
+    Returns:
+      `loss`, the entropy of a comparison (nats), and `accuracy`, how often the better response is preferred; means
+      over prompts.
+    """
+    wins = preference_probability(
+        rewards[..., :, None], rewards[..., None, :], temperature=temperature, flip_probability=flip_probability
+    )
+    distinct = ~np.eye(rewards.shape[-1], dtype=bool)
+    entropy = jax.scipy.special.entr(wins) + jax.scipy.special.entr(1 - wins)
+    return {
+        "loss": jnp.mean(entropy[..., distinct]),
+        "accuracy": jnp.mean(jnp.maximum(wins, 1 - wins)[..., distinct]),
+    }
 
 
 def frontier(

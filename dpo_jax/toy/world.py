@@ -24,7 +24,8 @@ class World(NamedTuple):
 
     Attributes:
       embeddings: what a policy sees of each prompt.
-      rewards: the true reward of each response to each prompt.
+      rewards: the true reward of each response to each prompt, any finite numbers; `sample_demonstrations` reads them
+        as probabilities, and so wants them positive or zero.
     """
 
     embeddings: Float[Array, "prompts features"]
@@ -182,6 +183,7 @@ def sample_preferences(
       TypeError, ValueError: an argument is not as described.
     """
     checks.key(key)
+    _check(world)
     pair_key, label_key = jax.random.split(key)
     if log_probs is None:
         prompts, pair = sample_uniform_pairs(pair_key, world, num=num)
@@ -326,7 +328,9 @@ def _as_array(name: str, values: Any) -> np.ndarray:
 
 
 def _check(world: World) -> None:
-    """The tables of a world fit together, and its rewards are numbers."""
+    """The tables of a world fit together, and hold numbers."""
+    checks.floating("world.embeddings", world.embeddings)
+    checks.floating("world.rewards", world.rewards)
     if jnp.shape(world.embeddings)[:1] != jnp.shape(world.rewards)[:1]:
         raise ValueError(
             "world.embeddings and world.rewards must have a row for each prompt, got shapes "

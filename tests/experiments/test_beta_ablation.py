@@ -57,6 +57,14 @@ def test_summary_is_the_mean_over_seeds_run_alone(finished):
         assert entry["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
 
 
+def test_nothing_foretells_new_pairs_better_than_the_true_rewards(finished):
+    _, summary = finished
+    for entry in summary["betas"]:
+        assert entry["population_loss"]["mean"] > summary["bayes"]["loss"]["mean"]
+        assert 0.5 < entry["population_accuracy"]["mean"] < summary["bayes"]["accuracy"]["mean"]
+        assert entry["accuracy"]["mean"] > summary["bayes"]["accuracy"]["mean"]  # on what it has learnt by heart
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -112,6 +112,22 @@ def test_regret_is_what_the_objective_lacks(world, reference, policy, beta):
     np.testing.assert_allclose(toy.regret(optimum, reference, world.rewards, beta=beta), 0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("temperature", "flip"), [(1.0, 0.0), (0.2, 0.1), (0.0, 0.0)])
+def test_bayes_prediction_is_what_no_predictor_exceeds(world, temperature, flip):
+    found = toy.bayes_prediction(world.rewards, temperature=temperature, flip_probability=flip)
+    rewards, losses, hits = np.float64(world.rewards), [], []
+    for row in rewards:
+        for i in range(len(row)):
+            for j in range(len(row)):
+                if i != j:
+                    wins = 1 / (1 + np.exp(-(row[i] - row[j]) / temperature)) if temperature else float(row[i] > row[j])
+                    wins = (1 - flip) * wins + flip * (1 - wins)
+                    losses.append(-sum(p * np.log(p) for p in (wins, 1 - wins) if p))
+                    hits.append(max(wins, 1 - wins))
+    np.testing.assert_allclose(found["loss"], np.mean(losses), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found["accuracy"], np.mean(hits), rtol=1e-5)
+
+
 def test_frontier_rises_and_no_policy_lies_above_it(world, reference, policy):
     betas = jnp.geomspace(0.003, 100.0, 200)
     curve = toy.frontier(reference, world.rewards, betas)

@@ -189,6 +189,9 @@ def test_worlds_of_your_own_are_checked(key, world):
         toy.sample_preferences(key, broken, num=3)
     with pytest.raises(ValueError, match=r"a row for each prompt, got shapes \(3, 8\) and \(5, 10\)"):
         toy.sample_demonstrations(key, world._replace(embeddings=world.embeddings[:3]), num=3)
+    for rewards in ([[0.0, 1.0]], jnp.array([[0, 1]])):
+        with pytest.raises(TypeError, match=r"world\.rewards must"):
+            toy.sample_preferences(key, toy.World(jnp.eye(1), rewards), num=3)
     with pytest.raises(ValueError, match="got 0 in row 1"):
         toy.sample_demonstrations(key, world._replace(rewards=world.rewards.at[1].set(0.0)), num=3)
     with pytest.raises(ValueError, match=r"world\.num_responses must be at least 2, got 1"):
