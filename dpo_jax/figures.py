@@ -118,7 +118,7 @@ def frontier(
 
 
 def _panels(width: float, height: float, *, columns: int, legend_width: float = 0.0) -> tuple[Figure, Sequence[Axes]]:
-    """A row of axes with margins set by hand (in inches): Matplotlib's layout engines take longer than the drawing."""
+    """A row of axes with margins set by hand (in inches): Matplotlib's layout engines are slow."""
     figure = Figure(figsize=(width, height))
     margins = {"left": 0.9 / width, "right": 1 - (0.15 + legend_width) / width, "bottom": 0.55 / height}
     axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={**margins, "top": 1 - 0.35 / height, "wspace": 0.25})

@@ -83,7 +83,10 @@ def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.St
     """`run` for seeds `seed .. seed + num_seeds - 1`: the same dictionary, each array with a leading axis of seeds."""
     size = min(num_seeds, SEEDS_PER_CHUNK)
     beta_array = jnp.asarray(betas, jnp.float32)
-    chunks = [np.arange(first, first + size, dtype=np.uint32) for first in range(seed, seed + num_seeds, size)]
+    last = seed + num_seeds - 1  # fills up the last chunk
+    chunks = [
+        np.minimum(np.arange(first, first + size), last).astype(np.uint32) for first in range(seed, last + 1, size)
+    ]
     program = watch.compiled(jax.vmap(run, in_axes=(0, None)), chunks[0], beta_array)
     with harness.waiting("Compiling one program for all seeds and betas"):
         program.wait()
@@ -97,24 +100,15 @@ def run_all(seed: int, num_seeds: int, betas: Sequence[float], watch: harness.St
 
 def summarise(results: dict[str, Any], betas: Sequence[float]) -> dict[str, Any]:
     """Mean and standard error over seeds of what `run_all` returned."""
-    by_metric = {name: harness.mean_and_stderr(values) for name, values in results["betas"].items()}
+    parts = {
+        part: {name: harness.mean_and_stderr(values) for name, values in metrics.items()}
+        for part, metrics in results.items()
+    }
+    by_beta = [jax.tree.map(lambda values, i=i: values[i], parts["betas"]) for i in range(len(betas))]
     return {
         "num_seeds": len(results["sft"]["loss"]),
-        "sft": {name: harness.mean_and_stderr(values) for name, values in results["sft"].items()},
-        "betas": [
-            {
-                "beta": beta,
-                **{
-                    name: {statistic: values[i] for statistic, values in metric.items()}
-                    for name, metric in by_metric.items()
-                },
-            }
-            for i, beta in enumerate(betas)
-        ],
-        **{
-            part: {name: harness.mean_and_stderr(values) for name, values in results[part].items()}
-            for part in ("bayes", "frontier")
-        },
+        **parts,
+        "betas": [{"beta": beta, **metrics} for beta, metrics in zip(betas, by_beta, strict=True)],
     }
 
 

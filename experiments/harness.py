@@ -147,7 +147,7 @@ class Program:
 
 
 def _compile(lowered: jax.stages.Lowered, optimise: bool) -> jax.stages.Compiled:
-    """On a CPU, XLA's defaults take twice as long to compile, for code that is no faster here."""
+    """Compiles; on a CPU with less optimisation than XLA's default, which takes long on small programs."""
     if jax.default_backend() != "cpu":
         return lowered.compile()
     quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}

@@ -1,6 +1,7 @@
 """Arrows run one way: no module imports from a floor above its own."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,16 @@ def test_arrows_run_one_way(path):
     here = room(path)
     rooms = [name.split(".")[1] for name in imported(path) if name.startswith("dpo_jax.")]
     assert all(other == here or FLOORS[other] < FLOORS[here] or FLOORS[other] == 0 for other in rooms), rooms
+
+
+def test_files_import_from_above_in_the_readmes_tree():
+    tree = (ROOT.parent / "README.md").read_text(encoding="utf-8").split("```\ndpo_jax/")[1].split("experiments/")[0]
+    order = re.findall(r"(\w+)\.py", tree)
+    files = [path for path in MODULES if path.name != "__init__.py"]
+    assert sorted(order) == sorted(path.stem for path in files)
+    for path in files:
+        used = {part for name in imported(path) if name.startswith("dpo_jax.") for part in name.split(".")[1:]}
+        assert all(order.index(other) < order.index(path.stem) for other in used & set(order)), path
 
 
 def test_every_room_has_a_floor():

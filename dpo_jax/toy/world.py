@@ -118,7 +118,7 @@ def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Dem
     """
     checks.key(key)
     checks.size("num", num)
-    _check(world)
+    _check_world(world)
     checks.choices("world.rewards", world.rewards)
     prompt_key, response_key = jax.random.split(key)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
@@ -183,7 +183,7 @@ def sample_preferences(
       TypeError, ValueError: an argument is not as described.
     """
     checks.key(key)
-    _check(world)
+    _check_world(world)
     pair_key, label_key = jax.random.split(key)
     if log_probs is None:
         prompts, pair = sample_uniform_pairs(pair_key, world, num=num)
@@ -257,7 +257,7 @@ def label_pairs(
       TypeError, ValueError: an id is out of range, or the two responses of a pair are the same, among others.
     """
     checks.key(key)
-    _check(world)
+    _check_world(world)
     first, second = pair
     checks.distinct("pair", first, second)
     first_reward, second_reward = lookup(world.rewards, prompts, pair)
@@ -327,7 +327,7 @@ def _as_array(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} is ragged: {problem}") from problem
 
 
-def _check(world: World) -> None:
+def _check_world(world: World) -> None:
     """The tables of a world fit together, and hold numbers."""
     checks.floating("world.embeddings", world.embeddings)
     checks.floating("world.rewards", world.rewards)

@@ -57,6 +57,16 @@ def test_summary_is_the_mean_over_seeds_run_alone(finished):
         assert entry["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
 
 
+def test_the_largest_seeds_can_be_used(monkeypatch):
+    seen = []
+    monkeypatch.setattr(harness.Program, "__call__", lambda _, seeds, betas: seen.append(seeds) or {"x": seeds})
+    monkeypatch.setattr(beta_ablation, "SEEDS_PER_CHUNK", 2)
+    monkeypatch.setattr(beta_ablation, "run", lambda seed, betas: {"x": seed * betas[0]})
+    results = beta_ablation.run_all(2**32 - 3, 3, (1.0,), harness.Stopwatch())
+    assert results["x"].tolist() == [2**32 - 3, 2**32 - 2, 2**32 - 1]
+    assert [chunk.tolist() for chunk in seen] == [[2**32 - 3, 2**32 - 2], [2**32 - 1, 2**32 - 1]]
+
+
 def test_nothing_foretells_new_pairs_better_than_the_true_rewards(finished):
     _, summary = finished
     for entry in summary["betas"]:
