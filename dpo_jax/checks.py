@@ -39,6 +39,21 @@ def between(name: str, value: Any, low: float, high: float) -> None:
     _require(name, value, lambda x: (low <= x) & (x < high), f"at least {low} and below {high}")
 
 
+def inside(name: str, value: Any, low: float, high: float) -> None:
+    """`low < value < high` in every entry."""
+    _require(name, value, lambda x: (low < x) & (x < high), f"above {low} and below {high}")
+
+
+def positive_or_infinite(name: str, value: Any) -> None:
+    """`value` is positive, perhaps infinite, in every entry."""
+    _require(name, value, lambda x: x > 0, "positive")
+
+
+def positive_fraction(name: str, value: Any) -> None:
+    """`value` lies above 0 and is at most 1, in every entry."""
+    _require(name, value, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
+
+
 def finite(name: str, value: Any) -> None:
     """`value` is finite in every entry."""
     _require(name, value, np.isfinite, "finite")
@@ -92,6 +107,15 @@ def same_shape(**arrays: Any) -> None:
         raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
+def same_structure(name: str, value: Any, expected: Any) -> None:
+    """`value`, what a function returned, is a pytree of floating-point arrays with as many leaves as expected."""
+    found, wanted = len(jax.tree.leaves(value)), len(jax.tree.leaves(expected))
+    if found != wanted:
+        raise TypeError(f"{name} must return {wanted} arrays, one for each of the responses, got {found}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        floating(f"{name}{jax.tree_util.keystr(path)}", leaf)
+
+
 def same_dtype(**arrays: Any) -> None:
     """All arrays have one and the same dtype."""
     dtypes = {name: _dtype(name, array) for name, array in arrays.items()}
@@ -115,6 +139,60 @@ def pair(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a pair (chosen, rejected), got {_describe(value)}")
     floating(f"{name}.chosen", value[0])
     floating(f"{name}.rejected", value[1])
+
+
+def reference(value: Any) -> None:
+    """There is a reference: it was not forgotten, or left for later."""
+    if value is None:
+        raise ValueError(
+            "reference is missing: this loss compares with log-probabilities under a reference policy "
+            "(train.with_reference computes them); losses.simpo_loss and others in reference_free need none"
+        )
+
+
+def boolean(name: str, value: Any) -> None:
+    """`value` is an array of Booleans."""
+    if _dtype(name, value) != np.bool_:
+        raise TypeError(f"{name} must hold Booleans, got {_describe(value)}")
+
+
+def hyperparameters(shape: tuple[int, ...], **values: Any) -> None:
+    """Each value is a scalar, or has one entry for each loss."""
+    for name, value in values.items():
+        broadcasts(name, value, shape)
+
+
+def lengths(value: Any, shape: tuple[int, ...]) -> None:
+    """`value` is a 2-tuple (chosen, rejected) of arrays of the given shape whose entries are 1 or more."""
+    if not (isinstance(value, tuple) and len(value) == 2):
+        raise TypeError(f"lengths must be a pair (chosen, rejected), got {_describe(value)}")
+    for name, side in zip(("lengths.chosen", "lengths.rejected"), value, strict=True):
+        _dtype(name, side)
+        if jnp.shape(side) != shape:
+            raise ValueError(f"{name} must have the shape {shape} of the log-probabilities, got {jnp.shape(side)}")
+        _require(name, side, lambda x: (x >= 1) & np.isfinite(x), "1 or more")
+
+
+def rankings(policy: Any, reference: Any) -> None:
+    """Two sequences of equally many floating-point arrays, two at least, that agree in shape and dtype."""
+    for name, value in (("policy", policy), ("reference", reference)):
+        if not isinstance(value, tuple | list) or len(value) < 2:
+            raise TypeError(f"{name} must be a sequence of two or more arrays, best first, got {_describe(value)}")
+        for place, logps in enumerate(value):
+            floating(f"{name}[{place}]", logps)
+    if len(policy) != len(reference):
+        raise ValueError(f"policy ranks {len(policy)} responses, but reference ranks {len(reference)}")
+    places = {
+        f"{name}[{k}]": x for name, value in (("policy", policy), ("reference", reference)) for k, x in enumerate(value)
+    }
+    same_shape(**places)
+    same_dtype(**places)
+
+
+def batch(name: str, value: Any) -> None:
+    """`value` has at least one axis, the last of which is the batch."""
+    if not jnp.shape(value):
+        raise ValueError(f"{name} must be a batch, with at least one axis, got a scalar")
 
 
 def rows(name: str, data: Any) -> int:

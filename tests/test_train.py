@@ -110,7 +110,7 @@ def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
     def stacked(params, prompts, responses):
         return params[prompts, jnp.stack(responses)]
 
-    with pytest.raises(TypeError, match="must be a pair"):
+    with pytest.raises(TypeError, match="must return 2 arrays, one for each of the responses, got 1"):
         train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
 
 
@@ -150,8 +150,8 @@ def test_an_epoch_equals_pytorchs(stage, dtype, tolerance):
             objective = train.preference_objective(log_prob, losses.dpo_loss, beta=float(golden["beta"]))
         order = jnp.asarray(golden[f"{stage}_order"])
         optimizer = optax.adam(learning_rate)
-        state = train.init_state(state_params, optimizer)
         options = {"objective": objective, "optimizer": optimizer}
+        state = train.init_state(state_params, **options)
 
         end, metrics = jax.jit(lambda state: train.run_epoch(state, data, order, batch_size=batch_size, **options))(
             state
@@ -178,11 +178,9 @@ def test_an_epoch_equals_pytorchs(stage, dtype, tolerance):
 def test_history_is_the_mean_of_batch_means_with_a_short_last_batch(start):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
-    optimizer = optax.sgd(0.5)
+    options = {"objective": objective, "optimizer": optax.sgd(0.5)}
     order = jnp.arange(70)[::-1]
-    _, metrics = train.run_epoch(
-        train.init_state(params, optimizer), preferences, order, objective=objective, optimizer=optimizer, batch_size=32
-    )
+    _, metrics = train.run_epoch(train.init_state(params, **options), preferences, order, batch_size=32, **options)
     expected = []
     for rows in (order[:32], order[32:64], order[64:]):
         batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], preferences)

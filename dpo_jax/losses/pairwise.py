@@ -1,75 +1,248 @@
-"""Losses of a policy pair and a reference pair of log-probabilities."""
+r"""Losses that look at the two log-ratios of a comparison apart, not only at their difference.
+
+.. math::
+    C = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}, \qquad R = \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}, \qquad
+    \Delta = C - R
+
+They care whether the chosen response becomes more likely, not only whether it gains on the rejected one. The
+normalisation :math:`\log Z` does not cancel, so they cannot take other divergences (`with_divergence`).
+
+Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
+tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns
+one number per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `dpo_loss`
+does.
+"""
+
+import math
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
-from dpo_jax.types import Pair, PairLike, Scalar
+from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios
+from dpo_jax.types import PairLike, Scalar
 
 
-def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]) -> Pair:
-    """Log-probability ratios of policy to reference, `log pi(y|x) - log pi_ref(y|x)`, for chosen and rejected.
+def nca_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Noise Contrastive Alignment from pairs: the chosen response stands out against the reference itself.
+
+    .. math:: -\log \sigma(\beta C) - \tfrac{1}{2} \log \sigma(-\beta C) - \tfrac{1}{2} \log \sigma(-\beta R)
+
+    Source: Chen et al. 2024, "Noise Contrastive Alignment of Language Models with Explicit Rewards", arXiv 2402.05369,
+    Sec. 4.1 (NCA with K = 2 and a hard label).
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(nca_loss(policy, reference, beta=0.5))
+    [1.1981]
 
     Args:
-      policy: log-probabilities (nats) of the chosen and the rejected responses under the policy.
-      reference: the same under the reference policy.
-
-    Raises:
-      TypeError: an argument is not a pair of floating-point arrays, or the four differ in dtype.
-      ValueError: the four arrays differ in shape.
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
     """
-    checks.pair("policy", policy)
-    checks.pair("reference", reference)
-    arrays = {
-        "policy_chosen": policy[0],
-        "policy_rejected": policy[1],
-        "reference_chosen": reference[0],
-        "reference_rejected": reference[1],
-    }
-    checks.same_shape(**arrays)
-    checks.same_dtype(**arrays)
-    return Pair(policy[0] - reference[0], policy[1] - reference[1])
+    checks.positive("beta", beta)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    contrast = jax.nn.log_sigmoid(-beta * chosen) + jax.nn.log_sigmoid(-beta * rejected)
+    return -jax.nn.log_sigmoid(beta * chosen) - 0.5 * contrast
 
 
-def dpo_loss(
+def bco_pair_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
     beta: Scalar,
-    label_smoothing: Scalar = 0.0,
+    shift: Scalar,
 ) -> Float[Array, "*batch"]:
-    r"""Direct Preference Optimization loss, with optional label smoothing.
+    r"""Binary Classifier Optimization on pairs: a classifier tells chosen from rejected by the implicit reward.
 
-    .. math::
-        -(1 - \epsilon) \log \sigma(\beta \Delta) - \epsilon \log \sigma(-\beta \Delta), \qquad
-        \Delta = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
+    .. math:: -\log \sigma(\beta C - \delta) - \log \sigma(-(\beta R - \delta))
 
-    With :math:`\epsilon = 0` this is Rafailov et al. 2023, "Direct Preference Optimization", arXiv 2305.18290, Eq. 7;
-    with :math:`\epsilon > 0`, the conservative DPO of Mitchell 2023, "A note on DPO with noisy preferences".
+    Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656.
+    TRL up to 0.28 takes the running mean for the shift, as the paper does; later releases take 0.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
-    >>> print(dpo_loss(policy, reference, beta=0.5))  # -log sigmoid(0.5 * 2)
-    [0.3133]
+    >>> print(bco_pair_loss(policy, reference, beta=0.5, shift=0.0))
+    [0.9482]
 
     Args:
-      policy: log-probabilities (nats, summed over the tokens of a response) of the chosen and the rejected responses
-        under the policy.
-      reference: the same under the reference policy, taken as constants by the caller.
-      beta: strength of the pull towards the reference; positive. A scalar, or one value for each comparison.
-      label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2. Likewise.
-
-    Returns:
-      The loss in nats, one per comparison. The mean is left to the caller.
-
-    Raises:
-      TypeError: an argument is not a pair of floating-point arrays, or they differ in dtype.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      shift: :math:`\delta`, the mean implicit reward so far (`Shift`), in units of reward, without gradient.
     """
     checks.positive("beta", beta)
-    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
-    ratios = log_ratios(policy, reference)
-    checks.broadcasts("beta", beta, ratios.chosen.shape)
-    checks.broadcasts("label_smoothing", label_smoothing, ratios.chosen.shape)
-    logits = beta * (ratios.chosen - ratios.rejected)
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
+    checks.finite("shift", shift)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, shift=shift)
+    return -jax.nn.log_sigmoid(beta * chosen - shift) - jax.nn.log_sigmoid(shift - beta * rejected)
+
+
+def sppo_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Self-Play Preference Optimization with hard labels: each log-ratio is regressed onto a constant of its own.
+
+    .. math:: \left( C - \frac{1}{2 \beta} \right)^2 + \left( R + \frac{1}{2 \beta} \right)^2
+
+    Source: Wu et al. 2024, "Self-Play Preference Optimization for Language Model Alignment", arXiv 2405.00675, Eq. 4.7
+    with winning probabilities of 1 and 0, and :math:`\eta = 1 / \beta`.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(sppo_loss(policy, reference, beta=0.25))  # (1 - 2)^2 + (-1 + 2)^2
+    [2.]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    return jnp.square(chosen - 1 / (2 * beta)) + jnp.square(rejected + 1 / (2 * beta))
+
+
+def apo_zero_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Anchored Preference Optimization, zero: chosen responses up, rejected ones down, each against the reference.
+
+    .. math:: 1 - \sigma(\beta C) + \sigma(\beta R)
+
+    For chosen responses that are better than what the policy writes. Source: D'Oosterlinck et al. 2024, "Anchored
+    Preference Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 7 (without the constant).
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(apo_zero_loss(policy, reference, beta=0.5))
+    [0.7551]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    return jax.nn.sigmoid(-beta * chosen) + jax.nn.sigmoid(beta * rejected)
+
+
+def apo_down_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Anchored Preference Optimization, down: both responses down, the rejected one further.
+
+    .. math:: \sigma(\beta C) + 1 - \sigma(\beta \Delta)
+
+    For chosen responses that are worse than what the policy writes. Source: D'Oosterlinck et al. 2024, "Anchored
+    Preference Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 8 (without the constant).
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(apo_down_loss(policy, reference, beta=0.5))
+    [0.8914]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    return jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(-beta * (chosen - rejected))
+
+
+def dpo_positive_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    penalty: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""DPO-Positive: DPO that does not let the chosen response fall below its likelihood under the reference.
+
+    .. math:: -\log \sigma(\beta (\Delta - \lambda \max(0, -C)))
+
+    Source: Pal et al. 2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive", arXiv
+    2402.13228, Eq. 3.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-3.0]), jnp.array([-5.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(dpo_positive_loss(policy, reference, beta=0.5, penalty=2.0))  # 2 nats of margin, 1 nat lost
+    [0.6931]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      penalty: :math:`\lambda`, nats of margin lost per nat that the chosen response falls; zero (DPO) or positive.
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("penalty", penalty)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, penalty=penalty)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected - penalty * jax.nn.relu(-chosen)))
+
+
+def chi_po_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    max_reward: Scalar = math.inf,
+) -> Float[Array, "*batch"]:
+    r"""Chi-squared Preference Optimization: DPO under a divergence that grows fast where the reference is thin.
+
+    .. math::
+        -\log \sigma \left( \mathrm{clip}_{\pm 2 R} \left[ \beta \phi(e^C) - \beta \phi(e^R) \right] \right), \qquad
+        \phi(z) = z + \log z
+
+    Source: Huang et al. 2024, "Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
+    via Chi-Squared Preference Optimization", arXiv 2407.13399, Algorithm 1. To stay finite, :math:`e^C` goes on along
+    its tangent where C exceeds 22 (177 in float64).
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(chi_po_loss(policy, reference, beta=0.5))
+    [0.1076]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      max_reward: :math:`R`, the largest reward; comparisons beyond twice that have no gradient. Positive, or infinite
+        for no clipping.
+    """
+    checks.positive("beta", beta)
+    checks.positive_or_infinite("max_reward", max_reward)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, max_reward=max_reward)
+    margin = beta * (bounded_exp(chosen) + chosen - bounded_exp(rejected) - rejected)
+    return -jax.nn.log_sigmoid(jnp.clip(margin, -2 * max_reward, 2 * max_reward))
+
+
+def length_normalized_dpo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    lengths: PairLike[Real[Array, "*batch"]],
+) -> Float[Array, "*batch"]:
+    r"""Length-normalised DPO: the log-ratio of each response counts per token.
+
+    .. math:: -\log \sigma \left( \beta \left( \frac{C}{|y_w|} - \frac{R}{|y_l|} \right) \right)
+
+    Source: Lambert et al. 2024, "Tulu 3", arXiv 2411.15124. Where all responses have one token this is DPO;
+    `dpo_loss` of means is the same. Since :math:`\log Z` is divided by different lengths, it does not cancel.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> lengths = (jnp.array([2]), jnp.array([1]))
+    >>> print(length_normalized_dpo_loss(policy, reference, beta=2.0, lengths=lengths))
+    [0.0486]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference, in units of reward per nat and token; positive.
+      lengths: how many tokens the chosen and the rejected responses have, at least 1.
+    """
+    checks.positive("beta", beta)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    checks.lengths(lengths, chosen.shape)
+    chosen_length, rejected_length = (length.astype(chosen.dtype) for length in lengths)
+    return -jax.nn.log_sigmoid(beta * (chosen / chosen_length - rejected / rejected_length))

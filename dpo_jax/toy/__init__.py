@@ -17,6 +17,12 @@ from dpo_jax.toy.exact import optimal_policy as optimal_policy
 from dpo_jax.toy.exact import recovered_reward as recovered_reward
 from dpo_jax.toy.exact import regret as regret
 from dpo_jax.toy.exact import win_rate as win_rate
+from dpo_jax.toy.feedback import all_labels as all_labels
+from dpo_jax.toy.feedback import all_rankings as all_rankings
+from dpo_jax.toy.feedback import label_probability as label_probability
+from dpo_jax.toy.feedback import sample_labels as sample_labels
+from dpo_jax.toy.feedback import sample_rankings as sample_rankings
+from dpo_jax.toy.feedback import split_pairs as split_pairs
 from dpo_jax.toy.policy import TablePolicy as TablePolicy
 from dpo_jax.toy.policy import ToyLM as ToyLM
 from dpo_jax.toy.policy import generate as generate

@@ -1,6 +1,6 @@
-"""Training: objectives `(params, batch) -> (loss, metrics)`, and `fit`, one scan over epochs and minibatches.
+"""`fit`: one scan over epochs and minibatches, for any objective `(params, batch) -> (loss, metrics)`.
 
-Nothing here knows what a response is. An objective scores responses through the `LogProbFn` it is given.
+An objective may remember something from batch to batch (`StatefulObjective`); that, too, is carried by the scan.
 """
 
 from collections.abc import Callable
@@ -11,86 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.losses import log_ratios
 from dpo_jax.shuffle import permutation
-from dpo_jax.types import Demonstrations, LogProbFn, Metrics, Objective, Params, PreferenceLoss, Preferences, Scalar
-
-
-def sft_objective(log_prob: LogProbFn) -> Objective:
-    """Supervised fine-tuning: the mean negative log-likelihood (nats) of demonstrated responses.
-
-    Args:
-      log_prob: scores responses.
-
-    Returns:
-      An objective on batches of `Demonstrations`, without metrics.
-    """
-
-    def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
-        logps = log_prob(params, batch.prompts, batch.responses)
-        return -_mean(logps, batch.weights), {}
-
-    return objective
-
-
-def preference_objective(
-    log_prob: LogProbFn, loss: PreferenceLoss, *, beta: Scalar, **hyperparameters: Scalar
-) -> Objective:
-    """The mean of a preference loss, with the metrics that tell how training goes.
-
-    Args:
-      log_prob: scores responses.
-      loss: elementwise loss, for instance `losses.dpo_loss`.
-      beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
-      **hyperparameters: what else the loss takes.
-
-    Returns:
-      An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are means over
-      the batch, weighted where it has weights: `chosen_reward` and `rejected_reward`, the implicit rewards
-      `beta * log(pi / pi_ref)`; `reward_margin`, their difference; and `accuracy`, the share of comparisons with a
-      positive margin.
-
-    Raises:
-      ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
-    """
-    checks.positive("beta", beta)
-
-    def objective(params: Params, batch: Preferences) -> tuple[Array, Metrics]:
-        if batch.reference is None:
-            raise ValueError("the preferences carry no reference log-probabilities: add them by train.with_reference")
-        policy = log_prob(params, batch.prompts, batch.responses)
-        values = loss(policy, batch.reference, beta=beta, **hyperparameters)
-        ratios = log_ratios(policy, batch.reference)
-        margin = beta * (ratios.chosen - ratios.rejected)
-        metrics = {
-            "chosen_reward": beta * ratios.chosen,
-            "rejected_reward": beta * ratios.rejected,
-            "reward_margin": margin,
-            "accuracy": (margin > 0).astype(margin.dtype),
-        }
-        shares = None if batch.weights is None else batch.weights / jnp.mean(batch.weights)
-        return _mean(values, batch.weights), {name: _mean(metric, shares) for name, metric in metrics.items()}
-
-    return objective
-
-
-def with_reference(log_prob: LogProbFn, reference: Params, preferences: Preferences) -> Preferences:
-    """Preferences that carry the log-probabilities of their responses under a reference policy.
-
-    Args:
-      log_prob: scores responses.
-      reference: parameters of the reference policy; no gradient flows into them.
-      preferences: comparisons; a reference they already carry is replaced.
-
-    Raises:
-      TypeError: `log_prob` did not return a pair for a pair of responses.
-    """
-    logps = log_prob(reference, preferences.prompts, preferences.responses)
-    checks.pair("log_prob(params, prompts, responses)", logps)
-    return preferences._replace(reference=jax.lax.stop_gradient(logps))
+from dpo_jax.types import Metrics, Objective, Params, Scalar, StatefulObjective
 
 
 class TrainState(NamedTuple):
@@ -101,12 +26,14 @@ class TrainState(NamedTuple):
       opt_state: the state of the optimizer.
       step: how many optimizer steps have been applied.
       finite: whether every loss and every update so far was finite.
+      memory: what the objective remembers; `None` if it is not a `StatefulObjective`.
     """
 
     params: Params
     opt_state: Any
     step: Int[Array, ""]
     finite: Bool[Array, ""]
+    memory: Any = None
 
 
 class NonFiniteError(FloatingPointError):
@@ -127,9 +54,11 @@ class NonFiniteError(FloatingPointError):
         self.step, self.params, self.history = step, params, history
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, *, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool))
+    memory = objective.memory if isinstance(objective, StatefulObjective) else None
+    memory = jax.tree.map(jnp.asarray, memory)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool), memory)
 
 
 def update(
@@ -140,15 +69,25 @@ def update(
     Returns:
       The next state, and the metrics of the batch before the step, `loss` among them (NaN once training has stopped).
     """
-    (loss, metrics), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, batch)
+
+    def evaluate(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
+        if not isinstance(objective, StatefulObjective):
+            loss, metrics = objective(params, batch)
+            return loss, (metrics, None)
+        loss, metrics, memory = objective.apply(params, batch, state.memory)
+        return loss, (metrics, memory)
+
+    (loss, (metrics, memory)), gradient = jax.value_and_grad(evaluate, has_aux=True)(state.params)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     finite = state.finite & jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):
         finite &= jnp.all(jnp.isfinite(leaf))
-    params = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state.params, params)
+    params, memory = jax.tree.map(
+        lambda old, new: jnp.where(finite, new, old), (state.params, state.memory), (params, memory)
+    )
     metrics = {name: jnp.where(finite, metric, jnp.nan) for name, metric in {"loss": loss, **metrics}.items()}
-    return TrainState(params, opt_state, state.step + finite, finite), metrics
+    return TrainState(params, opt_state, state.step + finite, finite, memory), metrics
 
 
 def run_epoch(
@@ -200,7 +139,7 @@ def fit(
       key: typed PRNG key; each epoch is shuffled by its own part of it.
       params: where to start.
       data: pytree of arrays that share their leading axis, for instance `Demonstrations` or `Preferences`.
-      objective: `(params, batch) -> (loss, metrics)`.
+      objective: `(params, batch) -> (loss, metrics)`, or a `StatefulObjective`.
       learning_rate: positive; a number, or an Optax schedule.
       num_epochs: passes over the data; static.
       batch_size: rows per optimizer step; static. An epoch's last batch is short where this does not divide the data.
@@ -242,7 +181,7 @@ def fit(
 
     run = partial(jax.lax.scan, epoch)
     keys = jax.random.split(key, num_epochs)
-    state = init_state(params, transformation)
+    state = init_state(params, objective=objective, optimizer=transformation)
     if report is None:
         state, history = run(state, keys)
     else:
@@ -276,10 +215,3 @@ def _run_with_reports(
 
 def _in_batches(leaf: Array, num_batches: int, batch_size: int) -> Array:
     return leaf[: num_batches * batch_size].reshape(num_batches, batch_size, *leaf.shape[1:])
-
-
-def _mean(values: Float[Array, " batch"], weights: Array | None) -> Float[Array, ""]:
-    if weights is None:
-        return jnp.mean(values)
-    checks.same_shape(losses=values, weights=weights)
-    return jnp.mean(weights * values)

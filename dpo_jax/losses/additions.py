@@ -1,0 +1,159 @@
+"""What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dpo_jax import checks
+from dpo_jax.types import PairLike, Scalar
+
+
+def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Array]:
+    r"""A loss plus the negative log-likelihood of the chosen response, which holds its probability up.
+
+    .. math:: \mathcal{L} - \alpha \log \pi(y_w|x)
+
+    With `dpo_loss` this is RPO. Source: Pang et al. 2024, "Iterative Reasoning Preference Optimization", arXiv
+    2404.19733, Eq. 1, where the NLL is a mean over the tokens of prompt and response.
+
+    >>> import jax.numpy as jnp
+    >>> from dpo_jax.losses import dpo_loss
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(with_sft(dpo_loss, weight=2.0)(policy, reference, beta=0.5))  # 0.3133 + 2
+    [2.3133]
+
+    Args:
+      loss: any loss whose first argument is the policy's pair of log-probabilities.
+      weight: :math:`\alpha`, zero or positive; of sums over tokens, or means, as they come.
+
+    Returns:
+      A loss with the same arguments.
+    """
+    checks.not_negative("weight", weight)
+
+    def loss_with_sft(policy: PairLike[Float[Array, "*batch"]], *args: Any, **hyperparameters: Any) -> Array:
+        return loss(policy, *args, **hyperparameters) - weight * policy[0]
+
+    return loss_with_sft
+
+
+def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., Array]:
+    r"""A weighted sum of losses of the same data, as in Mixed Preference Optimization.
+
+    .. math:: \sum_i w_i \mathcal{L}_i
+
+    MPO adds 0.8 DPO, 0.2 BCO and 1 SFT: Wang et al. 2024, "Enhancing the Reasoning Ability of Multimodal Large Language
+    Models via Mixed Preference Optimization", arXiv 2411.10442. The terms share their hyperparameters by name;
+    what belongs to one alone is bound to it by `functools.partial`.
+
+    >>> import jax.numpy as jnp
+    >>> from functools import partial
+    >>> from dpo_jax.losses import bco_pair_loss, dpo_loss
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> mpo = with_sft(weighted_sum((0.8, dpo_loss), (0.2, partial(bco_pair_loss, shift=0.0))), weight=1.0)
+    >>> print(mpo(policy, reference, beta=0.5))  # 0.8 * 0.3133 + 0.2 * 0.9482 + 1
+    [1.4402]
+
+    Args:
+      *terms: pairs (weight, loss); at least one. Weights are finite.
+
+    Returns:
+      A loss with the same arguments.
+    """
+    if not terms:
+        raise ValueError("weighted_sum needs at least one term (weight, loss)")
+    for weight, _ in terms:
+        checks.finite("weight", weight)
+
+    def summed(*args: Any, **hyperparameters: Any) -> Array:
+        first, *others = (weight * loss(*args, **hyperparameters) for weight, loss in terms)
+        return sum(others, first)
+
+    return summed
+
+
+def wpo_weights(
+    policy: PairLike[Float[Array, "*batch"]], alignment: PairLike[Float[Array, "*batch"]]
+) -> Float[Array, "*batch"]:
+    r"""Weighted Preference Optimization: comparisons count as much as the policy would have written both responses.
+
+    .. math::
+        w(x, y_w)\, w(x, y_l), \qquad
+        \log w(x, y) = \frac{1}{|y|} \sum_t \left( \log \pi(y_t|\cdot) - \log \sum_v \pi(v|\cdot)^2 \right)
+
+    Source: Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", arXiv 2406.11827, Eq. 2
+    (sampled alignment: a response that the policy itself would write has weight 1, on average). No gradient flows
+    through the weights.
+
+    >>> import jax.numpy as jnp
+    >>> probs = jnp.array([0.5, 0.25, 0.25])
+    >>> alignment = jnp.log(jnp.sum(probs**2, keepdims=True))
+    >>> print(wpo_weights((jnp.log(probs[:1]), jnp.log(probs[1:2])), (alignment, alignment)))  # 0.125 / 0.375^2
+    [0.8889]
+
+    Args:
+      policy: log-probabilities (nats, means over tokens) of the chosen and the rejected responses.
+      alignment: the logarithm of the sum of squared probabilities of all tokens, likewise a mean over the tokens of
+        each response; zeros for weights without alignment. The authors' code clips the product at 1; the paper and TRL
+        1.16 do not.
+
+    Returns:
+      The weight of each comparison.
+    """
+    checks.pair("policy", policy)
+    checks.pair("alignment", alignment)
+    checks.same_shape(policy=policy[0], alignment_chosen=alignment[0], alignment_rejected=alignment[1])
+    return jax.lax.stop_gradient(jnp.exp(policy[0] - alignment[0] + policy[1] - alignment[1]))
+
+
+def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
+    """A loss whose comparisons count by the further hyperparameter `weights`, for instance `wpo_weights`.
+
+    >>> import jax.numpy as jnp
+    >>> from dpo_jax.losses import dpo_loss
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(with_weights(dpo_loss)(policy, reference, beta=0.5, weights=jnp.array([2.0])))  # 2 * 0.3133
+    [0.6265]
+    """
+
+    def weighted(*args: Any, weights: Scalar, **hyperparameters: Any) -> Array:
+        return weights * loss(*args, **hyperparameters)
+
+    return weighted
+
+
+def length_desensitized_logps(
+    token_logps: Float[Array, "*batch tokens"],
+    lengths: Int[Array, "*batch"],
+    common_lengths: Int[Array, "*batch"],
+    *,
+    alpha: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""LD-DPO's log-probabilities: tokens past the length that both responses of a pair have count for less.
+
+    .. math:: \sum_{t \le l} \log \pi(y_t|\cdot) + \alpha \sum_{l < t \le |y|} \log \pi(y_t|\cdot)
+
+    Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization", arXiv 2409.06411. Hand
+    the result, for policy and reference and for both responses, to `dpo_loss`. With alpha 1 it is the sum, and so it is
+    for responses of one token.
+
+    >>> import jax.numpy as jnp
+    >>> token_logps = jnp.array([[-1.0, -2.0, -4.0, -9.0]])
+    >>> print(length_desensitized_logps(token_logps, jnp.array([3]), jnp.array([1]), alpha=0.5))  # -1 - 0.5 * 6
+    [-4.]
+
+    Args:
+      token_logps: log-probabilities (nats) of the tokens of each response; what stands behind its end is ignored.
+      lengths: how many tokens each response has.
+      common_lengths: :math:`l`, the length of the shorter response of its pair.
+      alpha: weight of the tokens beyond; between 0 and 1.
+    """
+    checks.floating("token_logps", token_logps)
+    checks.probability("alpha", alpha)
+    checks.same_shape(token_logps=token_logps[..., 0], lengths=lengths, common_lengths=common_lengths)
+    place = jax.lax.broadcasted_iota(lengths.dtype, token_logps.shape, token_logps.ndim - 1)
+    weights = jnp.where(place < common_lengths[..., None], 1, jnp.asarray(alpha, token_logps.dtype))
+    return jnp.sum(jnp.where(place < lengths[..., None], weights * token_logps, 0), axis=-1)

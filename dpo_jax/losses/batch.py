@@ -1,0 +1,270 @@
+"""Losses and statistics of whole batches. The last axis is the batch.
+
+What must be remembered from batch to batch is a state that goes in and comes out: `state = update(state, ...)`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from dpo_jax import checks
+from dpo_jax.losses.ratios import checked_log_ratios, checked_margin
+from dpo_jax.types import PairLike, Scalar
+
+
+def aot_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar = 0.0,
+) -> Float[Array, "*batch"]:
+    r"""Alignment via Optimal Transport, paired: the policy's margins shall exceed the reference's as distributions.
+
+    .. math::
+        -(1 - \epsilon) \log \sigma(\beta \Delta_{(i)}) - \epsilon \log \sigma(-\beta \Delta_{(i)}), \qquad
+        \Delta_{(i)} = \mathrm{sort}_i \log \frac{\pi(y_w|x)}{\pi(y_l|x)}
+        - \mathrm{sort}_i \log \frac{\pi_{ref}(y_w|x)}{\pi_{ref}(y_l|x)}
+
+    Source: Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", arXiv 2406.05882.
+    Entry i of the result belongs to the i-th smallest margins of the batch, not to comparison i.
+
+    >>> import jax.numpy as jnp
+    >>> policy = jnp.array([0.0, -2.0]), jnp.array([-3.0, -1.0])
+    >>> reference = jnp.array([-2.0, -1.0]), jnp.array([-1.0, -2.0])
+    >>> print(aot_loss(policy, reference, beta=0.5))  # margins -1 and 3 against -1 and 1
+    [0.6931 0.3133]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums), with at least one axis.
+      beta: strength of the pull towards the reference; positive.
+      label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2.
+    """
+    checks.positive("beta", beta)
+    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    checks.batch("policy.chosen", policy[0])
+    policy_margin, reference_margin = policy[0] - policy[1], reference[0] - reference[1]
+    return _smoothed_logistic(beta * (jnp.sort(policy_margin) - jnp.sort(reference_margin)), label_smoothing)
+
+
+def aot_unpaired_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar = 0.0,
+) -> Float[Array, "*batch"]:
+    r"""Alignment via Optimal Transport, unpaired: log-ratios of good responses exceed those of bad ones in
+    distribution.
+
+    .. math::
+        -(1 - \epsilon) \log \sigma(\beta \Delta_{(i)}) - \epsilon \log \sigma(-\beta \Delta_{(i)}), \qquad
+        \Delta_{(i)} = \mathrm{sort}_i \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}
+        - \mathrm{sort}_i \log \frac{\pi(y_l|x')}{\pi_{ref}(y_l|x')}
+
+    Source: Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", arXiv 2406.05882.
+    The two sides need not answer the same prompts; there must be equally many of them. Entry i of the
+    result belongs to the i-th smallest log-ratios of the batch, not to row i.
+
+    >>> import jax.numpy as jnp
+    >>> policy = jnp.array([0.0, -2.0]), jnp.array([-3.0, -1.0])
+    >>> reference = jnp.array([-2.0, -1.0]), jnp.array([-1.0, -2.0])
+    >>> print(aot_unpaired_loss(policy, reference, beta=0.5))  # log-ratios -1 and 2 against -2 and 1
+    [0.4741 0.4741]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums), with at least one axis.
+      beta: strength of the pull towards the reference; positive.
+      label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2.
+    """
+    checks.positive("beta", beta)
+    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    checks.batch("policy.chosen", policy[0])
+    return _smoothed_logistic(beta * (jnp.sort(chosen) - jnp.sort(rejected)), label_smoothing)
+
+
+def kto_reference_point(policy: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, ""]:
+    r"""KTO's reference point, estimated from responses to other prompts: a biased estimate of KL(policy || reference).
+
+    .. math:: z_0 = \max \left( 0, \frac{1}{m} \sum_{i=1}^m \log \frac{\pi(y_{i+1}|x_i)}{\pi_{ref}(y_{i+1}|x_i)} \right)
+
+    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv 2402.01306, Sec.
+    4.1. No gradient flows through it.
+
+    >>> import jax.numpy as jnp
+    >>> print(kto_reference_point(jnp.array([-1.0, -2.0]), jnp.array([-2.0, -2.5])))
+    0.75
+
+    Args:
+      policy: log-probabilities (nats, sums over tokens) of mismatched responses under the policy: for each prompt of a
+        batch, the response to another prompt of it.
+      reference: the same under the reference policy.
+
+    Returns:
+      One number (nats) for the whole batch.
+    """
+    checks.floating("policy", policy)
+    checks.reference(reference)
+    checks.same_shape(policy=policy, reference=reference)
+    checks.same_dtype(policy=policy, reference=reference)
+    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(policy - reference), 0))
+
+
+class RunningMean(NamedTuple):
+    """The mean of all numbers seen so far.
+
+    Attributes:
+      mean: zero before the first.
+      num: how many there were.
+    """
+
+    mean: Float[Array, ""] | float = 0.0
+    num: Float[Array, ""] | float = 0.0
+
+
+class Shift(NamedTuple):
+    """BCO's shift: the mean implicit reward so far, good and bad responses counting equally.
+
+    Attributes:
+      desirable, undesirable: the means of the implicit rewards of the good and of the bad ones.
+    """
+
+    desirable: RunningMean = RunningMean()
+    undesirable: RunningMean = RunningMean()
+
+    @property
+    def value(self) -> Array | float:
+        """What `bco_pair_loss` and `bco_loss` take."""
+        return (self.desirable.mean + self.undesirable.mean) / 2
+
+
+def update_shift(state: Shift, rewards: Float[Array, " batch"], desirable: Bool[Array, " batch"]) -> Shift:
+    r"""BCO's shift, brought up to date by a batch.
+
+    .. math:: \delta = \tfrac{1}{2} (E_+[r] + E_-[r]), \qquad r = \beta \log
+    \frac{\pi(y|x)}{\pi_{ref}(y|x)}
+
+    Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656; as
+    running means, as in TRL up to 0.28 (which, for unpaired data, lets every response count equally). No gradient flows
+    through it.
+
+    >>> import jax.numpy as jnp
+    >>> print(update_shift(Shift(), jnp.array([0.5, 1.5, 0.0]), jnp.array([True, True, False])).value)
+    0.5
+
+    Args:
+      state: what came out of the batch before; `Shift()` at the first.
+      rewards: implicit rewards of the responses of a batch.
+      desirable: which of them are good; of a pair, the chosen one.
+    """
+    checks.floating("rewards", rewards)
+    checks.boolean("desirable", desirable)
+    checks.same_shape(rewards=rewards, desirable=desirable)
+    rewards = jax.lax.stop_gradient(rewards)
+    return Shift(_updated(state.desirable, rewards, desirable), _updated(state.undesirable, rewards, ~desirable))
+
+
+class MarginMoments(NamedTuple):
+    """What beta-DPO remembers: how margins are distributed, and a key for the next filter.
+
+    Attributes:
+      key: typed PRNG key.
+      mean, std: exponential moving averages of the batches' means and standard deviations (nats); zero at the start.
+    """
+
+    key: Key[Array, ""]
+    mean: Float[Array, ""] | float = 0.0
+    std: Float[Array, ""] | float = 0.0
+
+
+def update_margin_moments(
+    state: MarginMoments, margins: Float[Array, " batch"], *, momentum: Scalar = 0.9
+) -> MarginMoments:
+    r"""Brings `MarginMoments` up to date by the margins of a batch, before `beta_dpo_loss` reads them.
+
+    .. math:: M_0 \leftarrow m M_0 + (1 - m)\, E[\Delta], \qquad s \leftarrow m s + (1 - m)\, \mathrm{std}[\Delta]
+
+    Source: as for `beta_dpo_loss`. No gradient flows through it.
+
+    >>> import jax, jax.numpy as jnp
+    >>> print(update_margin_moments(MarginMoments(jax.random.key(0)), jnp.array([1.0, 3.0])).mean)
+    0.2
+
+    Args:
+      state: what came out of the batch before; `MarginMoments(key)` at the first.
+      margins: differences of log-ratios of a batch (nats), two at least.
+      momentum: weight of the past; at least 0, below 1.
+    """
+    checks.between("momentum", momentum, 0.0, 1.0)
+    checks.floating("margins", margins)
+    margins = jax.lax.stop_gradient(margins)
+    past, present = (state.mean, state.std), (jnp.mean(margins), jnp.std(margins, ddof=1))
+    moments = (momentum * old + (1 - momentum) * new for old, new in zip(past, present, strict=True))
+    return MarginMoments(jax.random.split(state.key, 1)[0], *(jnp.asarray(x, margins.dtype) for x in moments))
+
+
+def beta_dpo_loss(
+    policy: PairLike[Float[Array, " batch"]],
+    reference: PairLike[Float[Array, " batch"]],
+    *,
+    beta: Scalar,
+    alpha: Scalar,
+    moments: MarginMoments,
+    keep: float = 0.8,
+) -> Float[Array, " batch"]:
+    r"""beta-DPO: the beta of a batch rises with its margins, and outlying comparisons are left out at random.
+
+    .. math::
+        -\log \sigma(\beta' \Delta_i) \text{ if kept}, \qquad
+        \beta' = \beta\, (1 + \alpha (E_{kept}[\Delta] - M_0)), \qquad
+        P(\text{keep } i) \propto \exp \left( -\tfrac{1}{2} ((\Delta_i - M_0) / s)^2 \right)
+
+    Source: Wu et al. 2024, "beta-DPO: Direct Preference Optimization with Dynamic beta", arXiv 2407.08639, Sec. 4. As
+    in the authors' code, margins are not multiplied by beta, comparisons are kept without replacement, and
+    :math:`\beta'` is at least 0.001. Losses of kept comparisons are scaled up so that their mean is that of the kept
+    ones; the others are zero.
+
+    >>> import jax, jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0, -1.0]), jnp.array([-3.0, -3.0])), (jnp.array([-2.0, -2.0]),) * 2
+    >>> moments = MarginMoments(jax.random.key(0), mean=1.0, std=1.0)
+    >>> print(beta_dpo_loss(policy, reference, beta=0.5, alpha=1.0, moments=moments, keep=1.0))  # beta' = 1
+    [0.1269 0.1269]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference at the usual margin; positive.
+      alpha: how much beta changes per nat of margin; zero or positive.
+      moments: mean and spread of the margins so far (`update_margin_moments`), and the key of the filter.
+      keep: the share of the comparisons that are kept, above 0, at most 1 (all of them); static.
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("alpha", alpha)
+    checks.positive_fraction("keep", keep)
+    margin = checked_margin(policy, reference, alpha=alpha)
+    checks.broadcasts("beta", beta, ())
+    kept = _keep_likely(jax.lax.stop_gradient(margin), moments, max(1, int(keep * margin.shape[0])))
+    share = jnp.mean(kept)
+    surplus = jax.lax.stop_gradient(jnp.mean(kept * margin) / share) - moments.mean
+    return -kept / share * jax.nn.log_sigmoid(jnp.maximum(beta * (1 + alpha * surplus), 1e-3) * margin)
+
+
+def _keep_likely(margins: Float[Array, " batch"], moments: MarginMoments, num: int) -> Float[Array, " batch"]:
+    """One for `num` comparisons drawn without replacement, by their normal density; zero for the others."""
+    std = jnp.maximum(moments.std, jnp.finfo(margins.dtype).eps)
+    noise = jax.random.gumbel(moments.key, margins.shape, margins.dtype)
+    score = noise - jnp.square((margins - moments.mean) / std) / 2
+    return (jnp.argsort(jnp.argsort(-score)) < num).astype(margins.dtype)
+
+
+def _updated(state: RunningMean, values: Float[Array, " batch"], counted: Bool[Array, " batch"]) -> RunningMean:
+    num = state.num + jnp.sum(counted)
+    change = jnp.sum(jnp.where(counted, values - state.mean, 0)) / jnp.maximum(num, 1)
+    return RunningMean(jnp.asarray(state.mean + change, values.dtype), jnp.asarray(num, values.dtype))
+
+
+def _smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)

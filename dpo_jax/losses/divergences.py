@@ -1,0 +1,146 @@
+r"""Other divergences than KL: what stands in place of the log-ratio.
+
+RLHF with :math:`D_f(\pi \| \pi_{ref}) = E_{\pi_{ref}}[f(\pi / \pi_{ref})]` in place of KL has the optimum
+:math:`r(x, y) = \beta f'(\pi^*(y|x) / \pi_{ref}(y|x)) + const(x)`. So a loss of the margin becomes one for the
+divergence when :math:`f'` of the ratio stands for its logarithm: here, functions from the log-ratio :math:`u` to
+:math:`f'(e^u)`.
+
+Source: Wang et al. 2023, "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence
+Constraints", arXiv 2309.16240, Table 1. Exponentials go on along their tangent where the exponent exceeds 22
+(177 in float64), to stay finite.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.losses.margin import (
+    discopop_loss,
+    dpo_loss,
+    exo_loss,
+    exponential_loss,
+    hinge_loss,
+    ipo_loss,
+    length_regularized_dpo_loss,
+    offset_dpo_loss,
+    robust_dpo_loss,
+    savage_loss,
+    squared_loss,
+    truncated_quadratic_loss,
+)
+from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios
+from dpo_jax.types import PairLike, PreferenceLoss, Scalar
+
+Divergence: TypeAlias = Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]
+"""From the log-ratio u of policy to reference to f'(exp(u)), elementwise; it must increase."""
+
+LOSSES_OF_THE_MARGIN = (
+    dpo_loss,
+    robust_dpo_loss,
+    ipo_loss,
+    hinge_loss,
+    squared_loss,
+    truncated_quadratic_loss,
+    exponential_loss,
+    savage_loss,
+    exo_loss,
+    discopop_loss,
+    offset_dpo_loss,
+    length_regularized_dpo_loss,
+)
+
+
+def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceLoss:
+    """A loss of the margin, for RLHF with another divergence than KL.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(with_divergence(dpo_loss, forward_kl)(policy, reference, beta=0.5))  # margin e - 1/e
+    [0.2691]
+
+    Args:
+      loss: one of `LOSSES_OF_THE_MARGIN`, or a `functools.partial` of one.
+      divergence: `reverse_kl`, `forward_kl`, `jensen_shannon`, `chi_square_kl`, `alpha_divergence(alpha)`, or your own.
+
+    Returns:
+      A loss with the same arguments.
+
+    Raises:
+      ValueError: the loss looks at the two log-ratios apart. Then the normalisation of the optimum, which depends on
+        the prompt, would not cancel, and the loss would mean nothing.
+    """
+    if _unwrapped(loss) not in map(_unwrapped, LOSSES_OF_THE_MARGIN):
+        allowed = ", ".join(allowed.__name__ for allowed in LOSSES_OF_THE_MARGIN)
+        raise ValueError(
+            f"{getattr(loss, '__name__', loss)} cannot take a divergence: only in losses of the difference of two "
+            f"scores does the normalisation of the optimal policy cancel. These are {allowed}"
+        )
+
+    def loss_with_divergence(
+        policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], **hyperparameters: Any
+    ) -> Float[Array, "*batch"]:
+        scores = jax.tree.map(divergence, checked_log_ratios(policy, reference))
+        return loss(scores, jax.tree.map(jnp.zeros_like, scores), **hyperparameters)
+
+    return loss_with_divergence
+
+
+def reverse_kl(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r""":math:`f'(e^u) = u` (up to a constant), with :math:`f(z) = z \log z`: KL(policy || reference), as in DPO."""
+    return log_ratio
+
+
+def forward_kl(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r""":math:`f'(e^u) = 1 - e^{-u}` (up to a constant), with :math:`f(z) = -\log z`: KL(reference || policy)."""
+    return 1 - bounded_exp(-log_ratio)
+
+
+def jensen_shannon(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r""":math:`f'(e^u) = \log 2 + \log \sigma(u)`, with :math:`f(z) = z \log z - (z + 1) \log \frac{z + 1}{2}`.
+
+    Twice the Jensen-Shannon divergence. It is bounded above, so rewards that would need more cannot be expressed.
+    """
+    return jnp.log(2.0).astype(log_ratio.dtype) + jax.nn.log_sigmoid(log_ratio)
+
+
+def chi_square_kl(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r""":math:`f'(e^u) = e^u + u` (up to a constant), with :math:`f(z) = \frac{1}{2} (z - 1)^2 + z \log z`.
+
+    Chi-squared plus KL. `dpo_loss` with it is `chi_po_loss` without clipping (arXiv 2407.13399).
+    """
+    return bounded_exp(log_ratio) + log_ratio
+
+
+def alpha_divergence(alpha: Scalar) -> Divergence:
+    r"""A function from :math:`u` to :math:`f'(e^u) = (e^{(\alpha - 1) u} - 1) / (\alpha - 1)`.
+
+    The limit of alpha 1 is `reverse_kl`, and alpha 0 is `forward_kl`. This is TRL's alpha since 1.16; that of Wang et
+    al. and of TRL up to 0.28 is one minus this one.
+
+    Args:
+      alpha: finite; may be traced.
+    """
+    checks.finite("alpha", alpha)
+
+    def link(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        power = jnp.asarray(alpha - 1, log_ratio.dtype)
+        nonzero = jnp.where(power == 0, 1, power)
+        return jnp.where(power == 0, log_ratio, _expm1(nonzero * log_ratio) / nonzero)
+
+    return link
+
+
+def _expm1(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """`bounded_exp(exponent) - 1`, accurate near zero."""
+    near_zero = jnp.abs(exponent) < 1
+    return jnp.where(near_zero, jnp.expm1(jnp.where(near_zero, exponent, 0)), bounded_exp(exponent) - 1)
+
+
+def _unwrapped(loss: Any) -> Any:
+    """The function behind a partial."""
+    return _unwrapped(loss.func) if isinstance(loss, partial) else loss

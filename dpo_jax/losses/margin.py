@@ -1,0 +1,363 @@
+r"""Losses of the margin: functions of the one number in which the policy and the comparison meet.
+
+.. math::
+    \Delta = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
+
+A constant added to both log-ratios changes nothing, so whatever depends on the prompt alone (:math:`\log Z`) cancels.
+That is why these losses, and only these, can take other divergences (`with_divergence`).
+
+Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
+tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns
+one number per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `dpo_loss`
+does.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Real
+
+from dpo_jax import checks
+from dpo_jax.losses.ratios import bounded_exp, checked_margin
+from dpo_jax.types import PairLike, Scalar
+
+
+def dpo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar = 0.0,
+) -> Float[Array, "*batch"]:
+    r"""Direct Preference Optimization loss, with optional label smoothing.
+
+    .. math::
+        -(1 - \epsilon) \log \sigma(\beta \Delta) - \epsilon \log \sigma(-\beta \Delta), \qquad
+        \Delta = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
+
+    With :math:`\epsilon = 0` this is Rafailov et al. 2023, "Direct Preference Optimization", arXiv 2305.18290, Eq. 7;
+    with :math:`\epsilon > 0`, the conservative DPO of Mitchell 2023, "A note on DPO with noisy preferences".
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(dpo_loss(policy, reference, beta=0.5))  # -log sigmoid(0.5 * 2)
+    [0.3133]
+
+    Args:
+      policy: log-probabilities (nats, summed over the tokens of a response) of the chosen and the rejected responses
+        under the policy.
+      reference: the same under the reference policy, taken as constants by the caller.
+      beta: strength of the pull towards the reference; positive. A scalar, or one value for each comparison.
+      label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2. Likewise.
+
+    Returns:
+      The loss in nats, one per comparison. The mean is left to the caller.
+
+    Raises:
+      TypeError: an argument is not a pair of floating-point arrays, or they differ in dtype.
+      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+    """
+    checks.positive("beta", beta)
+    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
+
+
+def robust_dpo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""Robust DPO: an unbiased estimate, from flipped labels, of the DPO loss on the labels before the flip.
+
+    .. math:: \frac{-(1 - \epsilon) \log \sigma(\beta \Delta) + \epsilon \log \sigma(-\beta \Delta)}{1 - 2 \epsilon}
+
+    Source: Chowdhury et al. 2024, "Provably Robust DPO", arXiv 2403.00409, Sec. 3.1.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(robust_dpo_loss(policy, reference, beta=0.5, label_smoothing=0.25))
+    [-0.1867]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      label_smoothing: the probability with which labels are flipped; at least 0, below 1/2.
+    """
+    checks.positive("beta", beta)
+    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    kept, flipped = -jax.nn.log_sigmoid(logits), -jax.nn.log_sigmoid(-logits)
+    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+
+
+def ipo_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Identity Preference Optimization: regression of the margin onto a constant, so that it stays bounded.
+
+    .. math:: \left( \Delta - \frac{1}{2 \beta} \right)^2
+
+    Source: Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences", arXiv
+    2310.12036, Eq. 17, where beta is called tau. The paper sums log-probabilities over tokens; TRL averages them. Here
+    the caller decides by what is passed in.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(ipo_loss(policy, reference, beta=0.5))  # (2 - 1)^2
+    [1.]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums, or means for TRL's dialect).
+      beta: strength of the pull towards the reference; positive. The margin aimed at is 1/(2 beta) nats.
+    """
+    checks.positive("beta", beta)
+    return jnp.square(checked_margin(policy, reference, beta=beta) - 1 / (2 * beta))
+
+
+def hinge_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Hinge loss on log-ratios (RSO's hinge-norm, after SLiC): comparisons beyond a margin of 1 pull no more.
+
+    .. math:: \max(0, 1 - \beta \Delta)
+
+    Source: Liu et al. 2023, "Statistical Rejection Sampling Improves Preference Optimization", arXiv 2309.06657
+    (hinge-norm), after Zhao et al. 2023, "SLiC-HF", arXiv 2305.10425, where there is no reference.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(hinge_loss(policy, reference, beta=0.25))
+    [0.5]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
+    """
+    checks.positive("beta", beta)
+    return jax.nn.relu(1 - beta * checked_margin(policy, reference, beta=beta))
+
+
+def squared_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Squared member of Generalized Preference Optimization.
+
+    .. math:: (\beta \Delta - 1)^2
+
+    Source: Tang et al. 2024, "Generalized Preference Optimization", arXiv 2402.05749, Table 1, which calls it IPO. It
+    aims at a margin of 1/beta, `ipo_loss` at 1/(2 beta), and it is smaller by a factor of beta squared.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(squared_loss(policy, reference, beta=0.25))
+    [0.25]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    return jnp.square(beta * checked_margin(policy, reference, beta=beta) - 1)
+
+
+def truncated_quadratic_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Truncated quadratic (squared hinge) member of Generalized Preference Optimization.
+
+    .. math:: \max(0, 1 - \beta \Delta)^2
+
+    Source: Tang et al. 2024, "Generalized Preference Optimization", arXiv 2402.05749, Table 1.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(truncated_quadratic_loss(policy, reference, beta=0.75))
+    [0.]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
+    """
+    checks.positive("beta", beta)
+    return jnp.square(jax.nn.relu(1 - beta * checked_margin(policy, reference, beta=beta)))
+
+
+def exponential_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Exponential member of Generalized Preference Optimization: the loss of AdaBoost.
+
+    .. math:: \exp(-\beta \Delta)
+
+    Source: Tang et al. 2024, "Generalized Preference Optimization", arXiv 2402.05749, Table 1. To stay finite it goes
+    on along its tangent where the exponent exceeds 22 (177 in float64).
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(exponential_loss(policy, reference, beta=0.5))
+    [0.3679]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    return bounded_exp(-beta * checked_margin(policy, reference, beta=beta))
+
+
+def savage_loss(
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""Savage member of Generalized Preference Optimization: bounded, not convex, forgiving towards wrong labels.
+
+    .. math:: \sigma(-\beta \Delta)^2
+
+    Source: Masnadi-Shirazi and Vasconcelos 2008, "On the Design of Loss Functions for Classification"; Tang et al.
+    2024, "Generalized Preference Optimization", arXiv 2402.05749, Table 1.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(savage_loss(policy, reference, beta=0.5))
+    [0.0723]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    return jnp.square(jax.nn.sigmoid(-beta * checked_margin(policy, reference, beta=beta)))
+
+
+def exo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    label_smoothing: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""Efficient Exact Optimization from pairs: reverse KL from the policy's preference to the smoothed label.
+
+    .. math::
+        \sigma(\beta \Delta) \log \frac{\sigma(\beta \Delta)}{1 - \epsilon}
+        + \sigma(-\beta \Delta) \log \frac{\sigma(-\beta \Delta)}{\epsilon}
+
+    Source: Ji et al. 2024, "Towards Efficient Exact Optimization of Language Model Alignment", arXiv 2402.00856, Eq.
+    16. DPO is the forward KL.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(exo_loss(policy, reference, beta=0.5, label_smoothing=0.1))
+    [0.1140]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      label_smoothing: the probability that the label gives to the rejected response; above 0, since the logarithm of
+        a hard label is infinite, and below 1/2.
+    """
+    checks.positive("beta", beta)
+    checks.inside("label_smoothing", label_smoothing, 0.0, 0.5)
+    logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    chosen = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
+    return chosen + jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
+
+
+def discopop_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    temperature: Scalar = 0.05,
+) -> Float[Array, "*batch"]:
+    r"""DiscoPOP (log-ratio modulated loss): a blend of logistic and exponential loss, found by a language model.
+
+    .. math::
+        -(1 - g) \log \sigma(\beta \Delta) + g\, e^{-\beta \Delta}, \qquad g = \sigma(\beta \Delta / \tau)
+
+    Source: Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language Models", arXiv
+    2406.08414, Eq. 5. It is not convex, and has a local minimum left of zero.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(discopop_loss(policy, reference, beta=0.5))
+    [0.3679]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      temperature: :math:`\tau`, how wide the blend is; above 0, at most 1, so that the loss stays bounded by a
+        multiple of the margin.
+    """
+    checks.positive("beta", beta)
+    checks.positive_fraction("temperature", temperature)
+    logits = beta * checked_margin(policy, reference, beta=beta, temperature=temperature)
+    logistic = -jax.nn.sigmoid(-logits / temperature) * jax.nn.log_sigmoid(logits)
+    return logistic + jnp.exp(jax.nn.log_sigmoid(logits / temperature) - logits)
+
+
+def offset_dpo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    offset: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""DPO with an offset: the margin must exceed how much better the chosen response was judged.
+
+    .. math:: -\log \sigma(\beta \Delta - \delta)
+
+    Source: Amini et al. 2024, "Direct Preference Optimization with an Offset", arXiv 2402.10571; there
+    :math:`\delta = \alpha \log(r_w - r_l)` for known scores. In a training batch, per-comparison offsets come as
+    `Preferences.columns`.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(offset_dpo_loss(policy, reference, beta=0.5, offset=1.0))
+    [0.6931]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      offset: the margin wanted, in units of reward; finite.
+    """
+    checks.positive("beta", beta)
+    checks.finite("offset", offset)
+    return -jax.nn.log_sigmoid(beta * checked_margin(policy, reference, beta=beta, offset=offset) - offset)
+
+
+def length_regularized_dpo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    alpha: Scalar,
+    lengths: PairLike[Real[Array, "*batch"]],
+) -> Float[Array, "*batch"]:
+    r"""R-DPO: the optimum of a reward from which every token takes `alpha`.
+
+    .. math:: -\log \sigma(\beta \Delta + \alpha |y_w| - \alpha |y_l|)
+
+    Source: Park et al. 2024, "Disentangling Length from Quality in Direct Preference Optimization", arXiv 2403.19159,
+    Eq. 9. A longer chosen response has part of its preference explained by its length, and so pulls less. Where all
+    responses are equally long this is DPO.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> lengths = (jnp.array([7]), jnp.array([5]))
+    >>> print(length_regularized_dpo_loss(policy, reference, beta=0.5, alpha=0.1, lengths=lengths))
+    [0.2633]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      alpha: price of a token, in units of reward; zero or positive.
+      lengths: how many tokens the chosen and the rejected responses have.
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("alpha", alpha)
+    margin = checked_margin(policy, reference, beta=beta, alpha=alpha)
+    checks.lengths(lengths, margin.shape)
+    difference = (lengths[0] - lengths[1]).astype(margin.dtype)
+    return -jax.nn.log_sigmoid(beta * margin + alpha * difference)

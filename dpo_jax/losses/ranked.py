@@ -1,0 +1,49 @@
+"""Losses of rankings: K responses to one prompt, from best to worst."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.types import Scalar
+
+
+def plackett_luce_loss(
+    policy: Sequence[Float[Array, "*batch"]], reference: Sequence[Float[Array, "*batch"]], *, beta: Scalar
+) -> Float[Array, "*batch"]:
+    r"""DPO for rankings under the Plackett-Luce model: at each place, the best of those that are left is chosen.
+
+    .. math::
+        -\sum_{k=1}^{K-1} \log \frac{e^{\beta u_k}}{\sum_{j=k}^K e^{\beta u_j}}, \qquad
+        u_k = \log \frac{\pi(y_k|x)}{\pi_{ref}(y_k|x)}
+
+    Source: Rafailov et al. 2023, "Direct Preference Optimization", arXiv 2305.18290, App. A.3, Eq. 20. With K = 2 it is
+    `dpo_loss`.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = jnp.array([[-1.0], [-2.0], [-3.0]]), jnp.array([[-2.0], [-2.0], [-2.0]])
+    >>> print(plackett_luce_loss(tuple(policy), tuple(reference), beta=1.0))  # log ratios 1, 0, -1
+    [0.7209]
+
+    Args:
+      policy: K arrays of log-probabilities (nats, sums over tokens) of the responses from best to worst, under the
+        policy; K is at least 2.
+      reference: the same under the reference policy, constants to the caller.
+      beta: strength of the pull towards the reference; positive.
+
+    Returns:
+      The loss in nats, one per ranking.
+
+    Raises:
+      TypeError: an argument is not a sequence of floating-point arrays, or they differ in dtype.
+      ValueError: shapes or numbers of responses differ, or beta is not positive (checked unless it is traced).
+    """
+    checks.positive("beta", beta)
+    checks.reference(reference)
+    checks.rankings(policy, reference)
+    checks.hyperparameters(policy[0].shape, beta=beta)
+    rewards = [beta * (logp - reference_logp) for logp, reference_logp in zip(policy, reference, strict=True)]
+    left = [jax.nn.logsumexp(jnp.stack(rewards[place:]), axis=0) for place in range(len(rewards) - 1)]
+    return sum((total - reward for total, reward in zip(left, rewards, strict=False)), jnp.zeros_like(rewards[0]))

@@ -1,0 +1,177 @@
+r"""Losses of the policy alone: no reference, nothing to stray from.
+
+.. math:: \ell_w = \log \pi(y_w|x), \qquad \ell_l = \log \pi(y_l|x)
+
+Every loss takes `policy`, a pair (chosen, rejected) of log-probabilities in nats. Some eat sums over the tokens of a
+response and some eat means, as their docstrings say; the caller divides by the length. Every loss returns one number
+per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.losses.ratios import bounded_exp, log1mexp
+from dpo_jax.types import Pair, PairLike, Scalar
+
+
+def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma: Scalar) -> Float[Array, "*batch"]:
+    r"""Simple Preference Optimization: the mean log-probability per token is the reward, with a target margin.
+
+    .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l - \gamma)
+
+    Eats **means** over tokens. Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free
+    Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen response by default (`cpo_alpha=1`); the paper does
+    not (`with_sft` does).
+
+    >>> import jax.numpy as jnp
+    >>> print(simpo_loss((jnp.array([-1.0]), jnp.array([-3.0])), beta=2.0, gamma=1.0))  # -log sigmoid(2 * 2 - 1)
+    [0.0486]
+
+    Args:
+      policy: log-probabilities (nats, means over tokens) of the chosen and the rejected responses.
+      beta: scale of the reward; positive.
+      gamma: the margin wanted, in units of reward; zero or positive.
+
+    Raises:
+      TypeError: `policy` is not a pair of floating-point arrays, or they differ in dtype.
+      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("gamma", gamma)
+    chosen, rejected = _checked(policy, beta=beta, gamma=gamma)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+
+
+def alphapo_loss(
+    policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma: Scalar, alpha: Scalar
+) -> Float[Array, "*batch"]:
+    r"""AlphaPO: SimPO with a reward that is a power of the likelihood.
+
+    .. math::
+        -\log \sigma(\beta r_w - \beta r_l - \gamma), \qquad r = \frac{1 - e^{-\alpha \ell}}{\alpha}
+
+    Eats **means** over tokens. Source: Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment", arXiv
+    2501.03884. The limit of alpha 0 is SimPO. To stay finite the exponential goes on along its tangent where its
+    exponent exceeds 22 (177 in float64).
+
+    >>> import jax.numpy as jnp
+    >>> print(alphapo_loss((jnp.array([-1.0]), jnp.array([-3.0])), beta=2.0, gamma=1.0, alpha=-0.5))
+    [0.4615]
+
+    Args:
+      policy: pair of log-probabilities (means).
+      beta: scale of the reward; positive.
+      gamma: the margin wanted, in units of reward; zero or positive.
+      alpha: shape of the reward; finite.
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("gamma", gamma)
+    checks.finite("alpha", alpha)
+    policy = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
+    power = jnp.where(jnp.asarray(alpha) == 0, 1, alpha).astype(policy.chosen.dtype)
+
+    def reward(logp: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        return jnp.where(jnp.asarray(alpha) == 0, logp, (1 - bounded_exp(-power * logp)) / power)
+
+    return -jax.nn.log_sigmoid(beta * (reward(policy.chosen) - reward(policy.rejected)) - gamma)
+
+
+def cpo_loss(
+    policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, sft_weight: Scalar = 1.0
+) -> Float[Array, "*batch"]:
+    r"""Contrastive Preference Optimization: DPO with a uniform reference, plus the NLL of the chosen response.
+
+    .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l) - \lambda \ell_w
+
+    Eats **sums** over tokens. Source: Xu et al. 2024, "Contrastive Preference Optimization", arXiv 2401.08417, Eq. 3
+    and the NLL with :math:`\lambda = 1`. TRL's NLL is a mean over tokens.
+
+    >>> import jax.numpy as jnp
+    >>> print(cpo_loss((jnp.array([-1.0]), jnp.array([-3.0])), beta=0.5))
+    [1.3133]
+
+    Args:
+      policy: pair of log-probabilities (sums).
+      beta: scale of the reward; positive.
+      sft_weight: :math:`\lambda`; zero or positive.
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("sft_weight", sft_weight)
+    chosen, rejected = _checked(policy, beta=beta, sft_weight=sft_weight)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected)) - sft_weight * chosen
+
+
+def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) -> Float[Array, "*batch"]:
+    r"""Odds Ratio Preference Optimization: fine-tuning on the chosen response, with an odds-ratio term.
+
+    .. math::
+        -\ell_w - \lambda \log \sigma \left( \log \frac{o_w}{o_l} \right), \qquad
+        o = \frac{e^{\ell}}{1 - e^{\ell}}
+
+    Eats **means** over tokens. Source: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference
+    Model", arXiv 2403.07691, Eq. 6 and 7. TRL's NLL covers the prompt too. A probability of 1 has infinite odds; here
+    it is read as the next number below.
+
+    >>> import jax.numpy as jnp
+    >>> print(orpo_loss((jnp.log(jnp.array([0.8])), jnp.log(jnp.array([0.5]))), odds_weight=1.0))  # odds 4 and 1
+    [0.4463]
+
+    Args:
+      policy: pair of log-probabilities (means), zero or negative.
+      odds_weight: :math:`\lambda`; zero or positive. TRL calls it beta.
+    """
+    checks.not_negative("odds_weight", odds_weight)
+    policy = _checked(policy, odds_weight=odds_weight)
+    chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in policy)
+    return -policy.chosen - odds_weight * jax.nn.log_sigmoid(chosen_odds - rejected_odds)
+
+
+def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar) -> Float[Array, "*batch"]:
+    r"""Unlikelihood, a baseline of the DPO paper: chosen responses up, rejected ones down, without bound.
+
+    .. math:: -\ell_w + \alpha \ell_l
+
+    Eats **sums** over tokens. Source: Rafailov et al. 2023, arXiv 2305.18290, Sec. 6 (after Welleck et al. 2019, arXiv
+    1908.04319, who bound it by taking :math:`-\log(1 - p)`).
+
+    >>> import jax.numpy as jnp
+    >>> print(unlikelihood_loss((jnp.array([-1.0]), jnp.array([-3.0])), alpha=0.5))
+    [-0.5]
+
+    Args:
+      policy: pair of log-probabilities (sums).
+      alpha: weight of the rejected response, between 0 and 1.
+    """
+    checks.probability("alpha", alpha)
+    chosen, rejected = _checked(policy, alpha=alpha)
+    return -chosen + alpha * rejected
+
+
+def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]:
+    r"""Preferred fine-tuning, a baseline of the DPO paper: the NLL of the chosen response; the rejected one is ignored.
+
+    .. math:: -\ell_w
+
+    Eats **sums** over tokens (or means, which is another weighting). Source: Rafailov et al. 2023, arXiv 2305.18290,
+    Sec. 6, "Preferred-FT".
+
+    >>> import jax.numpy as jnp
+    >>> print(sft_loss((jnp.array([-1.0]), jnp.array([-3.0]))))
+    [1.]
+
+    Args:
+      policy: pair of log-probabilities (sums).
+    """
+    return -_checked(policy).chosen
+
+
+def _checked(policy: Any, **hyperparameters: Scalar) -> Pair:
+    checks.pair("policy", policy)
+    checks.same_shape(policy_chosen=policy[0], policy_rejected=policy[1])
+    checks.same_dtype(policy_chosen=policy[0], policy_rejected=policy[1])
+    checks.hyperparameters(policy[0].shape, **hyperparameters)
+    return Pair(*policy)

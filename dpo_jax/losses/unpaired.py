@@ -1,0 +1,142 @@
+r"""Losses of single responses that somebody called good or bad.
+
+.. math:: u = \log \frac{\pi(y|x)}{\pi_{ref}(y|x)}
+
+Every loss takes `policy` and `reference`, arrays of log-probabilities in nats, summed over the tokens of a response
+(the reference is a constant to the caller), and `desirable`, the labels. Every loss returns one number per response.
+Hyperparameters are scalars, or have one value per response. All raise what `kto_loss` does.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dpo_jax import checks
+from dpo_jax.types import Scalar
+
+
+def kto_loss(
+    policy: Float[Array, "*batch"],
+    reference: Float[Array, "*batch"],
+    desirable: Bool[Array, "*batch"],
+    *,
+    beta: Scalar,
+    reference_point: Scalar,
+    desirable_weight: Scalar = 1.0,
+    undesirable_weight: Scalar = 1.0,
+) -> Float[Array, "*batch"]:
+    r"""Kahneman-Tversky Optimization: gains and losses as people feel them, against a reference point.
+
+    .. math::
+        \lambda_D\, (1 - \sigma(\beta (u - z_0))) \text{ if desirable}, \qquad
+        \lambda_U\, (1 - \sigma(\beta (z_0 - u))) \text{ otherwise}
+
+    Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv 2402.01306, Sec.
+    4.1.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference, desirable = jnp.array([-1.0, -1.0]), jnp.array([-3.0, -3.0]), jnp.array([True, False])
+    >>> print(kto_loss(policy, reference, desirable, beta=0.5, reference_point=0.0).round(4))
+    [0.2689 0.7311]
+
+    Args:
+      policy: log-probabilities (nats, sums over tokens) under the policy.
+      reference: the same under the reference policy, constants to the caller.
+      desirable: which responses are good.
+      beta: strength of the pull towards the reference; positive.
+      reference_point: :math:`z_0`, the KL divergence of policy from reference in nats, without gradient: the batch
+        estimate (`kto_reference_point`), or the exact KL where it is known. Zero or positive.
+      desirable_weight, undesirable_weight: :math:`\lambda_D, \lambda_U`; zero or positive.
+
+    Raises:
+      TypeError: arrays are not floating-point, differ in dtype, or the labels are not Booleans.
+      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+    """
+    checks.positive("beta", beta)
+    checks.not_negative("reference_point", reference_point)
+    weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
+    for name, weight in weights.items():
+        checks.not_negative(name, weight)
+    ratio = _checked_log_ratio(policy, reference, desirable, beta=beta, reference_point=reference_point, **weights)
+    gain = beta * (ratio - reference_point)
+    return jnp.where(
+        desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain)
+    ).astype(gain.dtype)
+
+
+def bco_loss(
+    policy: Float[Array, "*batch"],
+    reference: Float[Array, "*batch"],
+    desirable: Bool[Array, "*batch"],
+    *,
+    beta: Scalar,
+    shift: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""Binary Classifier Optimization: logistic regression of the label on the implicit reward.
+
+    .. math::
+        -\log \sigma(\beta u - \delta) \text{ if desirable}, \qquad -\log \sigma(-(\beta u - \delta)) \text{ otherwise}
+
+    Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656.
+    Where good and bad responses answer different prompts, the paper weighs the bad ones by a density ratio
+    (`with_weights`).
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference, desirable = jnp.array([-1.0, -1.0]), jnp.array([-3.0, -3.0]), jnp.array([True, False])
+    >>> print(bco_loss(policy, reference, desirable, beta=0.5, shift=1.0))
+    [0.6931 0.6931]
+
+    Args:
+      policy, reference: log-probabilities (sums).
+      desirable: which responses are good.
+      beta: strength of the pull towards the reference; positive.
+      shift: :math:`\delta`, the mean implicit reward so far (`Shift`), in units of reward, without gradient.
+    """
+    checks.positive("beta", beta)
+    checks.finite("shift", shift)
+    logits = beta * _checked_log_ratio(policy, reference, desirable, beta=beta, shift=shift) - shift
+    return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
+
+
+def apo_zero_unpaired_loss(
+    policy: Float[Array, "*batch"],
+    reference: Float[Array, "*batch"],
+    desirable: Bool[Array, "*batch"],
+    *,
+    beta: Scalar,
+) -> Float[Array, "*batch"]:
+    r"""Anchored Preference Optimization, zero, on single responses: KTO with the reference point at zero.
+
+    .. math:: 1 - \sigma(\beta u) \text{ if desirable}, \qquad \sigma(\beta u) \text{ otherwise}
+
+    Source: D'Oosterlinck et al. 2024, "Anchored Preference Optimization and Contrastive Revisions", arXiv 2408.06266,
+    Eq. 7, one response at a time.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference, desirable = jnp.array([-1.0, -1.0]), jnp.array([-3.0, -3.0]), jnp.array([True, False])
+    >>> print(apo_zero_unpaired_loss(policy, reference, desirable, beta=0.5).round(4))
+    [0.2689 0.7311]
+
+    Args:
+      policy, reference: log-probabilities (sums).
+      desirable: which responses are good.
+      beta: strength of the pull towards the reference; positive.
+    """
+    checks.positive("beta", beta)
+    reward = beta * _checked_log_ratio(policy, reference, desirable, beta=beta)
+    return jax.nn.sigmoid(jnp.where(desirable, -reward, reward))
+
+
+def _checked_log_ratio(
+    policy: Any, reference: Any, desirable: Any, **hyperparameters: Scalar
+) -> Float[Array, "*batch"]:
+    checks.floating("policy", policy)
+    checks.reference(reference)
+    checks.floating("reference", reference)
+    checks.boolean("desirable", desirable)
+    checks.same_shape(policy=policy, reference=reference, desirable=desirable)
+    checks.same_dtype(policy=policy, reference=reference)
+    checks.hyperparameters(policy.shape, **hyperparameters)
+    return policy - reference

@@ -1,0 +1,156 @@
+"""Other feedback than comparisons of two: labels (good or bad) and rankings, from the same rewards."""
+
+from itertools import permutations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from dpo_jax import checks
+from dpo_jax.toy.policy import lookup
+from dpo_jax.toy.world import World, preference_probability
+from dpo_jax.types import Labels, Preferences, Scalar
+
+
+def label_probability(
+    rewards: Float[Array, "prompts responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+) -> Float[Array, "prompts responses"]:
+    r"""The probability that people call a response good: that it wins against what is expected of it.
+
+    .. math:: (1 - f)\, \sigma(\Delta / T) + f\, \sigma(-\Delta / T), \qquad \Delta = r(x, y) - \text{mean}_{y'}\, r(x,
+    y')
+
+    Args:
+      rewards: the true rewards.
+      temperature, flip_probability: :math:`T` and :math:`f`, see `preference_probability`.
+    """
+    mean = jnp.mean(rewards, axis=-1, keepdims=True)
+    return preference_probability(rewards, mean, temperature=temperature, flip_probability=flip_probability)
+
+
+def sample_labels(
+    key: Key[Array, ""], world: World, *, num: int, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+) -> Labels:
+    """Has people say of uniform responses to uniform prompts whether they are good or bad (`label_probability`).
+
+    Args:
+      key: typed PRNG key.
+      world: whose rewards people judge by.
+      num: how many labels; static.
+      temperature, flip_probability: see `label_probability`.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    checks.key(key)
+    checks.size("num", num)
+    checks.finite("world.rewards", world.rewards)
+    response_key, label_key = jax.random.split(key)
+    limits = jnp.array([world.num_prompts, world.num_responses])
+    prompts, responses = jax.random.randint(response_key, (2, num), 0, limits[:, None])
+    good = label_probability(world.rewards, temperature=temperature, flip_probability=flip_probability)
+    return Labels(prompts, responses, jax.random.bernoulli(label_key, lookup(good, prompts, responses)))
+
+
+def all_labels(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Labels:
+    """Every response, called good and called bad, weighted by the probability of that: the limit of many labels.
+
+    The weights average 1, so that losses on this data and on sampled labels are comparable.
+
+    Args:
+      world: whose rewards people judge by.
+      temperature, flip_probability: see `label_probability`.
+    """
+    prompts, responses = (jnp.asarray(ids.ravel()) for ids in np.indices((world.num_prompts, world.num_responses)))
+    good = label_probability(world.rewards, temperature=temperature, flip_probability=flip_probability).ravel()
+    desirable = jnp.arange(2 * good.size) < good.size
+    weights = 2 * jnp.concatenate([good, 1 - good])
+    return Labels(jnp.tile(prompts, 2), jnp.tile(responses, 2), desirable, weights)
+
+
+def split_pairs(preferences: Preferences) -> Labels:
+    """Comparisons as labels: what was chosen is good, what was rejected is bad, and who met whom is forgotten.
+
+    Args:
+      preferences: comparisons of two; weights and reference come along, columns do not.
+
+    Returns:
+      Twice as many labels: first all good ones, then all bad ones.
+    """
+    num = len(preferences.prompts)
+    weights, reference = preferences.weights, preferences.reference
+    return Labels(
+        prompts=jnp.tile(preferences.prompts, 2),
+        responses=jnp.concatenate(preferences.responses),
+        desirable=jnp.arange(2 * num) < num,
+        weights=None if weights is None else jnp.tile(weights, 2),
+        reference=None if reference is None else jnp.concatenate(reference),
+    )
+
+
+def sample_rankings(
+    key: Key[Array, ""],
+    world: World,
+    *,
+    num: int,
+    num_ranked: int,
+    temperature: Scalar = 1.0,
+    flip_probability: Scalar = 0.0,
+) -> Preferences:
+    """Has people rank several distinct uniform responses to uniform prompts, under the Plackett-Luce model.
+
+    Of those that are left, the next is chosen with probability proportional to `exp(reward / temperature)`. With two
+    responses this is `sample_preferences`.
+
+    Args:
+      key: typed PRNG key.
+      world: whose rewards people rank by.
+      num: how many rankings; static.
+      num_ranked: how many responses each ranks, two at least; static.
+      temperature: how irrational people are: 0 ranks by reward, and equals at random.
+      flip_probability: the probability that a ranking is turned around afterwards.
+
+    Returns:
+      `Preferences` whose responses are a tuple of `num_ranked` arrays, from best to worst.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+    """
+    checks.key(key)
+    checks.size("num", num)
+    checks.size("num_ranked", num_ranked, at_least=2)
+    if num_ranked > world.num_responses:
+        raise ValueError(f"num_ranked must be at most {world.num_responses}, what there is, got {num_ranked}")
+    checks.finite("world.rewards", world.rewards)
+    checks.not_negative("temperature", temperature)
+    checks.probability("flip_probability", flip_probability)
+    prompt_key, response_key, noise_key, flip_key = jax.random.split(key, 4)
+    prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
+    _, responses = jax.lax.top_k(jax.random.uniform(response_key, (num, world.num_responses)), num_ranked)
+    rewards = lookup(world.rewards, jnp.broadcast_to(prompts[:, None], responses.shape), responses)
+    order = jnp.argsort(-(rewards + temperature * jax.random.gumbel(noise_key, rewards.shape)), axis=-1)
+    flipped = jax.random.bernoulli(flip_key, flip_probability, (num, 1))
+    ranked = jnp.take_along_axis(responses, jnp.where(flipped, order[:, ::-1], order), axis=-1)
+    return Preferences(prompts, tuple(ranked.T))
+
+
+def all_rankings(world: World, *, num_ranked: int, temperature: Scalar = 1.0) -> Preferences:
+    """Every ranking of distinct responses, weighted by its true probability: the limit of many rankings.
+
+    There are a great many unless few responses are ranked. The weights average 1.
+
+    Args:
+      world: whose rewards people rank by.
+      num_ranked: how many responses each ranks, two at least; static.
+      temperature: how irrational people are; positive.
+    """
+    checks.size("num_ranked", num_ranked, at_least=2)
+    checks.positive("temperature", temperature)
+    orders = np.array(list(permutations(range(world.num_responses), num_ranked)))
+    utilities = world.rewards[:, orders] / temperature
+    left = [jax.nn.logsumexp(utilities[..., place:], axis=-1) for place in range(num_ranked)]
+    probability = jnp.exp(jnp.sum(utilities - jnp.stack(left, axis=-1), axis=-1))
+    prompts = jnp.repeat(jnp.arange(world.num_prompts), len(orders))
+    responses = tuple(jnp.asarray(np.tile(orders, (world.num_prompts, 1))).T)
+    return Preferences(prompts, responses, weights=probability.ravel() * np.prod(np.arange(2, num_ranked + 1)))

@@ -1,0 +1,345 @@
+"""Objectives: what a loss of log-probabilities becomes when there are parameters and batches.
+
+An objective scores responses through the `LogProbFn` it is given, takes the mean of a loss, and adds the metrics that
+tell how training goes. A hyperparameter of the loss may be
+
+- a number or an array, traced perhaps;
+- a function `(params, batch, logps) -> value`, called for each batch, through which no gradient flows: a statistic of
+  the batch, or a column of the data (`lengths=lambda params, batch, logps: batch.columns["lengths"]`);
+- a `Running` value, which also depends on the batches before. It makes the objective a `StatefulObjective`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dpo_jax import checks
+from dpo_jax.losses import MarginMoments, Shift, kto_reference_point, log_ratios, update_margin_moments, update_shift
+from dpo_jax.types import (
+    Demonstrations,
+    Labels,
+    LogProbFn,
+    Metrics,
+    Objective,
+    Pair,
+    Params,
+    PreferenceLoss,
+    Preferences,
+    ReferenceFreeLoss,
+    Scalar,
+    StatefulObjective,
+    UnpairedLoss,
+)
+
+Batchwise: TypeAlias = Callable[[Params, Any, Any], Any]
+"""A hyperparameter that depends on the batch: `(params, batch, logps) -> value`, where `logps` are the
+log-probabilities that the objective has computed anyway."""
+
+
+class Running(NamedTuple):
+    """A hyperparameter that depends on the batch and on those before it.
+
+    Attributes:
+      memory: before the first batch: any pytree of numbers or arrays.
+      update: `(memory, params, batch, logps) -> (value, memory)`.
+    """
+
+    memory: Any
+    update: Callable[[Any, Params, Any, Any], tuple[Any, Any]]
+
+
+Hyperparameter: TypeAlias = Scalar | Batchwise | Running
+
+
+def sft_objective(log_prob: LogProbFn) -> Objective:
+    """Supervised fine-tuning: the mean negative log-likelihood (nats) of demonstrated responses.
+
+    Args:
+      log_prob: scores responses.
+
+    Returns:
+      An objective on batches of `Demonstrations`, without metrics.
+    """
+
+    def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
+        logps = log_prob(params, batch.prompts, batch.responses)
+        return -_mean(logps, batch.weights), {}
+
+    return objective
+
+
+def preference_objective(
+    log_prob: LogProbFn, loss: PreferenceLoss, *, beta: Hyperparameter, **hyperparameters: Hyperparameter
+) -> Objective:
+    """The mean of a preference loss, with the metrics that tell how training goes.
+
+    Args:
+      log_prob: scores responses.
+      loss: of policy and reference, for instance `losses.dpo_loss`; for rankings, `losses.plackett_luce_loss`.
+      beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
+      **hyperparameters: what else the loss takes.
+
+    Returns:
+      An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are means over
+      the batch, weighted where it has weights: `chosen_reward` and `rejected_reward`, the implicit rewards
+      `beta * log(pi / pi_ref)` (in rankings, of the first and the last); `reward_margin`, their difference; and
+      `accuracy`, the share of comparisons with a positive margin.
+
+    Raises:
+      ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
+    """
+    if not callable(beta) and not isinstance(beta, Running):
+        checks.positive("beta", beta)
+
+    def evaluate(logps: Any, batch: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        values = loss(logps, _reference(batch), **arguments)
+        chosen, rejected = (arguments["beta"] * (logps[i] - _reference(batch)[i]) for i in (0, -1))
+        metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
+        return values, {**metrics, "accuracy": _share(chosen - rejected)}
+
+    return _objective(log_prob, evaluate, {"beta": beta, **hyperparameters})
+
+
+def reference_free_objective(
+    log_prob: LogProbFn, loss: ReferenceFreeLoss, **hyperparameters: Hyperparameter
+) -> Objective:
+    """The mean of a loss that needs no reference.
+
+    Args:
+      log_prob: scores responses; by means over tokens for the losses that eat these.
+      loss: of the policy alone, for instance `losses.simpo_loss`.
+      **hyperparameters: what the loss takes.
+
+    Returns:
+      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
+      `chosen_logp` and `rejected_logp` (nats); `logp_margin`, their difference; and `accuracy`, the share of
+      comparisons whose chosen response is the more likely one.
+    """
+
+    def evaluate(logps: Any, _: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        chosen, rejected = logps
+        metrics = {"chosen_logp": chosen, "rejected_logp": rejected, "logp_margin": chosen - rejected}
+        return loss(Pair(*logps), **arguments), {**metrics, "accuracy": _share(chosen - rejected)}
+
+    return _objective(log_prob, evaluate, hyperparameters)
+
+
+def unpaired_objective(
+    log_prob: LogProbFn, loss: UnpairedLoss, *, beta: Hyperparameter, **hyperparameters: Hyperparameter
+) -> Objective:
+    """The mean of a loss of single responses, good or bad.
+
+    Args:
+      log_prob: scores responses.
+      loss: of policy, reference and labels, for instance `losses.kto_loss`.
+      beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
+      **hyperparameters: what else the loss takes.
+
+    Returns:
+      An objective on batches of `Labels` that carry their reference (`with_reference`). Its metrics are
+      `desirable_reward` and `undesirable_reward`, the mean implicit rewards of the good and of the bad responses of a
+      batch (zero where there are none), and `reward_margin`, their difference; all weighted where the batch has
+      weights.
+
+    Raises:
+      ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
+    """
+    if not callable(beta) and not isinstance(beta, Running):
+        checks.positive("beta", beta)
+
+    def evaluate(logps: Any, batch: Labels, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        values = loss(logps, _reference(batch), batch.desirable, **arguments)
+        rewards = arguments["beta"] * (logps - _reference(batch))
+        desirable, undesirable = (
+            _portion(rewards, side, batch.weights) for side in (batch.desirable, ~batch.desirable)
+        )
+        metrics = {"desirable_reward": desirable, "undesirable_reward": undesirable}
+        return values, {**metrics, "reward_margin": desirable - undesirable}
+
+    return _objective(log_prob, evaluate, {"beta": beta, **hyperparameters})
+
+
+def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
+    """`Preferences` or `Labels` that carry the log-probabilities of their responses under a reference policy.
+
+    Args:
+      log_prob: scores responses.
+      reference: parameters of the reference policy; no gradient flows into them.
+      data: comparisons, rankings or labels; a reference they already carry is replaced.
+
+    Raises:
+      TypeError: `log_prob` did not return what it was given: a pair for a pair of responses.
+    """
+    logps = log_prob(reference, data.prompts, data.responses)
+    checks.same_structure("log_prob(params, prompts, responses)", logps, data.responses)
+    return data._replace(reference=jax.lax.stop_gradient(logps))
+
+
+def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
+    """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
+
+    Args:
+      log_prob: scores responses.
+      reference: parameters of the reference policy.
+
+    Returns:
+      A value for `unpaired_objective(log_prob, losses.kto_loss, reference_point=...)`. Where the KL to the reference
+      can be computed, use that instead: `lambda params, batch, logps: kl(params)`.
+    """
+
+    def reference_point(params: Params, batch: Labels, _: Array) -> Float[Array, ""]:
+        mismatched = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), batch.responses)
+        scores = (log_prob(policy, batch.prompts, mismatched) for policy in (params, reference))
+        return kto_reference_point(*scores)
+
+    return reference_point
+
+
+def running_shift(*, beta: Scalar) -> Running:
+    """BCO's shift (`losses.update_shift`): a value for `shift` of `losses.bco_pair_loss` and `losses.bco_loss`.
+
+    Args:
+      beta: that of the loss.
+    """
+
+    def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array | float, Shift]:
+        reference = _reference(batch)
+        if isinstance(batch, Labels):
+            rewards, desirable = beta * (logps - reference), batch.desirable
+        else:
+            rewards = beta * jnp.concatenate(log_ratios(logps, reference))
+            desirable = jnp.arange(len(rewards)) < len(logps[0])
+        memory = update_shift(memory, rewards, desirable)
+        return memory.value, memory
+
+    return Running(Shift(), update)
+
+
+def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Running:
+    """What beta-DPO remembers (`losses.update_margin_moments`): a value for `moments` of `losses.beta_dpo_loss`.
+
+    Args:
+      key: typed PRNG key, for the filter.
+      momentum: weight of the past; at least 0, below 1.
+    """
+    checks.key(key)
+    checks.between("momentum", momentum, 0.0, 1.0)
+
+    def update(memory: MarginMoments, _: Params, batch: Preferences, logps: Any) -> tuple[Any, MarginMoments]:
+        ratios = log_ratios(logps, _reference(batch))
+        memory = update_margin_moments(memory, ratios.chosen - ratios.rejected, momentum=momentum)
+        return memory, memory
+
+    return Running(MarginMoments(key), update)
+
+
+class _Moving(NamedTuple):
+    reference: Params
+    step: Int[Array, ""]
+    inner: Any
+
+
+def moving_reference(
+    objective: Objective,
+    log_prob: LogProbFn,
+    reference: Params,
+    *,
+    mix: Scalar = 0.6,
+    steps_per_move: int = 512,
+) -> StatefulObjective:
+    r"""An objective whose reference moves towards the policy (TR-DPO).
+
+    .. math:: \pi_{ref} \leftarrow \alpha\, \pi + (1 - \alpha)\, \pi_{ref} \quad \text{(of the parameters)}
+
+    Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656, Eq. 6 and
+    7: softly, with a small `mix` each step, or hard, with `mix` 1 and many steps in between.
+
+    Args:
+      objective: on data that carry a reference, for instance a `preference_objective`.
+      log_prob: scores responses.
+      reference: parameters of the reference policy at the start.
+      mix: :math:`\alpha`, above 0, at most 1.
+      steps_per_move: how many optimizer steps lie between two moves.
+    """
+    checks.positive_fraction("mix", mix)
+    checks.size("steps_per_move", steps_per_move)
+    memory = objective.memory if isinstance(objective, StatefulObjective) else None
+
+    def apply(params: Params, batch: Any, memory: _Moving) -> tuple[Array, Metrics, _Moving]:
+        batch, inner = with_reference(log_prob, memory.reference, batch), memory.inner
+        if isinstance(objective, StatefulObjective):
+            loss, metrics, inner = objective.apply(params, batch, inner)
+        else:
+            loss, metrics = objective(params, batch)
+        step = memory.step + 1
+        share = jnp.where(step % steps_per_move == 0, mix, 0.0)
+        moved = jax.tree.map(lambda old, new: (old + share * (new - old)).astype(old.dtype), memory.reference, params)
+        return loss, metrics, _Moving(jax.lax.stop_gradient(moved), step, inner)
+
+    return StatefulObjective(_Moving(reference, jnp.zeros((), jnp.int32), memory), apply)
+
+
+def _objective(
+    log_prob: LogProbFn, evaluate: Callable[..., tuple[Array, Metrics]], hyperparameters: dict[str, Hyperparameter]
+) -> Objective:
+    """Scores a batch, works out the hyperparameters, evaluates losses and metrics, and takes their means."""
+
+    def apply(params: Params, batch: Any, memory: dict[str, Any]) -> tuple[Array, Metrics, dict[str, Any]]:
+        logps = log_prob(params, batch.prompts, batch.responses)
+        arguments, memory = _arguments(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
+        values, metrics = evaluate(logps, batch, arguments)
+        shares = None if batch.weights is None else batch.weights / jnp.mean(batch.weights)
+        means = {name: _mean(metric, shares) for name, metric in metrics.items()}
+        return _mean(values, batch.weights), means, memory
+
+    memory = {name: value.memory for name, value in hyperparameters.items() if isinstance(value, Running)}
+    if memory:
+        return StatefulObjective(memory, apply)
+
+    def objective(params: Params, batch: Any) -> tuple[Array, Metrics]:
+        loss, metrics, _ = apply(params, batch, {})
+        return loss, metrics
+
+    return objective
+
+
+def _arguments(
+    hyperparameters: dict[str, Hyperparameter], memory: dict[str, Any], params: Params, batch: Any, logps: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    arguments: dict[str, Any] = {}
+    for name, value in hyperparameters.items():
+        if isinstance(value, Running):
+            arguments[name], new = value.update(memory[name], params, batch, logps)
+            memory = {**memory, name: new}
+        else:
+            arguments[name] = value(params, batch, logps) if callable(value) else value
+        if callable(value) or isinstance(value, Running):
+            arguments[name] = jax.lax.stop_gradient(arguments[name])
+    return arguments, jax.lax.stop_gradient(memory)
+
+
+def _reference(batch: Any) -> Any:
+    if batch.reference is None:
+        raise ValueError("the data carry no reference log-probabilities: add them by train.with_reference")
+    return batch.reference
+
+
+def _share(margin: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    return (margin > 0).astype(margin.dtype)
+
+
+def _portion(values: Float[Array, " batch"], part: Bool[Array, " batch"], weights: Array | None) -> Array:
+    """Values whose (weighted) mean over the batch is that of a part of it; zeros where that part is empty."""
+    weights = jnp.ones_like(values) if weights is None else weights
+    share = jnp.sum(weights * part) / jnp.sum(weights)
+    return jnp.where(part, values, 0) / jnp.where(share > 0, share, 1)
+
+
+def _mean(values: Float[Array, " batch"], weights: Array | None) -> Float[Array, ""]:
+    if weights is None:
+        return jnp.mean(values)
+    checks.same_shape(losses=values, weights=weights)
+    return jnp.mean(weights * values)
