@@ -19,6 +19,14 @@ from dpo_jax import toy  # noqa: E402
 
 
 @pytest.fixture
+def as_users_have_it():
+    """Without the tests' checks of types and shapes, so that the library's own errors show."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def key():
     return jax.random.key(0)
 

@@ -1,0 +1,254 @@
+"""What holds of every loss: its equation, its gradient, its dtypes, extremes, jit, vmap, and errors at the call."""
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dpo_jax import losses
+from tests.losses import menu
+from tests.losses.menu import (
+    BATCH,
+    BY_NAME,
+    CASES,
+    REFERENCE_FREE,
+    Inputs,
+    evaluate,
+    expected,
+    make_inputs,
+    policy_arrays,
+)
+
+every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+RANGES = {
+    "beta": (0.05, 3.0),
+    "label_smoothing": (0.01, 0.45),
+    "temperature": (0.05, 1.0),
+    "offset": (-2.0, 2.0),
+    "alpha": (0.1, 0.9),
+    "shift": (-2.0, 2.0),
+    "penalty": (0.0, 5.0),
+    "max_reward": (0.5, 5.0),
+    "gamma": (0.0, 2.0),
+    "sft_weight": (0.0, 2.0),
+    "odds_weight": (0.0, 2.0),
+    "reference_point": (0.0, 2.0),
+    "desirable_weight": (0.0, 2.0),
+    "undesirable_weight": (0.0, 2.0),
+}
+
+
+def test_every_public_loss_is_on_the_menu():
+    public = {name for name in dir(losses) if name.endswith("_loss")}
+    assert public == {case.name for case in CASES} & public == {name for name in BY_NAME if name in public}
+
+
+@every_loss
+def test_it_is_its_equation(case):
+    inputs = make_inputs()
+    np.testing.assert_allclose(evaluate(case, policy_arrays(inputs), inputs), expected(case, inputs), rtol=1e-5)
+    with jax.enable_x64(True):
+        policy = policy_arrays(inputs, jnp.float64)
+        loss = evaluate(case, policy, inputs, jnp.float64)
+        np.testing.assert_allclose(loss, np.float64(expected(case, inputs)), rtol=1e-10)
+
+
+@every_loss
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=10)
+def test_it_is_its_equation_for_all_hyperparameters(case, data, seed):
+    inputs = make_inputs(seed)
+    changed = {name: data.draw(st.floats(*RANGES[name]), label=name) for name in case.swept}
+    with jax.enable_x64(True):
+        loss = evaluate(case, policy_arrays(inputs, jnp.float64), inputs, jnp.float64, **changed)
+        np.testing.assert_allclose(loss, np.float64(expected(case, inputs, **changed)), rtol=1e-9, atol=1e-12)
+
+
+@every_loss
+def test_its_gradient_is_that_of_finite_differences(case):
+    """Central differences of the equation in extended precision, with respect to all log-probabilities."""
+    inputs, step = make_inputs(1), 1e-6
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda policy: evaluate(case, policy, inputs, jnp.float64).sum())(
+            policy_arrays(inputs, jnp.float64)
+        )
+    held = _frozen_statistics(case, inputs)
+    for side, row in np.ndindex(3, len(inputs.policy[0])):
+        values = []
+        for sign in (1, -1):
+            policy = np.array(inputs.policy, np.longdouble)
+            policy[side, row] += sign * step
+            values.append(expected(case, Inputs(tuple(policy), inputs.reference, inputs.desirable), **held).sum())
+        slope = np.float64((values[0] - values[1]) / (2 * step))
+        np.testing.assert_allclose(gradient[side][row], slope, rtol=1e-6, atol=1e-8)
+
+
+def _frozen_statistics(case, inputs):
+    """beta-DPO lets no gradient through its beta: it is worked out beforehand."""
+    if case.name != "beta_dpo_loss":
+        return {}
+    h = case.hyperparameters
+    surplus = float(np.mean(menu.quantities(inputs).D)) - h["moments"].mean
+    return {"beta": h["beta"] * (1 + h["alpha"] * surplus), "alpha": 0.0}
+
+
+@every_loss
+def test_gradients_with_respect_to_hyperparameters_are_finite(case):
+    inputs = make_inputs()
+    policy = policy_arrays(inputs)
+    for name in case.swept:
+        value = jnp.float32(case.hyperparameters[name])
+        slope = jax.grad(lambda value, name=name: evaluate(case, policy, inputs, **{name: value}).sum())(value)
+        assert jnp.isfinite(slope)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_it_is_finite_at_the_extremes(case, dtype):
+    """Margins of +-1e4 nats, log-probabilities of 0 and -1e4, under all combinations for policy and reference."""
+    corners = np.array(np.meshgrid(*[[0.0, -1e4, -1.0]] * 6)).reshape(6, -1)
+    inputs = Inputs(tuple(corners[:3]), tuple(corners[3:]), np.arange(corners.shape[1]) % 2 == 0)
+    for desirable in (inputs.desirable, ~inputs.desirable):
+        inputs = Inputs(inputs.policy, inputs.reference, desirable)
+        changed = {"beta": 1.0} if "beta" in case.swept else {}
+        if "lengths" in case.hyperparameters:
+            changed["lengths"] = (np.ones(corners.shape[1]), np.full(corners.shape[1], 3))
+
+        def total(policy):
+            loss = evaluate(case, policy, inputs, dtype, **changed)  # noqa: B023
+            return loss.astype(jnp.float32).sum(), loss
+
+        (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(policy_arrays(inputs, dtype))
+        chex.assert_tree_all_finite((loss, gradient))
+        assert loss.dtype == dtype
+
+
+@every_loss
+def test_bfloat16_is_close_to_float32(case):
+    inputs = make_inputs()
+    rounded = Inputs(
+        *(tuple(np.float64(jnp.asarray(x, jnp.bfloat16)) for x in side) for side in (inputs.policy, inputs.reference)),
+        inputs.desirable,
+    )
+    loss = evaluate(case, policy_arrays(rounded, jnp.bfloat16), rounded, jnp.bfloat16)
+    exact = evaluate(case, policy_arrays(rounded), rounded)
+    np.testing.assert_allclose(np.float32(loss), exact, rtol=0.08, atol=0.05)
+
+
+@every_loss
+def test_jit_and_vmap_change_nothing(case):
+    inputs = make_inputs()
+    policy = policy_arrays(inputs)
+    np.testing.assert_allclose(
+        jax.jit(lambda policy: evaluate(case, policy, inputs))(policy),
+        evaluate(case, policy, inputs),
+        rtol=1e-5,
+        atol=1e-7,
+    )
+    for name in case.swept:
+        low, high = RANGES[name]
+        values = jnp.linspace(low, high, 3)
+        swept = jax.vmap(lambda value, name=name: evaluate(case, policy, inputs, **{name: value}))(values)
+        looped = jnp.stack([evaluate(case, policy, inputs, **{name: value}) for value in values])
+        np.testing.assert_allclose(swept, looped, rtol=1e-5, atol=1e-6)
+        assert not jnp.allclose(swept[0], swept[-1]), f"{name} does nothing"
+
+
+@every_loss
+def test_one_trace_serves_all_hyperparameters(case):
+    inputs = make_inputs()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def loss(values):
+        return evaluate(case, policy_arrays(inputs), inputs, **values)
+
+    chex.clear_trace_counter()
+    for share in (0.25, 0.75):
+        loss({name: RANGES[name][0] + share * (RANGES[name][1] - RANGES[name][0]) for name in case.swept})
+
+
+def test_each_differs_from_every_other():
+    """No copy in disguise: somewhere, with its own hyperparameters, each loss has another value."""
+    inputs = make_inputs(3)
+    values = {case.name: np.asarray(evaluate(case, policy_arrays(inputs), inputs)) for case in CASES}
+    for i, (name, value) in enumerate(values.items()):
+        for other in list(values)[i + 1 :]:
+            assert not np.allclose(value, values[other], rtol=1e-3), (name, other)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind != BATCH], ids=lambda case: case.name)
+def test_each_row_is_by_itself_and_hyperparameters_may_differ_by_row(case):
+    inputs = make_inputs(num=8)
+    values = {name: np.linspace(*RANGES[name], 8) for name in case.swept}
+    together = evaluate(
+        case, policy_arrays(inputs), inputs, **{n: jnp.asarray(v, jnp.float32) for n, v in values.items()}
+    )
+    for row in range(8):
+        one = Inputs(
+            *(tuple(x[row : row + 1] for x in side) for side in (inputs.policy, inputs.reference)),
+            inputs.desirable[row : row + 1],
+        )
+        changed = {name: float(value[row]) for name, value in values.items()}
+        if "lengths" in case.hyperparameters:
+            changed["lengths"] = tuple(side[row : row + 1] for side in case.hyperparameters["lengths"])
+        alone = evaluate(case, policy_arrays(one), one, **changed)
+        np.testing.assert_allclose(together[row], alone[0], rtol=1e-5, atol=1e-6)
+
+
+# Bad input
+
+BAD = {
+    "beta": (0.0, "beta must be positive and finite, got 0.0"),
+    "label_smoothing": (0.5, "label_smoothing must be .*below 0.5"),
+    "temperature": (1.5, "temperature must be above 0 and at most 1, got 1.5"),
+    "offset": (np.inf, "offset must be finite"),
+    "shift": (np.nan, "shift must be finite"),
+    "penalty": (-1.0, "penalty must be zero or positive"),
+    "max_reward": (0.0, "max_reward must be positive"),
+    "gamma": (-0.1, "gamma must be zero or positive"),
+    "sft_weight": (-1.0, "sft_weight must be zero or positive"),
+    "odds_weight": (-1.0, "odds_weight must be zero or positive"),
+    "reference_point": (-0.1, "reference_point must be zero or positive"),
+    "desirable_weight": (-1.0, "desirable_weight must be zero or positive"),
+    "undesirable_weight": (-1.0, "undesirable_weight must be zero or positive"),
+    "alpha": (np.inf, "alpha must be"),
+}
+
+
+@every_loss
+def test_bad_hyperparameters_are_refused_at_the_call(case):
+    inputs = make_inputs()
+    for name in case.swept:
+        value, message = BAD[name]
+        with pytest.raises(ValueError, match=message):
+            evaluate(case, policy_arrays(inputs), inputs, **{name: value})
+        with pytest.raises(ValueError, match=f"{name} must broadcast to the shape"):
+            evaluate(case, policy_arrays(inputs), inputs, **{name: jnp.full((2, 1), case.hyperparameters[name])})
+
+
+@every_loss
+@pytest.mark.usefixtures("as_users_have_it")
+def test_arrays_that_do_not_match_are_refused(case):
+    inputs = make_inputs()
+    policy = policy_arrays(inputs)
+    with pytest.raises(ValueError, match="shape"):
+        evaluate(case, (policy[0][:3], policy[1][:3], policy[2]), inputs)
+    with pytest.raises(TypeError, match="floating-point"):
+        evaluate(case, tuple(jnp.ones(8, int) for _ in policy), inputs)
+    with pytest.raises(TypeError, match="must be an array|must be a"):
+        evaluate(case, tuple([-1.0] * 8 for _ in policy), inputs)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind != REFERENCE_FREE], ids=lambda case: case.name)
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_missing_reference_is_named(case):
+    inputs = make_inputs()
+    without = Inputs(inputs.policy, None, inputs.desirable)
+    with pytest.raises(ValueError, match="reference is missing.*train.with_reference"):
+        evaluate(case, policy_arrays(inputs), without)
+    with pytest.raises(TypeError, match="dtypes must be equal.*bfloat16"):
+        evaluate(case, policy_arrays(inputs, jnp.bfloat16), inputs)
