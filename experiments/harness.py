@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -96,7 +97,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.compile, self.run = 0.0, 0.0
-        self.compiler = ThreadPoolExecutor()
+        self.compiler, self.lock = ThreadPoolExecutor(), Lock()
 
     def compiled(self, function: Callable[..., Any], *args: Any, optimise: bool = True) -> "Program":
         """Compiles a function for arguments of these shapes (`jax.ShapeDtypeStruct` will do), in the background.
@@ -117,7 +118,8 @@ class Stopwatch:
         try:
             yield
         finally:
-            setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+            with self.lock:
+                setattr(self, what, getattr(self, what) + time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

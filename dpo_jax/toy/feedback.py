@@ -1,5 +1,6 @@
 """Other feedback than comparisons of two: labels (good or bad) and rankings, from the same rewards."""
 
+import math
 from itertools import permutations
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import checks
-from dpo_jax.toy.policy import lookup
+from dpo_jax.toy.policy import generate, lookup
 from dpo_jax.toy.world import World, preference_probability
 from dpo_jax.types import Labels, Preferences, Scalar
 
@@ -30,14 +31,21 @@ def label_probability(
 
 
 def sample_labels(
-    key: Key[Array, ""], world: World, *, num: int, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+    key: Key[Array, ""],
+    world: World,
+    *,
+    num: int,
+    log_probs: Float[Array, "prompts responses"] | None = None,
+    temperature: Scalar = 1.0,
+    flip_probability: Scalar = 0.0,
 ) -> Labels:
-    """Has people say of uniform responses to uniform prompts whether they are good or bad (`label_probability`).
+    """Has people say of responses to uniform prompts whether they are good or bad (`label_probability`).
 
     Args:
       key: typed PRNG key.
       world: whose rewards people judge by.
       num: how many labels; static.
+      log_probs: table of the policy that responds; `None` responds uniformly.
       temperature, flip_probability: see `label_probability`.
 
     Raises:
@@ -46,9 +54,9 @@ def sample_labels(
     checks.key(key)
     checks.size("num", num)
     checks.finite("world.rewards", world.rewards)
-    response_key, label_key = jax.random.split(key)
-    limits = jnp.array([world.num_prompts, world.num_responses])
-    prompts, responses = jax.random.randint(response_key, (2, num), 0, limits[:, None])
+    prompt_key, response_key, label_key = jax.random.split(key, 3)
+    prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
+    responses = generate(response_key, _proposal(world, log_probs), prompts)
     good = label_probability(world.rewards, temperature=temperature, flip_probability=flip_probability)
     return Labels(prompts, responses, jax.random.bernoulli(label_key, lookup(good, prompts, responses)))
 
@@ -95,10 +103,11 @@ def sample_rankings(
     *,
     num: int,
     num_ranked: int,
+    log_probs: Float[Array, "prompts responses"] | None = None,
     temperature: Scalar = 1.0,
     flip_probability: Scalar = 0.0,
 ) -> Preferences:
-    """Has people rank several distinct uniform responses to uniform prompts, under the Plackett-Luce model.
+    """Has people rank several distinct responses to uniform prompts, under the Plackett-Luce model.
 
     Of those that are left, the next is chosen with probability proportional to `exp(reward / temperature)`. With two
     responses this is `sample_preferences`.
@@ -108,6 +117,8 @@ def sample_rankings(
       world: whose rewards people rank by.
       num: how many rankings; static.
       num_ranked: how many responses each ranks, two at least; static.
+      log_probs: table of the policy that responds, one response after the other and none twice; `None` responds
+        uniformly.
       temperature: how irrational people are: 0 ranks by reward, and equals at random.
       flip_probability: the probability that a ranking is turned around afterwards.
 
@@ -127,12 +138,23 @@ def sample_rankings(
     checks.probability("flip_probability", flip_probability)
     prompt_key, response_key, noise_key, flip_key = jax.random.split(key, 4)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
-    _, responses = jax.lax.top_k(jax.random.uniform(response_key, (num, world.num_responses)), num_ranked)
+    proposal = _proposal(world, log_probs)
+    checks.choices("exp(log_probs)", jnp.exp(proposal), at_least=num_ranked)
+    noise = jax.random.gumbel(response_key, (num, world.num_responses))
+    _, responses = jax.lax.top_k(proposal[prompts] + noise, num_ranked)
     rewards = lookup(world.rewards, jnp.broadcast_to(prompts[:, None], responses.shape), responses)
     order = jnp.argsort(-(rewards + temperature * jax.random.gumbel(noise_key, rewards.shape)), axis=-1)
     flipped = jax.random.bernoulli(flip_key, flip_probability, (num, 1))
     ranked = jnp.take_along_axis(responses, jnp.where(flipped, order[:, ::-1], order), axis=-1)
     return Preferences(prompts, tuple(ranked.T))
+
+
+def _proposal(world: World, log_probs: Float[Array, "prompts responses"] | None) -> Float[Array, "prompts responses"]:
+    """The policy that responds."""
+    if log_probs is None:
+        return jnp.full(world.rewards.shape, -math.log(world.num_responses))
+    checks.same_shape(log_probs=log_probs, rewards=world.rewards)
+    return log_probs
 
 
 def all_rankings(world: World, *, num_ranked: int, temperature: Scalar = 1.0) -> Preferences:

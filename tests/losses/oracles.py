@@ -121,6 +121,6 @@ def _finite(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def deviation(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference relative to the oracle's number, or to the largest of its numbers (or 1) if it is smaller."""
+    """The largest difference, relative to the oracle's number, or to the largest one (at most 1) where that is more."""
     floor = min(1.0, float(np.max(np.abs(theirs))))
     return float(np.max(np.abs(ours - theirs) / np.maximum(np.abs(theirs), floor)))

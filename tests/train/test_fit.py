@@ -9,26 +9,10 @@ import optax
 import pytest
 
 from dpo_jax import losses, toy, train
-from dpo_jax.types import Demonstrations, Pair, Preferences
+from dpo_jax.types import Demonstrations, Pair, Preferences, StatefulObjective
 
 POLICY = toy.ToyLM(num_responses=10)
-GOLDEN = Path(__file__).parent / "golden" / "torch_epochs.npz"
-
-
-@pytest.fixture(scope="module")
-def start():
-    return make_start()
-
-
-def make_start():
-    """A world, how it scores, a network's initial parameters, demonstrations, and comparisons with their reference."""
-    keys = jax.random.split(jax.random.key(1), 4)
-    world = toy.make_world(keys[0])
-    params = POLICY.init(keys[1], world.embeddings)
-    demos = toy.sample_demonstrations(keys[2], world, num=50)
-    preferences = toy.sample_preferences(keys[3], world, num=70)
-    log_prob = toy.log_prob_fn(POLICY, world.embeddings)
-    return world, log_prob, params, demos, train.with_reference(log_prob, params, preferences)
+GOLDEN = Path(__file__).parents[1] / "golden" / "torch_epochs.npz"
 
 
 def fit_dpo(key, start, *, beta=0.1, learning_rate=1e-2, num_epochs=3, batch_size=32, **options):
@@ -44,81 +28,6 @@ def fit_dpo(key, start, *, beta=0.1, learning_rate=1e-2, num_epochs=3, batch_siz
         batch_size=batch_size,
         **options,
     )
-
-
-# Objectives
-
-
-def test_sft_objective_is_the_mean_negative_log_likelihood(start):
-    world, log_prob, params, demos, _ = start
-    table = np.float64(toy.log_prob_table(POLICY, world.embeddings)(params))
-    loss, metrics = train.sft_objective(log_prob)(params, demos)
-    np.testing.assert_allclose(loss, -table[demos.prompts, demos.responses].mean(), rtol=1e-5)
-    assert metrics == {}
-
-
-def test_preference_objective_has_the_notebooks_metrics(start, key):
-    world, log_prob, params, _, preferences = start
-    other = POLICY.init(key, world.embeddings)
-    table, reference = (np.float64(toy.log_prob_table(POLICY, world.embeddings)(p)) for p in (other, params))
-    prompts, (chosen, rejected) = preferences.prompts, preferences.responses
-    ratios = table - reference
-    chosen_reward, rejected_reward = 0.3 * ratios[prompts, chosen], 0.3 * ratios[prompts, rejected]
-    loss, metrics = train.preference_objective(log_prob, losses.dpo_loss, beta=0.3)(other, preferences)
-    expected = {
-        "chosen_reward": chosen_reward.mean(),
-        "rejected_reward": rejected_reward.mean(),
-        "reward_margin": (chosen_reward - rejected_reward).mean(),
-        "accuracy": (chosen_reward > rejected_reward).mean(),
-    }
-    assert metrics.keys() == expected.keys()
-    for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-    np.testing.assert_allclose(loss, np.logaddexp(0, rejected_reward - chosen_reward).mean(), rtol=1e-5)
-
-
-def test_hyperparameters_reach_the_loss(start):
-    _, log_prob, _, _, preferences = start
-
-    def loss(policy, reference, *, beta, slope):
-        return slope * beta * jnp.ones_like(policy[0] - reference[0])
-
-    value, _ = train.preference_objective(log_prob, loss, beta=0.5, slope=4.0)(start[2], preferences)
-    assert value == 2.0
-
-
-def test_whole_weights_equal_repeated_rows(start, key):
-    world, log_prob, _, demos, preferences = start
-    params = POLICY.init(key, world.embeddings)  # other parameters than the reference's: no two losses are equal
-    rows = jnp.array([0, 1, 1, 1])
-    for objective, data in (
-        (train.sft_objective(log_prob), demos),
-        (train.preference_objective(log_prob, losses.dpo_loss, beta=0.1), preferences),
-    ):
-        repeated = objective(params, jax.tree.map(lambda leaf: leaf[rows], data))
-        weighted = objective(params, jax.tree.map(lambda leaf: leaf[:2], data)._replace(weights=jnp.array([0.5, 1.5])))
-        chex.assert_trees_all_close(weighted, repeated, rtol=1e-5)
-
-
-def test_no_gradient_flows_into_the_reference(start):
-    _, log_prob, params, _, preferences = start
-    gradient = jax.grad(lambda p: train.with_reference(log_prob, p, preferences).reference.chosen.sum())(params)
-    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
-
-
-def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
-    def stacked(params, prompts, responses):
-        return params[prompts, jnp.stack(responses)]
-
-    with pytest.raises(TypeError, match="must return 2 arrays, one for each of the responses, got 1"):
-        train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
-
-
-def test_preferences_without_reference_are_refused(start):
-    _, log_prob, params, _, preferences = start
-    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
-    with pytest.raises(ValueError, match="no reference log-probabilities"):
-        objective(params, preferences._replace(reference=None))
 
 
 # The same numbers as PyTorch, step by step, for a whole epoch
@@ -253,7 +162,7 @@ def test_one_trace_serves_a_grid_of_betas_and_learning_rates(start, key):
     assert len(margins) == 6
 
 
-def test_vmap_over_betas_and_seeds_equals_a_loop():
+def test_vmap_over_betas_and_seeds_equals_a_loop(make_start):
     """In float64: in float32 Adam's first steps turn a rounding error of a gradient near zero into a whole step."""
     with jax.enable_x64(True):
         start, keys, betas = make_start(), jax.random.split(jax.random.key(3), 2), jnp.array([0.01, 2.0])
@@ -402,7 +311,7 @@ def test_an_infinite_update_is_not_taken(key):
     assert caught.value.params.tolist() == [0.0, 0.0]
 
 
-def test_one_diverging_run_leaves_its_neighbours_alone(key):
+def test_one_diverging_run_leaves_its_neighbours_alone(make_start, key):
     with jax.enable_x64(True):
         start = make_start()
         rates = jnp.array([1e-2, jnp.inf])
@@ -457,6 +366,44 @@ def test_bad_arguments_are_refused(changes, error, message):
         inspect.unwrap(train.fit)(objective=nan_from(0), **arguments)
 
 
-def test_bad_beta_is_refused_when_the_objective_is_made(start):
-    with pytest.raises(ValueError, match="beta must be positive and finite, got -0.1"):
-        train.preference_objective(start[1], losses.dpo_loss, beta=-0.1)
+# Objectives that remember
+
+
+def counting(params, batch, memory):
+    """Remembers how many rows there were; its loss is the square of one parameter."""
+    memory = {"rows": memory["rows"] + len(batch)}
+    return jnp.square(params), {"rows": jnp.asarray(memory["rows"], jnp.float32)}, memory
+
+
+def test_memory_goes_from_batch_to_batch_and_from_epoch_to_epoch(key):
+    objective = StatefulObjective({"rows": jnp.int32(10)}, counting)
+    options = {"objective": objective, "learning_rate": 0.1, "num_epochs": 3, "batch_size": 3}
+    _, history = train.fit(key, jnp.float32(1.0), jnp.arange(5), **options)
+    seen = np.cumsum([3, 2] * 3) + 10  # batches of three and of two rows
+    np.testing.assert_allclose(history["rows"], seen.reshape(3, 2).mean(axis=1))
+    reported = []
+    _, again = train.fit(
+        key, jnp.float32(1.0), jnp.arange(5), report=lambda *r: reported.append(r), epochs_per_report=1, **options
+    )
+    chex.assert_trees_all_close(again, history)
+    assert len(reported) == 3
+
+
+def test_memory_stops_with_training(key):
+    def failing(params, batch, memory):
+        loss, metrics, memory = counting(params, batch, memory)
+        return jnp.where(memory["rows"] > 4, jnp.nan, loss), metrics, memory
+
+    options = {"objective": StatefulObjective({"rows": 0}, failing), "optimizer": optax.sgd(0.1)}
+    state = train.init_state(jnp.float32(1.0), **options)
+    state, _ = train.run_epoch(state, jnp.arange(6), jnp.arange(6), batch_size=2, **options)
+    assert (state.step, state.memory["rows"], state.finite) == (2, 4, False)
+
+
+def test_runs_under_vmap_have_memories_of_their_own(key):
+    def last(start):
+        objective = StatefulObjective({"rows": start}, counting)
+        options = {"objective": objective, "learning_rate": 0.1, "num_epochs": 1, "batch_size": 5}
+        return train.fit(key, jnp.float32(1.0), jnp.arange(5), **options)[1]["rows"][0]
+
+    np.testing.assert_allclose(jax.vmap(last)(jnp.array([0, 7])), [5, 12])

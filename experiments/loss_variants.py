@@ -1,0 +1,389 @@
+"""Every preference loss in the same worlds, each tuned over its own hyperparameters, under clean and noisy labels.
+
+Each method trains from the same SFT policies for equally many optimizer steps. Hyperparameters, the learning rate among
+them, are chosen in other worlds, from equally many candidates for each method, by the exact expected reward. A program
+is compiled once for each method: it takes a chunk of runs, whatever their seeds, labels and hyperparameters.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from scipy.stats import qmc
+
+from dpo_jax import checks, figures, toy, train
+from dpo_jax.types import Params, Scalar
+from experiments import harness, notebook
+from experiments.methods import METHODS, Feedback, Method, Range, Setup
+from experiments.notebook import BETA, POLICY
+
+RUNS_PER_CHUNK = 64
+STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
+NUM_RANKED = 4
+LEARNING_RATE = Range(3e-5, 1e-2)
+
+
+LABELLED = ("dpo", "ipo", "simpo", "kto", "orpo", "cpo", "nca", "apo-down", "preferred fine-tuning")
+"""Names to be written into the figure of reward against KL."""
+
+
+class Setting(NamedTuple):
+    """How feedback comes about.
+
+    Attributes:
+      temperature, flip_probability: how people judge, see `toy.preference_probability`.
+      on_policy: 1 if they judge what the SFT policy responds, 0 if they judge uniform responses.
+    """
+
+    temperature: float = 1.0
+    flip_probability: float = 0.0
+    on_policy: float = 0.0
+
+
+SETTINGS = {
+    "clean": Setting(),
+    "noisy": Setting(flip_probability=0.2),
+    "deterministic": Setting(temperature=0.0),
+    "on-policy": Setting(on_policy=1.0),
+}
+"""People judge as Bradley and Terry have it; a fifth of their labels is flipped; they are always right; they judge
+responses of the SFT policy."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every preference loss, tuned, in the same worlds: exact reward, KL and regret with confidence intervals."""
+
+    seed: int = 0
+    """The first seed to report; the others follow it. Tuning uses the seeds after them."""
+    num_seeds: int = 64
+    """How many worlds to report, each with its own data, network and training."""
+    num_tuning_seeds: int = 16
+    """How many other worlds to choose hyperparameters in."""
+    num_candidates: int = 24
+    """How many sets of hyperparameters to try for each loss."""
+    losses: tuple[str, ...] = ()
+    """Names of the methods to compare (see `experiments/methods.py`); all if none are given."""
+    out: Path = Path("results/loss_variants")
+    """Folder for summary.json and the figures."""
+
+
+class Start(NamedTuple):
+    """What every run in one world and setting starts from."""
+
+    key: Any
+    world: toy.World
+    params: Params
+    log_probs: Float[Array, "prompts responses"]
+    feedback: Feedback
+
+
+def prepare(seed: Int[Array, ""], setting: Setting) -> Start:
+    """A world, its SFT policy, and what people say there; the same world and policy whatever they say."""
+    start_key, pair_key, label_key, ranking_key, key = jax.random.split(jax.random.key(seed), 5)
+    start = notebook.prepare(start_key)
+    world, num = start.world, notebook.NUM_PREFERENCES
+    judged: dict[str, Any] = {
+        "log_probs": jax.nn.log_softmax(setting.on_policy * start.sft.log_probs),
+        "temperature": setting.temperature,
+        "flip_probability": setting.flip_probability,
+    }
+    feedback = Feedback(
+        pairs=toy.sample_preferences(pair_key, world, num=num, **judged),
+        labels=toy.sample_labels(label_key, world, num=2 * num, **judged),
+        rankings=toy.sample_rankings(ranking_key, world, num=num // (NUM_RANKED - 1), num_ranked=NUM_RANKED, **judged),
+    )
+    log_prob = toy.log_prob_fn(POLICY, world.embeddings)
+    scored = Feedback(*(train.with_reference(log_prob, start.sft.params, data) for data in feedback))
+    return Start(jax.random.key_data(key), world, start.sft.params, start.sft.log_probs, scored)
+
+
+def run(method: Method, start: Start, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+    """Trains by one method and measures the policy exactly."""
+    train_key, method_key = jax.random.split(jax.random.wrap_key_data(start.key))
+    embeddings = start.world.embeddings
+    log_prob, log_probs = toy.log_prob_fn(POLICY, embeddings), toy.log_prob_table(POLICY, embeddings)
+    setup = Setup(method_key, log_prob, log_probs, start.params, start.log_probs)
+    tuned = {name: value for name, value in hyperparameters.items() if name != "learning_rate"}
+    data = method.data(start.feedback)
+    params, history = train.fit(
+        train_key,
+        start.params,
+        data,
+        objective=method.objective(setup, tuned),
+        learning_rate=hyperparameters["learning_rate"],
+        num_epochs=NUM_EPOCHS,
+        batch_size=-(-len(data.prompts) // STEPS_PER_EPOCH),
+    )
+    finished = history["step"][-1] == NUM_EPOCHS * STEPS_PER_EPOCH
+    measured = measure(start, log_probs(params), method.has_reference)
+    return {name: jnp.where(finished, value, jnp.nan) for name, value in measured.items()}
+
+
+def measure(start: Start, log_probs: Float[Array, "prompts responses"], has_reference: bool) -> dict[str, Array]:
+    """What became of the policy: all exact, but for the change of the chosen, which is that of the training pairs."""
+    world, pairs = start.world, start.feedback.pairs
+    score = log_probs - start.log_probs if has_reference else log_probs
+    return {
+        **toy.evaluate(log_probs, start.log_probs, world.rewards),
+        "regret": jnp.mean(toy.regret(log_probs, start.log_probs, world.rewards, beta=BETA)),
+        "accuracy": accuracy(score, world),
+        "chosen_logp_change": jnp.mean(toy.lookup(log_probs - start.log_probs, pairs.prompts, pairs.responses.chosen)),
+    }
+
+
+def accuracy(score: Float[Array, "prompts responses"], world: toy.World) -> Float[Array, ""]:
+    """How often the response with the higher score is preferred in new, clean comparisons; ties count half."""
+    better = jnp.heaviside(score[:, :, None] - score[:, None, :], 0.5)
+    preferred = toy.preference_probability(world.rewards[:, :, None], world.rewards[:, None, :])
+    distinct = ~np.eye(world.num_responses, dtype=bool)
+    return 2 * jnp.mean((better * preferred)[:, distinct])
+
+
+def baseline(start: Start) -> dict[str, Any]:
+    """What there is to compare with: the SFT policy, the optimum, and the exact frontier."""
+    rewards = start.world.rewards
+    return {
+        "sft": measure(start, start.log_probs, True),
+        "optimum": measure(start, toy.optimal_policy(start.log_probs, rewards, beta=BETA), True),
+        "frontier": toy.frontier(start.log_probs, rewards, jnp.geomspace(0.01, 20.0, 40)),
+    }
+
+
+def candidates(method: Method, num: int) -> list[dict[str, np.float32]]:
+    """Sets of hyperparameters that fill the ranges of a method evenly: points of a Halton sequence."""
+    ranges = {**method.ranges, "learning_rate": LEARNING_RATE}
+    points = qmc.Halton(len(ranges), scramble=False).random(num + 1)[1:]  # the first is a corner
+    return [
+        {name: np.float32(within(ranges[name], share)) for name, share in zip(ranges, point, strict=True)}
+        for point in points
+    ]
+
+
+def within(limits: Range, share: float) -> float:
+    """The number a given share of the way from the low to the high end of a range."""
+    low, high, linear = limits
+    return low + share * (high - low) if linear else low * (high / low) ** share
+
+
+class Task(NamedTuple):
+    """Runs of one method in one setting: which starts, and which hyperparameters for each."""
+
+    setting: str
+    rows: np.ndarray
+    hyperparameters: list[dict[str, np.float32]]
+
+
+class Runner:
+    """Runs methods chunk by chunk from starts that were prepared once.
+
+    Attributes:
+      starts: for each setting, a `Start` whose arrays have a leading axis of seeds.
+      report: called with the number of runs after each chunk.
+    """
+
+    def __init__(self, starts: dict[str, Start], watch: harness.Stopwatch, report: Callable[[int], None]):
+        self.starts, self.watch, self.report = starts, watch, report
+
+    def compiled(self, method: Method) -> harness.Program:
+        """The program for `RUNS_PER_CHUNK` runs of a method."""
+        chunk = self._arguments(Task("clean", np.zeros(1, int), candidates(method, 1)), 0)
+        return self.watch.compiled(jax.vmap(lambda start, h: run(method, start, h)), *chunk)
+
+    def __call__(self, program: harness.Program, task: Task) -> dict[str, np.ndarray]:
+        """What was measured, one number for each run of a task."""
+        results = []
+        for first in range(0, len(task.rows), RUNS_PER_CHUNK):
+            results.append(program(*self._arguments(task, first)))
+            self.report(min(RUNS_PER_CHUNK, len(task.rows) - first))
+        return {name: np.concatenate([part[name] for part in results])[: len(task.rows)] for name in results[0]}
+
+    def _arguments(self, task: Task, first: int) -> tuple[Start, dict[str, np.ndarray]]:
+        """The arguments of a chunk; the last run fills up a chunk that is short."""
+        runs = np.minimum(np.arange(first, first + RUNS_PER_CHUNK), len(task.rows) - 1)
+        start = jax.tree.map(lambda leaf: leaf[task.rows[runs]], self.starts[task.setting])
+        tried = [task.hyperparameters[i] for i in runs]
+        return start, {name: np.array([h[name] for h in tried]) for name in tried[0]}
+
+
+def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatch) -> dict[str, Any]:
+    """Tunes and runs all methods in all settings.
+
+    Returns:
+      For each setting the baseline, and for each method what was measured, arrays `[num_seeds]`, and the
+      hyperparameters that were chosen.
+    """
+    num_all = options.num_seeds + options.num_tuning_seeds
+    seeds = np.arange(options.seed, options.seed + num_all).astype(np.uint32)
+    starts = prepare_all(seeds, watch)
+    reported, tuning = np.arange(options.num_seeds), np.arange(options.num_seeds, num_all)
+    num_runs = len(methods) * len(SETTINGS) * (options.num_tuning_seeds * options.num_candidates + options.num_seeds)
+    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(2) as threads:
+        runner = Runner(starts, watch, Counter(show_done))
+        learn = partial(tune_and_run, runner, tuning=tuning, reported=reported, num_candidates=options.num_candidates)
+        learned = list(threads.map(learn, methods))
+    baselines = jax.jit(jax.vmap(baseline))
+    return {
+        setting: {
+            "baseline": jax.device_get(baselines(jax.tree.map(lambda leaf: leaf[reported], starts[setting]))),
+            "methods": [results[setting] for results in learned],
+        }
+        for setting in SETTINGS
+    }
+
+
+class Counter:
+    """Adds up what several threads have done, and shows it."""
+
+    def __init__(self, show: Callable[[int], None]):
+        self.total, self.show = 0, show
+
+    def __call__(self, num: int) -> None:
+        self.total += num
+        self.show(self.total)
+
+
+def prepare_all(seeds: np.ndarray, watch: harness.Stopwatch) -> dict[str, Start]:
+    """For each setting, the starts of all seeds, as NumPy arrays."""
+    chunks = [np.resize(seeds[i : i + RUNS_PER_CHUNK], RUNS_PER_CHUNK) for i in range(0, len(seeds), RUNS_PER_CHUNK)]
+    program = watch.compiled(jax.vmap(prepare, in_axes=(0, None)), chunks[0], Setting())
+    with harness.waiting("Preparing worlds and SFT policies"):
+        return {
+            name: jax.tree.map(
+                lambda *parts: np.concatenate(parts)[: len(seeds)], *(program(chunk, setting) for chunk in chunks)
+            )
+            for name, setting in SETTINGS.items()
+        }
+
+
+def tune_and_run(
+    runner: Runner, method: Method, *, tuning: np.ndarray, reported: np.ndarray, num_candidates: int
+) -> dict[str, dict[str, Any]]:
+    """For each setting: chooses among candidates in the tuning worlds, and runs the best in those to report."""
+    program, tried = runner.compiled(method), candidates(method, num_candidates)
+    results = {}
+    for setting in SETTINGS:
+        trials = Task(setting, np.tile(tuning, len(tried)), [h for h in tried for _ in tuning])
+        rewards = runner(program, trials)["expected_reward"].reshape(len(tried), -1).mean(axis=1)
+        best = tried[int(np.argmax(np.where(np.isnan(rewards), -np.inf, rewards)))]
+        measured = runner(program, Task(setting, reported, [best] * len(reported)))
+        results[setting] = {"hyperparameters": best, **measured}
+    return results
+
+
+def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
+    """Mean and standard error over seeds; `gain_over_dpo` and `gain` (over SFT) are paired by seed."""
+    entries, baselines = [], {}
+    for setting, found in results.items():
+        baselines[setting] = jax.tree.map(harness.mean_and_stderr, found["baseline"])
+        sft = found["baseline"]["sft"]["expected_reward"]
+        dpo = next((r for r, m in zip(found["methods"], methods, strict=True) if m.name == "dpo"), None)
+        for method, result in zip(methods, found["methods"], strict=True):
+            measured = {name: values for name, values in result.items() if name != "hyperparameters"}
+            reward = measured["expected_reward"]
+            measured["gain"] = reward - sft
+            if dpo is not None:
+                measured["gain_over_dpo"] = reward - dpo["expected_reward"]
+            entries.append(
+                {
+                    "name": method.name,
+                    "family": method.family,
+                    "setting": setting,
+                    "hyperparameters": result["hyperparameters"],
+                    **{name: harness.mean_and_stderr(values) for name, values in measured.items()},
+                    "diverged": float(np.mean(np.isnan(reward))),
+                }
+            )
+    return {"losses": entries, "baselines": baselines}
+
+
+def print_results(summary: dict[str, Any]) -> None:
+    """Prints a table for each setting, the best loss first, with 95 % confidence intervals."""
+    columns = {
+        "expected_reward": "reward",
+        "gain": "gain over SFT",
+        "gain_over_dpo": "gain over DPO",
+        "kl_to_reference": "KL to reference",
+        "regret": "regret",
+        "accuracy": "accuracy",
+        "chosen_logp_change": "log-prob. of chosen",
+    }
+    for setting in SETTINGS:
+        entries = [entry for entry in summary["losses"] if entry["setting"] == setting]
+        entries.sort(key=lambda entry: -np.nan_to_num(entry["expected_reward"]["mean"], nan=-np.inf))
+        shown = [name for name in columns if name in entries[0]]
+        harness.print_table(
+            f"{setting} labels, mean and 95% interval",
+            ["loss", *(columns[name] for name in shown)],
+            [[entry["name"], *(interval(entry[name]) for name in shown)] for entry in entries],
+        )
+
+
+def save_figures(summary: dict[str, Any], out: Path) -> None:
+    """Draws what each loss gains, and where it ends up in reward and KL."""
+    families: dict[str, list[str]] = {}
+    for entry in summary["losses"]:
+        if entry["setting"] == next(iter(SETTINGS)):
+            families.setdefault(entry["family"], []).append(entry["name"])
+    gains: dict[str, Any] = {setting: {} for setting in SETTINGS}
+    points: dict[str, Any] = {setting: {} for setting in SETTINGS}
+    for entry in summary["losses"]:
+        gain, kl, reward = (entry[name] for name in ("gain", "kl_to_reference", "expected_reward"))
+        gains[entry["setting"]][entry["name"]] = gain["mean"], 1.96 * gain["stderr"]
+        points[entry["setting"]][entry["name"]] = kl["mean"], reward["mean"]
+    harness.save_figure(figures.loss_gains(families, gains), out / "gains.png")
+    panels = {
+        setting: {
+            "curve": {name: values["mean"] for name, values in baseline["frontier"].items()},
+            "sft_reward": float(baseline["sft"]["expected_reward"]["mean"]),
+            "points": points[setting],
+        }
+        for setting, baseline in summary["baselines"].items()
+    }
+    harness.save_figure(figures.loss_frontiers(panels, families, labelled=LABELLED), out / "frontiers.png")
+
+
+def interval(statistics: dict[str, Any]) -> str:
+    """A mean and half the width of its 95 % confidence interval."""
+    return f"{statistics['mean']:.3f} ± {1.96 * statistics['stderr']:.3f}"
+
+
+def chosen_methods(names: Sequence[str]) -> list[Method]:
+    """The methods of these names, or all of them."""
+    known = {method.name: method for method in METHODS}
+    with harness.clear_errors():
+        for name in names:
+            if name not in known:
+                raise ValueError(f"--losses: there is no {name!r}, only {', '.join(known)}")
+    return [known[name] for name in names] if names else list(METHODS)
+
+
+def main(options: Options) -> None:
+    """Compares the losses and writes the results."""
+    harness.check_seeds(options.seed, options.num_seeds + options.num_tuning_seeds)
+    with harness.clear_errors():
+        checks.size("--num-tuning-seeds", options.num_tuning_seeds)
+        checks.size("--num-candidates", options.num_candidates)
+    methods = chosen_methods(options.losses)
+    out = harness.output_folder(options.out)
+    harness.enable_compilation_cache()
+    watch = harness.Stopwatch()
+    summary = summarise(compare(options, methods, watch), methods)
+    save_figures(summary, out)
+    sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds", "num_candidates")}
+    settings = {name: setting._asdict() for name, setting in SETTINGS.items()}
+    seconds = harness.provenance(compile=watch.compile, run=watch.run)
+    harness.save_summary({**sizes, "settings": settings, **summary, **seconds}, out)
+    print_results(summary)
+    harness.console.print(f"Figures and summary.json are in {out}.")
+
+
+if __name__ == "__main__":
+    main(harness.parse(Options))

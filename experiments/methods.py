@@ -1,0 +1,235 @@
+"""Every way to learn from feedback that the library knows, as one list: a loss, its data and what there is to tune."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from dpo_jax import losses, toy, train
+from dpo_jax.types import Labels, LogProbFn, Objective, Params, Preferences, Scalar
+
+Hyperparameters = Mapping[str, Scalar]
+
+
+class Feedback(NamedTuple):
+    """What people said in one world, in every form, with log-probabilities under the SFT policy.
+
+    Attributes:
+      pairs: comparisons of two responses.
+      labels: single responses, called good or bad.
+      rankings: of four responses each.
+    """
+
+    pairs: Preferences
+    labels: Labels
+    rankings: Preferences
+
+
+class Setup(NamedTuple):
+    """What a method may use besides its hyperparameters.
+
+    Attributes:
+      key: for methods that need randomness.
+      log_prob: scores responses.
+      log_probs: from parameters to the policy's table.
+      reference: parameters of the SFT policy.
+      reference_log_probs: its table.
+    """
+
+    key: Key[Array, ""]
+    log_prob: LogProbFn
+    log_probs: Callable[[Params], Float[Array, "prompts responses"]]
+    reference: Params
+    reference_log_probs: Float[Array, "prompts responses"]
+
+
+class Range(NamedTuple):
+    """Where to look for a hyperparameter: from `low` to `high`, evenly in its logarithm unless `linear`."""
+
+    low: float
+    high: float
+    linear: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to learn from feedback.
+
+    Attributes:
+      name: of the loss, mostly.
+      family: what it eats.
+      objective: from what is there and hyperparameters to an objective.
+      ranges: what to tune, and where; besides the learning rate, which is tuned for all.
+      data: which feedback it learns from.
+    """
+
+    name: str
+    family: str
+    objective: Callable[[Setup, Hyperparameters], Objective]
+    ranges: Mapping[str, Range]
+    data: Callable[[Feedback], Any] = lambda feedback: feedback.pairs
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the method reads a policy by its ratio to the reference, or by itself."""
+        return self.family != REFERENCE_FREE
+
+
+MARGIN, BOTH_RATIOS, BATCH, RANKED = "margin", "both log-ratios", "batch statistics", "rankings"
+REFERENCE_FREE, UNPAIRED, ADDITION = "reference-free", "single responses", "with an addition"
+
+BETA = Range(0.01, 10.0)
+SMOOTHING = Range(0.01, 0.45)
+
+
+def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
+    """A method whose loss takes policy and reference, and nothing but tuned hyperparameters."""
+    return Method(
+        name, family, lambda setup, h: train.preference_objective(setup.log_prob, loss, **h), {"beta": BETA, **ranges}
+    )
+
+
+def reference_free(name: str, loss: Any, **ranges: Range) -> Method:
+    """A method whose loss takes the policy alone."""
+    return Method(
+        name, REFERENCE_FREE, lambda setup, h: train.reference_free_objective(setup.log_prob, loss, **h), ranges
+    )
+
+
+def split(feedback: Feedback) -> Labels:
+    """Comparisons read as labels."""
+    return toy.split_pairs(feedback.pairs)
+
+
+def kto(setup: Setup, h: Hyperparameters) -> Objective:
+    """KTO with the reference point estimated from each batch."""
+    point = train.batch_reference_point(setup.log_prob, setup.reference)
+    return train.unpaired_objective(setup.log_prob, losses.kto_loss, reference_point=point, **h)
+
+
+def kto_exact(setup: Setup, h: Hyperparameters) -> Objective:
+    """KTO with the exact KL for its reference point."""
+
+    def point(params: Params, *_: Any) -> Float[Array, ""]:
+        kl = toy.kl_to_reference(setup.log_probs(params), setup.reference_log_probs)
+        return jnp.maximum(jnp.mean(kl), 0)
+
+    return train.unpaired_objective(setup.log_prob, losses.kto_loss, reference_point=point, **h)
+
+
+def bco(setup: Setup, h: Hyperparameters) -> Objective:
+    """BCO of single responses with its running shift."""
+    shift = train.running_shift(beta=h["beta"])
+    return train.unpaired_objective(setup.log_prob, losses.bco_loss, shift=shift, **h)
+
+
+def bco_pair(setup: Setup, h: Hyperparameters) -> Objective:
+    """BCO of pairs with its running shift."""
+    shift = train.running_shift(beta=h["beta"])
+    return train.preference_objective(setup.log_prob, losses.bco_pair_loss, shift=shift, **h)
+
+
+def beta_dpo(setup: Setup, h: Hyperparameters) -> Objective:
+    """beta-DPO with its filter."""
+    moments = train.running_margin_moments(setup.key)
+    return train.preference_objective(setup.log_prob, losses.beta_dpo_loss, moments=moments, **h)
+
+
+def rpo(setup: Setup, h: Hyperparameters) -> Objective:
+    """DPO with an SFT term."""
+    loss = losses.with_sft(losses.dpo_loss, weight=h["sft_weight"])
+    return train.preference_objective(setup.log_prob, loss, beta=h["beta"])
+
+
+def mpo(setup: Setup, h: Hyperparameters) -> Objective:
+    """DPO, BCO and SFT in the proportions of the MPO paper."""
+    terms = ((0.8, losses.dpo_loss), (0.2, partial(losses.bco_pair_loss, shift=0.0)))
+    loss = losses.with_sft(losses.weighted_sum(*terms), weight=1.0)
+    return train.preference_objective(setup.log_prob, loss, **h)
+
+
+def wpo(setup: Setup, h: Hyperparameters) -> Objective:
+    """DPO whose comparisons count as much as the policy would have written them."""
+
+    def weights(params: Params, batch: Preferences, logps: Any) -> Float[Array, " batch"]:
+        alignment = jax.nn.logsumexp(2 * setup.log_probs(params), axis=-1)[batch.prompts]
+        return losses.wpo_weights(logps, (alignment, alignment))
+
+    return train.preference_objective(setup.log_prob, losses.with_weights(losses.dpo_loss), weights=weights, **h)
+
+
+def tr_dpo(setup: Setup, h: Hyperparameters) -> Objective:
+    """DPO whose reference follows the policy a little each step."""
+    dpo = train.preference_objective(setup.log_prob, losses.dpo_loss, beta=h["beta"])
+    return train.moving_reference(dpo, setup.log_prob, setup.reference, mix=h["mix"], steps_per_move=1)
+
+
+def divergence(name: str, link: Any) -> Method:
+    """DPO under another divergence than KL."""
+    return pairwise(f"dpo, {name}", losses.with_divergence(losses.dpo_loss, link))
+
+
+METHODS = (
+    pairwise("dpo", losses.dpo_loss),
+    pairwise("conservative dpo", losses.dpo_loss, label_smoothing=SMOOTHING),
+    pairwise("robust dpo", losses.robust_dpo_loss, label_smoothing=SMOOTHING),
+    pairwise("ipo", losses.ipo_loss),
+    pairwise("hinge", losses.hinge_loss),
+    pairwise("squared", losses.squared_loss),
+    pairwise("truncated quadratic", losses.truncated_quadratic_loss),
+    pairwise("exponential", losses.exponential_loss),
+    pairwise("savage", losses.savage_loss),
+    pairwise("exo", losses.exo_loss, label_smoothing=SMOOTHING),
+    pairwise("discopop", losses.discopop_loss, temperature=Range(0.05, 1.0)),
+    pairwise("offset dpo", losses.offset_dpo_loss, offset=Range(-1.0, 1.0, linear=True)),
+    divergence("forward KL", losses.forward_kl),
+    divergence("Jensen-Shannon", losses.jensen_shannon),
+    divergence("alpha 0.5", losses.alpha_divergence(0.5)),
+    pairwise("chi-po", losses.chi_po_loss, BOTH_RATIOS),
+    pairwise("nca", losses.nca_loss, BOTH_RATIOS),
+    pairwise("sppo", losses.sppo_loss, BOTH_RATIOS),
+    pairwise("apo-zero", losses.apo_zero_loss, BOTH_RATIOS),
+    pairwise("apo-down", losses.apo_down_loss, BOTH_RATIOS),
+    pairwise("dpo-positive", losses.dpo_positive_loss, BOTH_RATIOS, penalty=Range(0.1, 10.0)),
+    Method("bco, pairs", BATCH, bco_pair, {"beta": BETA}),
+    pairwise("aot", losses.aot_loss, BATCH),
+    pairwise("aot, unpaired", losses.aot_unpaired_loss, BATCH),
+    Method("beta-dpo", BATCH, beta_dpo, {"beta": BETA, "alpha": Range(0.1, 2.0)}),
+    Method(
+        "plackett-luce, 4 ranked",
+        RANKED,
+        lambda setup, h: train.preference_objective(setup.log_prob, losses.plackett_luce_loss, **h),
+        {"beta": BETA},
+        lambda feedback: feedback.rankings,
+    ),
+    reference_free("simpo", losses.simpo_loss, beta=BETA, gamma=Range(0.01, 3.0)),
+    reference_free(
+        "alphapo", losses.alphapo_loss, beta=BETA, gamma=Range(0.01, 3.0), alpha=Range(-1.0, 1.0, linear=True)
+    ),
+    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=Range(0.01, 3.0)),
+    reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 30.0)),
+    reference_free("unlikelihood", losses.unlikelihood_loss, alpha=Range(0.0, 1.0, linear=True)),
+    reference_free("preferred fine-tuning", losses.sft_loss),
+    Method("kto", UNPAIRED, kto, {"beta": BETA}, split),
+    Method("kto, exact KL", UNPAIRED, kto_exact, {"beta": BETA}, split),
+    Method("kto, labels", UNPAIRED, kto_exact, {"beta": BETA}, lambda feedback: feedback.labels),
+    Method("bco", UNPAIRED, bco, {"beta": BETA}, split),
+    Method("bco, labels", UNPAIRED, bco, {"beta": BETA}, lambda feedback: feedback.labels),
+    Method(
+        "apo-zero, unpaired",
+        UNPAIRED,
+        lambda setup, h: train.unpaired_objective(setup.log_prob, losses.apo_zero_unpaired_loss, **h),
+        {"beta": BETA},
+        split,
+    ),
+    Method("rpo", ADDITION, rpo, {"beta": BETA, "sft_weight": Range(0.01, 3.0)}),
+    Method("mpo", ADDITION, mpo, {"beta": BETA}),
+    Method("wpo", ADDITION, wpo, {"beta": BETA}),
+    Method("tr-dpo", ADDITION, tr_dpo, {"beta": BETA, "mix": Range(0.0003, 0.3)}),
+)
+"""All of them. Not here: what differs from DPO only where responses have more than one token (length-normalised and
+length-regularised DPO, LD-DPO)."""

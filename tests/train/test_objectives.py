@@ -1,0 +1,298 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import losses, toy, train
+from dpo_jax.types import StatefulObjective
+
+POLICY = toy.ToyLM(num_responses=10)
+
+
+def test_sft_objective_is_the_mean_negative_log_likelihood(start):
+    world, log_prob, params, demos, _ = start
+    table = np.float64(toy.log_prob_table(POLICY, world.embeddings)(params))
+    loss, metrics = train.sft_objective(log_prob)(params, demos)
+    np.testing.assert_allclose(loss, -table[demos.prompts, demos.responses].mean(), rtol=1e-5)
+    assert metrics == {}
+
+
+def test_preference_objective_has_the_notebooks_metrics(start, key):
+    world, log_prob, params, _, preferences = start
+    other = POLICY.init(key, world.embeddings)
+    table, reference = (np.float64(toy.log_prob_table(POLICY, world.embeddings)(p)) for p in (other, params))
+    prompts, (chosen, rejected) = preferences.prompts, preferences.responses
+    ratios = table - reference
+    chosen_reward, rejected_reward = 0.3 * ratios[prompts, chosen], 0.3 * ratios[prompts, rejected]
+    loss, metrics = train.preference_objective(log_prob, losses.dpo_loss, beta=0.3)(other, preferences)
+    expected = {
+        "chosen_reward": chosen_reward.mean(),
+        "rejected_reward": rejected_reward.mean(),
+        "reward_margin": (chosen_reward - rejected_reward).mean(),
+        "accuracy": (chosen_reward > rejected_reward).mean(),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(loss, np.logaddexp(0, rejected_reward - chosen_reward).mean(), rtol=1e-5)
+
+
+def test_hyperparameters_reach_the_loss(start):
+    _, log_prob, _, _, preferences = start
+
+    def loss(policy, reference, *, beta, slope):
+        return slope * beta * jnp.ones_like(policy[0] - reference[0])
+
+    value, _ = train.preference_objective(log_prob, loss, beta=0.5, slope=4.0)(start[2], preferences)
+    assert value == 2.0
+
+
+def test_whole_weights_equal_repeated_rows(start, key):
+    world, log_prob, _, demos, preferences = start
+    params = POLICY.init(key, world.embeddings)  # other parameters than the reference's: no two losses are equal
+    rows = jnp.array([0, 1, 1, 1])
+    for objective, data in (
+        (train.sft_objective(log_prob), demos),
+        (train.preference_objective(log_prob, losses.dpo_loss, beta=0.1), preferences),
+    ):
+        repeated = objective(params, jax.tree.map(lambda leaf: leaf[rows], data))
+        weighted = objective(params, jax.tree.map(lambda leaf: leaf[:2], data)._replace(weights=jnp.array([0.5, 1.5])))
+        chex.assert_trees_all_close(weighted, repeated, rtol=1e-5)
+
+
+def test_no_gradient_flows_into_the_reference(start):
+    _, log_prob, params, _, preferences = start
+    gradient = jax.grad(lambda p: train.with_reference(log_prob, p, preferences).reference.chosen.sum())(params)
+    chex.assert_trees_all_equal(gradient, jax.tree.map(jnp.zeros_like, gradient))
+
+
+def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
+    def stacked(params, prompts, responses):
+        return params[prompts, jnp.stack(responses)]
+
+    with pytest.raises(TypeError, match="must return 2 arrays, one for each of the responses, got 1"):
+        train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
+
+
+def test_preferences_without_reference_are_refused(start):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
+    with pytest.raises(ValueError, match="no reference log-probabilities"):
+        objective(params, preferences._replace(reference=None))
+
+
+def test_bad_beta_is_refused_when_the_objective_is_made(start):
+    with pytest.raises(ValueError, match="beta must be positive and finite, got -0.1"):
+        train.preference_objective(start[1], losses.dpo_loss, beta=-0.1)
+
+
+# Of the policy alone
+
+
+def test_reference_free_objective_has_its_own_metrics(start):
+    _, log_prob, params, _, preferences = start
+    objective = train.reference_free_objective(log_prob, losses.simpo_loss, beta=2.0, gamma=0.5)
+    loss, metrics = objective(params, preferences._replace(reference=None))
+    chosen, rejected = (np.float64(side) for side in log_prob(params, preferences.prompts, preferences.responses))
+    np.testing.assert_allclose(loss, np.logaddexp(0, 0.5 - 2 * (chosen - rejected)).mean(), rtol=1e-5)
+    expected = {"chosen_logp": chosen, "rejected_logp": rejected, "logp_margin": chosen - rejected}
+    expected["accuracy"] = chosen > rejected
+    assert metrics.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(metrics[name], values.mean(), rtol=1e-5)
+
+
+# Of single responses
+
+
+@pytest.fixture(scope="module")
+def labels(start):
+    world, log_prob, params, _, _ = start
+    data = toy.sample_labels(jax.random.key(4), world, num=40)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    return train.with_reference(log_prob, moved, data)
+
+
+@pytest.mark.parametrize("weights", [None, np.linspace(0.5, 1.5, 40, dtype=np.float32)])
+def test_unpaired_objective_tells_good_from_bad(start, labels, weights):
+    _, log_prob, params, _, _ = start
+    objective = train.unpaired_objective(log_prob, losses.apo_zero_unpaired_loss, beta=0.5)
+    loss, metrics = objective(params, labels._replace(weights=None if weights is None else jnp.asarray(weights)))
+    rewards = 0.5 * np.float64(log_prob(params, labels.prompts, labels.responses) - labels.reference)
+    good, weights = np.asarray(labels.desirable), np.ones(40) if weights is None else weights
+    values = np.where(good, 1 / (1 + np.exp(rewards)), 1 / (1 + np.exp(-rewards)))
+    np.testing.assert_allclose(loss, (weights * values).mean(), rtol=1e-5)
+    desirable, undesirable = (np.average(rewards[side], weights=weights[side]) for side in (good, ~good))
+    np.testing.assert_allclose(metrics["desirable_reward"], desirable, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["undesirable_reward"], undesirable, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["reward_margin"], desirable - undesirable, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_bad_responses_has_no_nan(start, labels):
+    _, log_prob, params, _, _ = start
+    good = labels._replace(desirable=jnp.ones(40, bool))
+    _, metrics = train.unpaired_objective(log_prob, losses.apo_zero_unpaired_loss, beta=0.5)(params, good)
+    assert metrics["undesirable_reward"] == 0
+    chex.assert_tree_all_finite(metrics)
+
+
+def test_labels_without_reference_are_refused(start, labels):
+    objective = train.unpaired_objective(start[1], losses.apo_zero_unpaired_loss, beta=0.5)
+    with pytest.raises(ValueError, match="no reference log-probabilities: add them by train.with_reference"):
+        objective(start[2], labels._replace(reference=None))
+    with pytest.raises(ValueError, match="beta must be positive and finite, got 0"):
+        train.unpaired_objective(start[1], losses.apo_zero_unpaired_loss, beta=0)
+
+
+def test_ktos_reference_point_is_that_of_responses_to_the_next_prompt(start, labels):
+    world, log_prob, params, _, _ = start
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    point = train.batch_reference_point(log_prob, params)(moved, labels, labels.reference)
+    policy, reference = (np.float64(toy.log_prob_table(POLICY, world.embeddings)(p)) for p in (moved, params))
+    prompts, responses = np.asarray(labels.prompts), np.asarray(labels.responses)
+    ratios = [(policy - reference)[prompts[i], responses[(i + 1) % 40]] for i in range(40)]
+    np.testing.assert_allclose(point, max(0, np.mean(ratios)), rtol=1e-4, atol=1e-6)
+
+
+# Hyperparameters that depend on the batch
+
+
+def test_functions_of_the_batch_are_hyperparameters_without_gradient(start):
+    """An offset that is a column of the data, and one that moves with the parameters."""
+    _, log_prob, params, _, preferences = start
+    offsets = jnp.linspace(-1, 1, 70)
+    data = preferences._replace(columns={"offset": offsets})
+    named = train.preference_objective(
+        log_prob, losses.offset_dpo_loss, beta=0.3, offset=lambda params, batch, logps: batch.columns["offset"]
+    )
+    fixed = train.preference_objective(log_prob, losses.offset_dpo_loss, beta=0.3, offset=offsets)
+    chex.assert_trees_all_close(named(params, data), fixed(params, preferences))
+    moving = train.preference_objective(
+        log_prob, losses.offset_dpo_loss, beta=0.3, offset=lambda params, batch, logps: logps.chosen
+    )
+    held = log_prob(params, preferences.prompts, preferences.responses).chosen
+    still = train.preference_objective(log_prob, losses.offset_dpo_loss, beta=0.3, offset=held)
+    gradients = (jax.grad(lambda p, f=f: f(p, preferences)[0])(params) for f in (moving, still))
+    chex.assert_trees_all_close(*gradients, rtol=1e-5)
+
+
+def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
+    """With a learning rate of nothing, after two epochs: every response counted twice, good and bad equally."""
+    _, log_prob, params, _, preferences = start
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    shift = train.running_shift(beta=0.5)
+    logps = log_prob(moved, preferences.prompts, preferences.responses)
+    rewards = [0.5 * np.float64(logps[i] - preferences.reference[i]) for i in (0, 1)]
+    memory = shift.memory
+    for rows in (slice(0, 30), slice(30, 70)):
+        batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], preferences)
+        value, memory = shift.update(memory, moved, batch, jax.tree.map(lambda leaf, rows=rows: leaf[rows], logps))
+    np.testing.assert_allclose(value, (rewards[0].mean() + rewards[1].mean()) / 2, rtol=1e-4)
+    objective = train.preference_objective(log_prob, losses.bco_pair_loss, beta=0.5, shift=shift)
+    assert isinstance(objective, StatefulObjective)
+    params, history = train.fit(
+        key, params, preferences, objective=objective, learning_rate=1e-2, num_epochs=3, batch_size=32
+    )
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_the_shift_of_labels_counts_good_and_bad_equally(start, labels):
+    _, log_prob, params, _, _ = start
+    logps = log_prob(params, labels.prompts, labels.responses)
+    value, _ = train.running_shift(beta=2.0).update(losses.Shift(), params, labels, logps)
+    rewards, good = 2 * np.float64(logps - labels.reference), np.asarray(labels.desirable)
+    np.testing.assert_allclose(value, (rewards[good].mean() + rewards[~good].mean()) / 2, rtol=1e-4)
+
+
+def test_beta_dpo_draws_another_filter_for_every_batch(start, key):
+    _, log_prob, params, _, preferences = start
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    moments = train.running_margin_moments(key)
+    objective = train.preference_objective(log_prob, losses.beta_dpo_loss, beta=0.5, alpha=0.5, moments=moments)
+    first, _, memory = objective.apply(moved, preferences, objective.memory)
+    second, _, memory = objective.apply(moved, preferences, memory)
+    assert first != second
+    keys = [jax.random.key_data(m["moments"].key) for m in (objective.memory, memory)]
+    assert not np.array_equal(*keys)
+    _, history = train.fit(
+        key, params, preferences, objective=objective, learning_rate=1e-2, num_epochs=2, batch_size=32
+    )
+    chex.assert_tree_all_finite(history)
+
+
+# A reference that moves
+
+
+@pytest.mark.parametrize(("mix", "steps_per_move"), [(1.0, 2), (0.3, 1)])
+def test_the_reference_follows_the_policy(start, mix, steps_per_move):
+    """Against a loop in which everything is done by hand."""
+    _, log_prob, params, _, preferences = start
+    dpo = train.preference_objective(log_prob, losses.dpo_loss, beta=0.5)
+    options = {
+        "objective": train.moving_reference(dpo, log_prob, params, mix=mix, steps_per_move=steps_per_move),
+        "optimizer": optax.sgd(0.5),
+    }
+    state = train.init_state(params, **options)
+    state, _ = jax.jit(lambda state: train.run_epoch(state, preferences, jnp.arange(70), batch_size=16, **options))(
+        state
+    )
+    policy, reference, step = params, params, 0
+    gradient_of = jax.jit(jax.grad(lambda p, r, batch: dpo(p, train.with_reference(log_prob, r, batch))[0]))
+    for rows in (slice(0, 16), slice(16, 32), slice(32, 48), slice(48, 64), slice(64, 70)):
+        batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], preferences)
+        gradient, old, step = gradient_of(policy, reference, batch), policy, step + 1
+        policy = jax.tree.map(lambda p, g: p - 0.5 * g, policy, gradient)
+        if step % steps_per_move == 0:
+            reference = jax.tree.map(lambda r, p: (1 - mix) * r + mix * p, reference, old)
+    chex.assert_trees_all_close(state.params, policy, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(state.memory.reference, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_a_moving_reference_carries_what_its_objective_remembers(start, key):
+    _, log_prob, params, _, preferences = start
+    bco = train.preference_objective(log_prob, losses.bco_pair_loss, beta=0.5, shift=train.running_shift(beta=0.5))
+    objective = train.moving_reference(bco, log_prob, params, mix=0.1, steps_per_move=1)
+    _, history = train.fit(
+        key, params, preferences, objective=objective, learning_rate=1e-2, num_epochs=2, batch_size=32
+    )
+    assert history["loss"][1] != history["loss"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"mix": 0.0}, "mix must be above 0 and at most 1"), ({"steps_per_move": 0}, "steps_per_move must be at least 1")],
+)
+def test_a_reference_that_cannot_move_is_refused(start, changes, message):
+    dpo = train.preference_objective(start[1], losses.dpo_loss, beta=0.5)
+    with pytest.raises(ValueError, match=message):
+        train.moving_reference(dpo, start[1], start[2], **changes)
+
+
+# Rankings
+
+
+def test_rankings_train_by_the_same_objective(start, key):
+    world, log_prob, params, _, _ = start
+    rankings = toy.sample_rankings(key, world, num=50, num_ranked=4)
+    rankings = train.with_reference(log_prob, params, rankings)
+    assert len(rankings.reference) == 4
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    objective = train.preference_objective(log_prob, losses.plackett_luce_loss, beta=0.5)
+    _, metrics = objective(moved, rankings)
+    logps = log_prob(moved, rankings.prompts, rankings.responses)
+    np.testing.assert_allclose(metrics["chosen_reward"], 0.5 * jnp.mean(logps[0] - rankings.reference[0]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["rejected_reward"], 0.5 * jnp.mean(logps[3] - rankings.reference[3]), rtol=1e-5)
+    _, history = train.fit(key, params, rankings, objective=objective, learning_rate=1e-2, num_epochs=5, batch_size=25)
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def test_pairs_are_rankings_of_two(start):
+    _, log_prob, params, _, preferences = start
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    ranked, paired = (
+        train.preference_objective(log_prob, loss, beta=0.5)(moved, preferences)
+        for loss in (losses.plackett_luce_loss, losses.dpo_loss)
+    )
+    chex.assert_trees_all_close(ranked, paired, rtol=1e-5)
