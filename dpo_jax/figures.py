@@ -211,9 +211,7 @@ def loss_gains(
         names = [name for name in heights if name in by_name]
         mean, half = np.array([by_name[name] for name in names]).T
         y = np.array([heights[name] for name in names]) + shift
-        axes.errorbar(
-            mean, y, xerr=half, fmt=marker, color=colour, markersize=4, linewidth=1.2, label=f"{setting} labels"
-        )
+        axes.errorbar(mean, y, xerr=half, fmt=marker, color=colour, markersize=4, linewidth=1.2, label=setting)
         if reference in by_name:
             axes.axvline(by_name[reference][0], color=colour, linewidth=0.9, linestyle=":")
     axes.set_yticks([len(rows) - row for row in range(len(rows))], [name for name, _ in rows])
@@ -238,22 +236,34 @@ def loss_frontiers(
       families: for each family the names of its losses; each has a colour and a mark.
       labelled: names to be written beside their points.
     """
-    figure, panels = _panels(13.5, 4.9, columns=len(settings), legend_width=2.0)
-    colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black")
-    for axes, (setting, content) in zip(panels, settings.items(), strict=True):
-        curve, points = content["curve"], content["points"]
-        axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
-        axes.plot(0.0, content["sft_reward"], "s", color=GREY, label="SFT, the reference")
-        for i, (family, names) in enumerate(families.items()):
-            known = np.array([points[name] for name in names if name in points]).reshape(-1, 2)
-            axes.plot(*known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, label=family)
-        for name in labelled:
-            if name in points:
-                axes.annotate(name, points[name], xytext=(4, -9), textcoords="offset points", fontsize=8)
+    num_rows = -(-len(settings) // 2)
+    width, height = 10.5, 3.6 * num_rows + 0.9
+    figure = Figure(figsize=(width, height))
+    margins = {"left": 0.8 / width, "right": 1 - 0.1 / width, "bottom": 0.55 / height, "top": 1 - 1.1 / height}
+    panels = figure.subplots(num_rows, 2, squeeze=False, gridspec_kw={**margins, "hspace": 0.35, "wspace": 0.18})
+    for axes in panels.flat[len(settings) :]:
+        axes.set_visible(False)
+    for axes, (setting, content) in zip(panels.flat, settings.items(), strict=False):
+        _draw_frontier(axes, content, families, labelled)
         axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward", title=setting.capitalize())
-        axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="center right", frameon=False)
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False)
     return figure
+
+
+def _draw_frontier(
+    axes: Axes, content: Mapping[str, Any], families: Mapping[str, Sequence[str]], labelled: Sequence[str]
+) -> None:
+    curve, points = content["curve"], content["points"]
+    axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
+    axes.plot(0.0, content["sft_reward"], "s", color=GREY, label="SFT, the reference")
+    colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black")
+    for i, (family, names) in enumerate(families.items()):
+        known = np.array([points[name] for name in names if name in points]).reshape(-1, 2)
+        axes.plot(*known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, linestyle="none", label=family)
+    for name in labelled:
+        if name in points:
+            axes.annotate(name, points[name], xytext=(5, -9), textcoords="offset points", fontsize=8)
+    axes.grid(alpha=0.3)
 
 
 def _draw_family(family: LossFamily, upper: Axes, lower: Axes) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from dpo_jax import losses
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -36,8 +38,8 @@ def test_the_quickstart_is_short_and_all_code_runs():
     assert scope["history"]["loss"][-1] < scope["history"]["loss"][0]
     assert scope["rewards"].shape == (20,)
     assert jax.numpy.isfinite(scope["loss"])
-    hinge, _ = scope["hinge"](scope["reference"], scope["pairs"])
-    assert hinge == 1.0  # no log-ratio yet
+    ramp, _ = scope["ramp"](scope["reference"], scope["pairs"])
+    assert ramp == 0.5  # no log-ratio yet
 
 
 def test_its_table_is_that_of_the_reported_results():
@@ -52,6 +54,15 @@ def test_its_table_is_that_of_the_reported_results():
     assert f"with a loss of {summary['bayes']['loss']['mean']:.3f}" in words
     population = [entry["population_loss"]["mean"] for entry in summary["betas"]]
     assert f"between {min(population):.3f} and {max(population):.3f}" in words
+
+
+def test_what_it_says_of_the_losses_is_what_was_measured():
+    rows = json.loads((ROOT / "experiments/reported/losses/summary.json").read_text())["losses"]
+    words = " ".join(README.split())
+    assert f"{sum(name.endswith('_loss') for name in dir(losses))} losses, and what composes" in words
+    assert f"for {sum(bool(row['oracles']) for row in rows)} of the rows" in words
+    largest = [max(row["oracle"][dtype] or 0 for row in rows) for dtype in ("float64", "float32")]
+    assert "is {:.0e} in float64 and {:.0e} in float32".format(*largest).replace("e-0", "e-") in words
 
 
 def test_the_quickstart_prints_what_it_says(capsys):

@@ -4,6 +4,7 @@ First for one comparison, then for scores that need not be normalised, then for 
 does it find the optimum of the RLHF objective, and if not, what else? Last, the gradients that papers state.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -414,6 +415,12 @@ def test_flipped_labels_lead_dpo_astray_and_clean_ones_robust_dpo():
     assert slope_at_the_optimum(BY_NAME["robust_dpo_loss"], flip_probability=FLIP / 2) > CLEAR_SLOPE
 
 
+@pytest.mark.parametrize("name", ["aot_loss", "aot_unpaired_loss"])
+def test_sorting_alone_leads_astray(name):
+    """Without the sort, and without smoothing, these would be DPO."""
+    assert slope_at_the_optimum(replace(BY_NAME[name], hyperparameters={"beta": BETA})) > CLEAR_SLOPE
+
+
 REACHES = {
     "dpo_loss": losses.dpo_loss,
     "savage_loss": losses.savage_loss,
@@ -464,6 +471,16 @@ def test_rankings_lead_to_the_rlhf_optimum():
     assert_reaches(loss, reference, toy.optimal_policy(reference, world.rewards, beta=BETA))
 
 
+def test_what_is_left_at_the_optimum_is_the_entropy_of_the_feedback():
+    world, reference = make_world(), make_reference()
+    optimum = toy.optimal_policy(reference, world.rewards, beta=BETA)
+    pairs, rankings = toy.all_preferences(world), toy.all_rankings(world, num_ranked=3)
+    left = mean_loss(losses.dpo_loss, pairs, reference, beta=BETA)(optimum)
+    np.testing.assert_allclose(left, toy.bayes_prediction(world.rewards)["loss"], rtol=1e-12)
+    left = mean_loss(losses.plackett_luce_loss, rankings, reference, beta=BETA)(optimum)
+    np.testing.assert_allclose(left, -jnp.mean(rankings.weights * jnp.log(rankings.weights / 6)), rtol=1e-12)
+
+
 def test_robust_dpo_reaches_the_rlhf_optimum_from_flipped_labels():
     world = make_world()
     reference = make_reference()
@@ -506,6 +523,28 @@ def test_length_normalised_dpo_divides_beta_by_a_common_length():
         reference,
         toy.optimal_policy(reference, world.rewards, beta=BETA / 2),
     )
+
+
+def test_length_normalised_dpo_lets_each_nat_of_a_long_response_count_for_less():
+    """Its optimum is no RLHF optimum: log-ratio = length * (r + constant) / beta, with a constant for each prompt."""
+    world = make_world()
+    data, reference = toy.all_preferences(world), make_reference()
+
+    def tilted(row, constant):
+        return np.asarray(reference[row] + LENGTHS[row] * (world.rewards[row] + constant) / BETA)
+
+    loss = mean_loss(with_lengths(losses.length_normalized_dpo_loss, data), data, reference, beta=BETA)
+    assert_reaches(loss, reference, normalised(tilted, [(-5, 5), (-5, 5)]))
+
+
+def normalised(tilted, brackets):
+    """A table of log-probabilities, with the constant for each prompt that makes the row sum to one."""
+
+    def excess(constant, row):
+        return np.sum(np.exp(tilted(row, constant))) - 1
+
+    rows = enumerate(brackets)
+    return jnp.array([tilted(row, optimize.brentq(excess, *ends, args=(row,), xtol=1e-15)) for row, ends in rows])
 
 
 @pytest.mark.parametrize(
@@ -584,16 +623,12 @@ DIVERGENCES = {
 
 
 def optimum_by_divergence(world, reference, inverse, ceiling):
-    """The constant of each prompt is the one that makes probabilities sum to one."""
-    table = []
-    for log_probs, rewards in zip(np.asarray(reference), np.asarray(world.rewards), strict=True):
+    rewards = np.asarray(world.rewards) / BETA
 
-        def surplus(constant, log_probs=log_probs, rewards=rewards):
-            return np.sum(np.exp(log_probs + inverse(rewards / BETA + constant))) - 1
+    def tilted(row, constant):
+        return np.asarray(reference[row]) + inverse(rewards[row] + constant)
 
-        constant = optimize.brentq(surplus, -60, ceiling - rewards.max() / BETA - 1e-9, xtol=1e-15)
-        table.append(log_probs + inverse(rewards / BETA + constant))
-    return jnp.array(table)
+    return normalised(tilted, [(-60, ceiling - largest - 1e-9) for largest in rewards.max(-1)])
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -1,0 +1,97 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import losses
+from dpo_jax.types import Pair
+
+POLICY = Pair(jnp.array([-1.0, -0.2, -7.0]), jnp.array([-3.0, -2.5, -0.1]))
+REFERENCE = Pair(jnp.array([-2.0, -0.3, -6.0]), jnp.array([-2.0, -2.0, -0.5]))
+
+
+def test_an_sft_term_goes_with_losses_that_have_no_reference_too():
+    loss = losses.with_sft(losses.simpo_loss, weight=0.5)(POLICY, beta=1.0, gamma=0.1)
+    np.testing.assert_allclose(loss, losses.simpo_loss(POLICY, beta=1.0, gamma=0.1) - 0.5 * POLICY.chosen, rtol=1e-6)
+
+
+def test_weights_of_terms_may_be_swept():
+    def total(weight):
+        mixed = losses.weighted_sum((weight, losses.dpo_loss), (1 - weight, losses.ipo_loss))
+        return losses.with_sft(mixed, weight=weight)(POLICY, REFERENCE, beta=0.5).sum()
+
+    weights = jnp.array([0.0, 0.3])
+    swept = jax.jit(jax.vmap(total))(weights)
+    np.testing.assert_allclose(swept[0], losses.ipo_loss(POLICY, REFERENCE, beta=0.5).sum(), rtol=1e-6)
+    np.testing.assert_allclose(swept, [total(weight) for weight in weights], rtol=1e-6)
+
+
+def test_terms_and_weights_that_mean_nothing_are_refused():
+    with pytest.raises(ValueError, match="weighted_sum needs at least one term"):
+        losses.weighted_sum()
+    with pytest.raises(ValueError, match="weight must be finite, got nan"):
+        losses.weighted_sum((float("nan"), losses.dpo_loss))
+    with pytest.raises(ValueError, match="weight must be zero or positive, and finite, got -1"):
+        losses.with_sft(losses.dpo_loss, weight=-1)
+
+
+def test_wpo_weights_average_one_for_what_the_policy_would_write():
+    """Sampled alignment: over responses drawn from the policy, the mean of p / sum of squares is one."""
+    probs = np.array([0.5, 0.3, 0.2])
+    alignment = jnp.full(9, np.log(np.sum(probs**2)))
+    first, second = (jnp.asarray(np.log(probs))[ids.ravel()] for ids in np.indices((3, 3)))
+    weights = losses.wpo_weights((first, second), (alignment, alignment))
+    np.testing.assert_allclose(np.sum(weights * np.outer(probs, probs).ravel()), 1.0, rtol=1e-5)
+
+
+def test_no_gradient_flows_through_wpo_weights():
+    gradient = jax.grad(lambda policy: losses.wpo_weights(policy, REFERENCE).sum())(POLICY)
+    assert not jnp.any(gradient.chosen) and not jnp.any(gradient.rejected)
+
+
+def test_weighted_comparisons_count_by_their_weights():
+    weights = jnp.array([0.0, 1.0, 2.5])
+    loss = losses.with_weights(losses.dpo_loss)(POLICY, REFERENCE, beta=0.5, weights=weights)
+    np.testing.assert_allclose(loss, weights * losses.dpo_loss(POLICY, REFERENCE, beta=0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_tokens_past_the_common_length_count_for_less(alpha):
+    rng = np.random.default_rng(0)
+    tokens, lengths, common = -rng.random((4, 6)), np.array([6, 3, 1, 4]), np.array([2, 3, 1, 6])
+    expected = [sum((1 if t < common[i] else alpha) * tokens[i, t] for t in range(lengths[i])) for i in range(4)]
+    logps = losses.length_desensitized_logps(
+        jnp.asarray(tokens, jnp.float32), jnp.asarray(lengths), jnp.asarray(common), alpha=alpha
+    )
+    np.testing.assert_allclose(logps, expected, rtol=1e-5)
+
+
+def test_one_token_is_one_token():
+    tokens, ones = jnp.array([[-0.5], [-2.0]]), jnp.ones(2, int)
+    logps = losses.length_desensitized_logps(tokens, ones, ones, alpha=0.3)
+    np.testing.assert_allclose(logps, tokens[:, 0])
+    pairs = (losses.length_normalized_dpo_loss, {}), (losses.length_regularized_dpo_loss, {"alpha": 0.7})
+    lengths = Pair(jnp.ones(3, int), jnp.ones(3, int))
+    for loss, extra in pairs:
+        values = loss(POLICY, REFERENCE, beta=0.5, lengths=lengths, **extra)
+        np.testing.assert_allclose(values, losses.dpo_loss(POLICY, REFERENCE, beta=0.5), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (jnp.ones((2, 3)), TypeError, "lengths must be a pair"),
+        ((jnp.ones(2), jnp.ones(3)), ValueError, r"lengths.chosen must have the shape \(3,\)"),
+        ((jnp.ones(3), jnp.array([1, 0, 2])), ValueError, "lengths.rejected must be 1 or more, got 0 in row 1"),
+    ],
+)
+def test_impossible_lengths_are_refused(lengths, error, message):
+    with pytest.raises(error, match=message):
+        losses.length_normalized_dpo_loss(POLICY, REFERENCE, beta=0.5, lengths=lengths)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1])
+def test_alpha_of_tokens_is_a_share(alpha):
+    with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
+        losses.length_desensitized_logps(jnp.ones((1, 2)), jnp.ones(1, int), jnp.ones(1, int), alpha=alpha)

@@ -1,0 +1,126 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpo_jax import losses
+from dpo_jax.losses import MarginMoments, Shift, beta_dpo_loss, update_margin_moments, update_shift
+from dpo_jax.types import Pair
+
+ZEROS = Pair(jnp.zeros(50), jnp.zeros(50))
+
+
+def pair_of_margins(margins):
+    return Pair(jnp.asarray(margins), jnp.zeros(len(margins)))
+
+
+def test_aot_sees_distributions_not_comparisons():
+    """Shuffling the reference against the policy changes nothing, and moves gradients to where they belong."""
+    rng = np.random.default_rng(0)
+    policy, reference = (Pair(*jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)) for _ in range(2))
+    shuffled = jax.tree.map(lambda side: side[::-1], reference)
+    loss = losses.aot_loss(policy, reference, beta=0.5)
+    np.testing.assert_allclose(losses.aot_loss(policy, shuffled, beta=0.5), loss, rtol=1e-6)
+    assert not np.allclose(losses.dpo_loss(policy, shuffled, beta=0.5), losses.dpo_loss(policy, reference, beta=0.5))
+    apart = (policy.chosen, shuffled.rejected), (reference.chosen, shuffled.rejected)
+    assert losses.aot_unpaired_loss(*apart, beta=0.5).shape == (6,)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
+def test_a_batch_is_needed_to_sort(loss):
+    single = Pair(jnp.float32(-1.0), jnp.float32(-2.0))
+    with pytest.raises(ValueError, match="must be a batch, with at least one axis, got a scalar"):
+        loss(single, single, beta=0.5)
+
+
+def test_the_shift_is_half_the_sum_of_the_means():
+    rng, state = np.random.default_rng(1), Shift()
+    seen = []
+    for _ in range(4):
+        rewards, good = np.float32(rng.normal(size=7)), rng.random(7) < 0.3
+        seen.append((rewards, good))
+        state = jax.jit(update_shift)(state, jnp.asarray(rewards), jnp.asarray(good))
+    rewards, good = (np.concatenate(part) for part in zip(*seen, strict=True))
+    np.testing.assert_allclose(state.value, (rewards[good].mean() + rewards[~good].mean()) / 2, rtol=1e-5)
+    assert state.desirable.num == good.sum()
+
+
+def test_a_shift_without_bad_responses_is_finite():
+    state = update_shift(Shift(), jnp.array([1.0, 3.0]), jnp.array([True, True]))
+    assert state.value == 1.0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_states_go_through_a_scan(dtype):
+    rewards = jnp.ones((3, 4), dtype)
+    state, _ = jax.lax.scan(lambda s, r: (update_shift(s, r, r > 0), None), jax.tree.map(jnp.asarray, Shift()), rewards)
+    assert state.value == 0.5
+
+
+def test_no_gradient_flows_through_statistics():
+    def value(scale):
+        rewards = scale * jnp.array([1.0, 2.0])
+        shift = update_shift(Shift(), rewards, jnp.array([True, False])).value
+        moments = update_margin_moments(MarginMoments(jax.random.key(0)), rewards)
+        return shift + moments.mean + moments.std + losses.kto_reference_point(rewards, jnp.zeros(2))
+
+    assert jax.grad(value)(1.0) == 0
+
+
+def test_margin_moments_are_moving_averages():
+    state, batches = MarginMoments(jax.random.key(0)), np.random.default_rng(2).normal(1, 2, size=(5, 8))
+    mean = std = 0.0
+    for margins in batches:
+        state = update_margin_moments(state, jnp.asarray(margins, jnp.float32), momentum=0.7)
+        mean, std = 0.7 * mean + 0.3 * margins.mean(), 0.7 * std + 0.3 * margins.std(ddof=1)
+    np.testing.assert_allclose([state.mean, state.std], [mean, std], rtol=1e-5)
+    with pytest.raises(ValueError, match="momentum must be at least 0.0 and below 1.0"):
+        update_margin_moments(state, jnp.ones(2), momentum=1.0)
+
+
+def test_beta_dpo_keeps_its_share_and_the_mean_of_the_kept():
+    margins = jnp.linspace(-2, 2, 50)
+    moments = MarginMoments(jax.random.key(3), mean=0.0, std=1.0)
+    loss = beta_dpo_loss(pair_of_margins(margins), ZEROS, beta=0.5, alpha=0.0, moments=moments, keep=0.8)
+    kept = np.asarray(loss) > 0
+    assert kept.sum() == 40
+    np.testing.assert_allclose(loss.mean(), np.logaddexp(0, -0.5 * np.float64(margins))[kept].mean(), rtol=1e-5)
+
+
+def test_beta_dpo_leaves_outliers_out():
+    """Without replacement, one of two: the odds are those of the normal density."""
+    margins, keys = jnp.array([0.0, 1.0]), jax.random.split(jax.random.key(4), 4000)
+    zeros = Pair(jnp.zeros(2), jnp.zeros(2))
+
+    def is_first_kept(key):
+        moments = MarginMoments(key, mean=0.0, std=1.0)
+        loss = beta_dpo_loss(pair_of_margins(margins), zeros, beta=0.5, alpha=0.0, moments=moments, keep=0.5)
+        return loss[0] > 0
+
+    num = int(jax.jit(jax.vmap(is_first_kept))(keys).sum())
+    assert stats.binomtest(num, 4000, 1 / (1 + np.exp(-0.5))).pvalue > 1e-3
+
+
+def test_beta_dpo_starts_from_a_policy_that_is_the_reference():
+    """All margins zero, and so is their spread: nothing is divided by it."""
+    moments = update_margin_moments(MarginMoments(jax.random.key(0)), jnp.zeros(50))
+    options = {"beta": 0.5, "alpha": 0.6, "moments": moments}
+    loss, gradient = jax.value_and_grad(lambda policy: beta_dpo_loss(policy, ZEROS, **options).mean())(ZEROS)
+    chex.assert_tree_all_finite((loss, gradient))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-5)
+
+
+def test_beta_dpos_beta_stays_positive():
+    moments = MarginMoments(jax.random.key(0), mean=100.0, std=1.0)
+    loss = beta_dpo_loss(pair_of_margins(jnp.full(50, 2.0)), ZEROS, beta=0.5, alpha=1.0, moments=moments, keep=1.0)
+    np.testing.assert_allclose(loss, np.logaddexp(0, -0.002), rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [0.0, 1.1])
+def test_a_share_that_is_none_is_refused(keep):
+    moments = MarginMoments(jax.random.key(0))
+    with pytest.raises(ValueError, match="keep must be above 0 and at most 1"):
+        beta_dpo_loss(ZEROS, ZEROS, beta=0.5, alpha=1.0, moments=moments, keep=keep)

@@ -1,0 +1,66 @@
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dpo_jax.losses import dpo_loss, log_ratios
+from dpo_jax.losses.ratios import bounded_exp, log1mexp
+from dpo_jax.types import Pair
+
+POLICY = Pair(jnp.array([-1.0, -0.2, -7.0]), jnp.array([-3.0, -2.5, -0.1]))
+REFERENCE = Pair(jnp.array([-2.0, -0.3, -6.0]), jnp.array([-2.0, -2.0, -0.5]))
+
+
+def test_log_ratios_by_hand():
+    ratios = log_ratios(POLICY, REFERENCE)
+    chex.assert_trees_all_close(ratios, Pair(jnp.array([1.0, 0.1, -1.0]), jnp.array([-1.0, -0.5, 0.4])), atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_pairs_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match=r"policy_chosen \(3,\).*reference_chosen \(2,\)"):
+        log_ratios(POLICY, Pair(jnp.zeros(2), jnp.zeros(2)))
+    with pytest.raises(TypeError, match=r"policy\.chosen must hold floating-point numbers"):
+        log_ratios((jnp.array([1, 2, 3]), POLICY.rejected), REFERENCE)
+    with pytest.raises(TypeError, match="reference must be a pair"):
+        log_ratios(POLICY, REFERENCE.chosen)
+    with pytest.raises(TypeError, match="policy.chosen must be an array, got"):
+        log_ratios(([-1.0], [-2.0]), REFERENCE)
+    with pytest.raises(TypeError, match="policy_chosen bfloat16.*reference_chosen float32"):
+        log_ratios(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), POLICY), REFERENCE)
+    with pytest.raises(ValueError, match=r"beta must broadcast to the shape \(3,\), got shape \(3, 1\)"):
+        dpo_loss(POLICY, REFERENCE, beta=jnp.ones((3, 1)))
+
+
+@given(exponent=st.floats(-80, 22))
+@settings(deadline=None)
+def test_bounded_exp_is_exp_where_it_matters(exponent):
+    np.testing.assert_allclose(bounded_exp(jnp.float32(exponent)), np.exp(np.float64(np.float32(exponent))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_bounded_exp_goes_on_along_its_tangent(dtype):
+    """So its square and its gradient stay finite, and the gradient does not vanish."""
+    exponent = jnp.asarray([25.0, 1e3, 1e4, 1e8], dtype)
+    value, slope = jax.vmap(jax.value_and_grad(bounded_exp))(exponent)
+    chex.assert_tree_all_finite((value**2, slope**2))
+    np.testing.assert_allclose(np.float32(slope), np.exp(np.log(float(jnp.finfo(dtype).max)) / 4), rtol=0.2)
+    assert jnp.all(jnp.diff(value) > 0)
+    assert value.dtype == dtype
+
+
+@given(logp=st.floats(-80, -1e-30))
+@settings(deadline=None)
+def test_log1mexp_is_accurate_at_both_ends(logp):
+    exact = np.log(-np.expm1(np.longdouble(np.float32(logp))))
+    np.testing.assert_allclose(log1mexp(jnp.float32(logp)), np.float64(exact), rtol=1e-5)
+
+
+def test_log1mexp_is_finite_at_certainty_and_impossibility():
+    value, slope = jax.vmap(jax.value_and_grad(log1mexp))(jnp.array([0.0, -1e4]))
+    chex.assert_tree_all_finite((value, slope))
+    assert value[0] < -80
+    assert value[1] == 0
