@@ -260,10 +260,26 @@ def _draw_frontier(
     for i, (family, names) in enumerate(families.items()):
         known = np.array([points[name] for name in names if name in points]).reshape(-1, 2)
         axes.plot(*known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, linestyle="none", label=family)
-    for name in labelled:
-        if name in points:
-            axes.annotate(name, points[name], xytext=(5, -9), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.15, y=0.08)
     axes.grid(alpha=0.3)
+    _label(axes, {name: points[name] for name in labelled if name in points})
+
+
+def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
+    """Writes names to the right of their points, from the highest down, none over another."""
+    low, high = axes.get_ylim()
+    free = high
+    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        height = min(y, free)
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(x + 0.03 * (axes.get_xlim()[1] - axes.get_xlim()[0]), height),
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
+        )
+        free = height - 0.055 * (high - low)
 
 
 def _draw_family(family: LossFamily, upper: Axes, lower: Axes) -> None:

@@ -5,6 +5,7 @@ them, are chosen in other worlds, from equally many candidates for each method, 
 is compiled once for each method: it takes a chunk of runs, whatever their seeds, labels and hyperparameters.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from experiments.methods import METHODS, Feedback, Method, Range, Setup
 from experiments.notebook import BETA, POLICY
 
 RUNS_PER_CHUNK = 64
+THREADS = 2
 STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
 NUM_RANKED = 4
 LEARNING_RATE = Range(3e-5, 1e-2)
@@ -225,7 +227,7 @@ def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatc
     starts = prepare_all(seeds, watch)
     reported, tuning = np.arange(options.num_seeds), np.arange(options.num_seeds, num_all)
     num_runs = len(methods) * len(SETTINGS) * (options.num_tuning_seeds * options.num_candidates + options.num_seeds)
-    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(2) as threads:
+    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(THREADS) as threads:
         runner = Runner(starts, watch, Counter(show_done))
         learn = partial(tune_and_run, runner, tuning=tuning, reported=reported, num_candidates=options.num_candidates)
         learned = list(threads.map(learn, methods))
@@ -374,15 +376,18 @@ def main(options: Options) -> None:
     methods = chosen_methods(options.losses)
     out = harness.output_folder(options.out)
     harness.enable_compilation_cache()
-    watch = harness.Stopwatch()
+    watch, start = harness.Stopwatch(), time.perf_counter()
     summary = summarise(compare(options, methods, watch), methods)
+    seconds = {"total": time.perf_counter() - start, "compile": watch.compile, "run": watch.run}
     save_figures(summary, out)
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds", "num_candidates")}
     settings = {name: setting._asdict() for name, setting in SETTINGS.items()}
-    seconds = harness.provenance(compile=watch.compile, run=watch.run)
-    harness.save_summary({**sizes, "settings": settings, **summary, **seconds}, out)
+    harness.save_summary({**sizes, "settings": settings, **summary, **harness.provenance(**seconds)}, out)
     print_results(summary)
-    harness.console.print(f"Figures and summary.json are in {out}.")
+    harness.console.print(
+        f"{seconds['total']:.0f} s in all. {THREADS} threads spent {watch.compile:.0f} s on tracing and on waiting for "
+        f"the compiler, and {watch.run:.0f} s on running. Figures and summary.json are in {out}."
+    )
 
 
 if __name__ == "__main__":

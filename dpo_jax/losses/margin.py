@@ -277,7 +277,7 @@ def discopop_loss(
         -(1 - g) \log \sigma(\beta \Delta) + g\, e^{-\beta \Delta}, \qquad g = \sigma(\beta \Delta / \tau)
 
     Source: Lu et al. 2024, "Discovering Preference Optimization Algorithms with and for Large Language Models", arXiv
-    2406.08414, Eq. 5. It is not convex, and has a local minimum left of zero.
+    2406.08414, Eq. 5. It is not convex; for a small temperature it has a local minimum left of zero.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))

@@ -130,9 +130,7 @@ def sample_rankings(
     """
     checks.key(key)
     checks.size("num", num)
-    checks.size("num_ranked", num_ranked, at_least=2)
-    if num_ranked > world.num_responses:
-        raise ValueError(f"num_ranked must be at most {world.num_responses}, what there is, got {num_ranked}")
+    _check_num_ranked(world, num_ranked)
     checks.finite("world.rewards", world.rewards)
     checks.not_negative("temperature", temperature)
     checks.probability("flip_probability", flip_probability)
@@ -167,7 +165,7 @@ def all_rankings(world: World, *, num_ranked: int, temperature: Scalar = 1.0) ->
       num_ranked: how many responses each ranks, two at least; static.
       temperature: how irrational people are; positive.
     """
-    checks.size("num_ranked", num_ranked, at_least=2)
+    _check_num_ranked(world, num_ranked)
     checks.positive("temperature", temperature)
     orders = np.array(list(permutations(range(world.num_responses), num_ranked)))
     utilities = world.rewards[:, orders] / temperature
@@ -176,3 +174,9 @@ def all_rankings(world: World, *, num_ranked: int, temperature: Scalar = 1.0) ->
     prompts = jnp.repeat(jnp.arange(world.num_prompts), len(orders))
     responses = tuple(jnp.asarray(np.tile(orders, (world.num_prompts, 1))).T)
     return Preferences(prompts, responses, weights=probability.ravel() * np.prod(np.arange(2, num_ranked + 1)))
+
+
+def _check_num_ranked(world: World, num_ranked: int) -> None:
+    checks.size("num_ranked", num_ranked, at_least=2)
+    if num_ranked > world.num_responses:
+        raise ValueError(f"num_ranked must be at most {world.num_responses}, what there is, got {num_ranked}")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
@@ -89,10 +90,10 @@ def preference_objective(
       `accuracy`, the share of comparisons with a positive margin.
 
     Raises:
-      ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
+      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions); or
+        a batch has no reference.
     """
-    if not callable(beta) and not isinstance(beta, Running):
-        checks.positive("beta", beta)
+    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), Pair(logps, logps), **h), beta=beta, **hyperparameters)
 
     def evaluate(logps: Any, batch: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
         values = loss(logps, _reference(batch), **arguments)
@@ -117,7 +118,11 @@ def reference_free_objective(
       An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
       `chosen_logp` and `rejected_logp` (nats); `logp_margin`, their difference; and `accuracy`, the share of
       comparisons whose chosen response is the more likely one.
+
+    Raises:
+      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions).
     """
+    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), **h), **hyperparameters)
 
     def evaluate(logps: Any, _: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
         chosen, rejected = logps
@@ -145,10 +150,10 @@ def unpaired_objective(
       weights.
 
     Raises:
-      ValueError: beta is not positive and finite (checked unless it is traced), or a batch has no reference.
+      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions); or
+        a batch has no reference.
     """
-    if not callable(beta) and not isinstance(beta, Running):
-        checks.positive("beta", beta)
+    _refuse_now(lambda logps, **h: loss(logps, logps, logps > 0, **h), beta=beta, **hyperparameters)
 
     def evaluate(logps: Any, batch: Labels, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
         values = loss(logps, _reference(batch), batch.desirable, **arguments)
@@ -280,6 +285,14 @@ def moving_reference(
         return loss, metrics, _Moving(jax.lax.stop_gradient(moved), step, inner)
 
     return StatefulObjective(_Moving(reference, jnp.zeros((), jnp.int32), memory), apply)
+
+
+def _refuse_now(loss: Callable[..., Array], **hyperparameters: Hyperparameter) -> None:
+    """Lets a loss refuse its hyperparameters when the objective is made, not in the first step of training."""
+    if any(callable(value) or isinstance(value, Running) for value in hyperparameters.values()):
+        return
+    shape = np.broadcast_shapes((1,), *(jnp.shape(value) for value in jax.tree.leaves(hyperparameters)))
+    jax.eval_shape(lambda logps: loss(logps, **hyperparameters), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def _objective(

@@ -296,3 +296,52 @@ def test_pairs_are_rankings_of_two(start):
         for loss in (losses.plackett_luce_loss, losses.dpo_loss)
     )
     chex.assert_trees_all_close(ranked, paired, rtol=1e-5)
+
+
+# Bad hyperparameters, refused when the objective is made
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "hyperparameters", "error", "message"),
+    [
+        ("preference", losses.robust_dpo_loss, {"beta": 0.1, "label_smoothing": 0.5}, ValueError, "below 0.5, got 0.5"),
+        ("preference", losses.exo_loss, {"beta": 0.1, "label_smoothing": 0.0}, ValueError, "above 0.0 and below 0.5"),
+        (
+            "preference",
+            losses.dpo_loss,
+            {"beta": float("nan")},
+            ValueError,
+            "beta must be positive and finite, got nan",
+        ),
+        ("preference", losses.dpo_loss, {"beta": 0.1, "gamma": 1.0}, TypeError, "gamma"),
+        ("preference", losses.robust_dpo_loss, {"beta": 0.1}, TypeError, "label_smoothing"),
+        (
+            "reference_free",
+            losses.simpo_loss,
+            {"beta": 2.0, "gamma": -1.0},
+            ValueError,
+            "gamma must be zero or positive",
+        ),
+        (
+            "unpaired",
+            losses.kto_loss,
+            {"beta": 0.1, "reference_point": -1.0},
+            ValueError,
+            "reference_point must be zero",
+        ),
+    ],
+)
+def test_bad_hyperparameters_are_refused_before_training(start, make, loss, hyperparameters, error, message):
+    with pytest.raises(error, match=message):
+        getattr(train, f"{make}_objective")(start[1], loss, **hyperparameters)
+
+
+def test_hyperparameters_may_have_a_value_for_each_comparison(start):
+    _, log_prob, params, _, preferences = start
+    betas = jnp.linspace(0.1, 1.0, 70)
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=betas)
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
+    values = losses.dpo_loss(
+        log_prob(moved, preferences.prompts, preferences.responses), preferences.reference, beta=betas
+    )
+    np.testing.assert_allclose(objective(moved, preferences)[0], values.mean(), rtol=1e-5)
