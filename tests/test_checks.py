@@ -18,6 +18,19 @@ from dpo_jax import checks
         (lambda: checks.broadcasts("x", jnp.ones(2), (3,)), r"x must broadcast to the shape \(3,\), got shape \(2,\)"),
         (lambda: checks.ids("x", np.array([[0, 3]]), 3), r"x must be between 0 and 2, got 3 in row \(0, 1\)"),
         (lambda: checks.rows("x", {"a": jnp.zeros(())}), r"x\['a'\] has no rows"),
+        (lambda: checks.inside("x", [0.1, 0.5], 0.0, 0.5), "x must be above 0.0 and below 0.5, got 0.5 in row 1"),
+        (lambda: checks.positive_fraction("x", 1.5), "x must be above 0 and at most 1, got 1.5"),
+        (lambda: checks.positive_or_infinite("x", 0.0), "x must be positive, got 0.0"),
+        (lambda: checks.reference(None), "reference is missing: .*train.with_reference"),
+        (lambda: checks.batch("x", jnp.float32(1)), "x must be a batch, with at least one axis, got a scalar"),
+        (
+            lambda: checks.lengths((jnp.ones(2), jnp.zeros(2)), (2,)),
+            "lengths.rejected must be 1 or more, got 0.0",
+        ),
+        (
+            lambda: checks.rankings([jnp.ones(2)] * 2, [jnp.ones(2)] * 3),
+            "policy ranks 2 responses, but reference",
+        ),
     ],
 )
 def test_messages_name_argument_value_and_row(check, message):
@@ -31,7 +44,32 @@ def test_what_is_no_number_is_refused(value):
         checks.positive("x", value)
 
 
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: checks.boolean("x", jnp.ones(2)), "x must hold Booleans, got an array of shape"),
+        (lambda: checks.lengths(jnp.ones(2), (2,)), "lengths must be a pair"),
+        (
+            lambda: checks.rankings(jnp.ones((2, 3)), None),
+            "policy must be a sequence of two or more arrays, best",
+        ),
+        (lambda: checks.rankings([jnp.ones(2)], [jnp.ones(2)]), "policy must be a sequence of two or more"),
+        (
+            lambda: checks.same_structure("f", jnp.ones(2), (1, 2)),
+            "f must return 2 arrays, one for each of the",
+        ),
+    ],
+)
+def test_wrong_kinds_are_named(check, message):
+    with pytest.raises(TypeError, match=message):
+        check()
+
+
 def test_good_values_pass():
+    checks.positive_or_infinite("x", np.inf)
+    checks.boolean("x", np.array([True]))
+    checks.lengths((np.ones(2), jnp.ones(2, int)), (2,))
+    checks.hyperparameters((3,), beta=0.1, gamma=np.ones(3))
     checks.positive("x", [1, 2.5])
     checks.positive("x", jnp.bfloat16(1))
     checks.not_negative("x", 0)

@@ -10,7 +10,6 @@ from tests.losses import menu
 from tests.losses.menu import BY_NAME
 
 BETA = 0.3  # as on the menu
-BETA = 0.3  # as on the menu
 
 
 @pytest.fixture(autouse=True)
