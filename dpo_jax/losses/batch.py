@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import checked_log_ratios, checked_margin
+from dpo_jax.losses.ratios import checked_log_ratios, checked_margin, smoothed_logistic
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -47,7 +47,7 @@ def aot_loss(
     checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
     checks.batch("policy.chosen", policy[0])
     policy_margin, reference_margin = policy[0] - policy[1], reference[0] - reference[1]
-    return _smoothed_logistic(beta * (jnp.sort(policy_margin) - jnp.sort(reference_margin)), label_smoothing)
+    return smoothed_logistic(beta * (jnp.sort(policy_margin) - jnp.sort(reference_margin)), label_smoothing)
 
 
 def aot_unpaired_loss(
@@ -84,7 +84,7 @@ def aot_unpaired_loss(
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     chosen, rejected = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
     checks.batch("policy.chosen", policy[0])
-    return _smoothed_logistic(beta * (jnp.sort(chosen) - jnp.sort(rejected)), label_smoothing)
+    return smoothed_logistic(beta * (jnp.sort(chosen) - jnp.sort(rejected)), label_smoothing)
 
 
 def kto_reference_point(policy: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, ""]:
@@ -196,13 +196,14 @@ def update_margin_moments(
 
     Args:
       state: what came out of the batch before; `MarginMoments(key)` at the first.
-      margins: differences of log-ratios of a batch (nats), two at least.
+      margins: differences of log-ratios of a batch (nats); a single one has no spread.
       momentum: weight of the past; at least 0, below 1.
     """
     checks.between("momentum", momentum, 0.0, 1.0)
     checks.floating("margins", margins)
     margins = jax.lax.stop_gradient(margins)
-    past, present = (state.mean, state.std), (jnp.mean(margins), jnp.std(margins, ddof=1))
+    num = margins.shape[0]
+    past, present = (state.mean, state.std), (jnp.mean(margins), jnp.std(margins, ddof=min(1, num - 1)))
     moments = (momentum * old + (1 - momentum) * new for old, new in zip(past, present, strict=True))
     return MarginMoments(jax.random.split(state.key, 1)[0], *(jnp.asarray(x, margins.dtype) for x in moments))
 
@@ -264,7 +265,3 @@ def _updated(state: RunningMean, values: Float[Array, " batch"], counted: Bool[A
     num = state.num + jnp.sum(counted)
     change = jnp.sum(jnp.where(counted, values - state.mean, 0)) / jnp.maximum(num, 1)
     return RunningMean(jnp.asarray(state.mean + change, values.dtype), jnp.asarray(num, values.dtype))
-
-
-def _smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)

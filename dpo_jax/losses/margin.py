@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, checked_margin
+from dpo_jax.losses.ratios import bounded_exp, checked_margin, smoothed_logistic
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -59,7 +59,7 @@ def dpo_loss(
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
+    return smoothed_logistic(logits, label_smoothing)
 
 
 def robust_dpo_loss(

@@ -1,7 +1,8 @@
-"""What the losses eat: log-ratios of policy to reference, checked at the border; and exponentials that stay finite."""
+"""What losses are made of: log-ratios, checked at the border, and functions that stay finite."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -44,6 +45,11 @@ def checked_margin(policy: Any, reference: Any, **hyperparameters: Scalar) -> Fl
     r"""The margin :math:`\Delta` (nats): log-ratio of the chosen minus log-ratio of the rejected response; checked."""
     ratios = checked_log_ratios(policy, reference, **hyperparameters)
     return ratios.chosen - ratios.rejected
+
+
+def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
+    """Minus the log-likelihood (nats) of a label that is flipped with a given probability."""
+    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
 def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

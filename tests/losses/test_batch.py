@@ -113,6 +113,15 @@ def test_beta_dpo_starts_from_a_policy_that_is_the_reference():
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-5)
 
 
+def test_a_batch_of_one_has_no_spread():
+    """The short last batch of an epoch may be that short."""
+    moments = update_margin_moments(MarginMoments(jax.random.key(0), std=1.0), jnp.ones(1))
+    np.testing.assert_allclose(moments.std, 0.9, rtol=1e-6)
+    single = Pair(jnp.ones(1), jnp.zeros(1))
+    loss = beta_dpo_loss(single, Pair(jnp.zeros(1), jnp.zeros(1)), beta=0.5, alpha=0.0, moments=moments)
+    np.testing.assert_allclose(loss, np.logaddexp(0, -0.5), rtol=1e-6)
+
+
 def test_beta_dpos_beta_stays_positive():
     moments = MarginMoments(jax.random.key(0), mean=100.0, std=1.0)
     loss = beta_dpo_loss(pair_of_margins(jnp.full(50, 2.0)), ZEROS, beta=0.5, alpha=1.0, moments=moments, keep=1.0)

@@ -1,6 +1,7 @@
 """What holds of every loss: its equation, its gradient, its dtypes, extremes, jit, vmap, and errors at the call."""
 
 import chex
+import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,20 @@ def test_it_is_finite_at_the_extremes(case, dtype):
         (_, loss), gradient = jax.value_and_grad(total, has_aux=True)(policy_arrays(inputs, dtype))
         chex.assert_tree_all_finite((loss, gradient))
         assert loss.dtype == dtype
+
+
+@every_loss
+@given(
+    logps=hnp.arrays(np.float32, (6, 8), elements=st.floats(-1e4, 0, width=32)),
+    share=st.floats(0, 1),
+)
+@settings(deadline=None, max_examples=10)
+def test_it_is_finite_for_all_log_probabilities_and_hyperparameters(case, logps, share):
+    inputs = Inputs(tuple(logps[:3]), tuple(logps[3:]), np.arange(8) % 2 == 0)
+    changed = {name: RANGES[name][0] + share * (RANGES[name][1] - RANGES[name][0]) for name in case.swept}
+    policy = policy_arrays(inputs)
+    loss, pull_back = jax.vjp(lambda policy: evaluate(case, policy, inputs, **changed), policy)
+    chex.assert_tree_all_finite((loss, pull_back(jnp.ones_like(loss))))
 
 
 @every_loss
