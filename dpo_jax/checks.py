@@ -54,6 +54,11 @@ def positive_fraction(name: str, value: Any) -> None:
     _require(name, value, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
 
 
+def not_positive(name: str, value: Any) -> None:
+    """`value` is zero or negative in every entry, as logarithms of probabilities are."""
+    _require(name, value, lambda x: x <= 0, "zero or negative, as a log-probability is")
+
+
 def finite(name: str, value: Any) -> None:
     """`value` is finite in every entry."""
     _require(name, value, np.isfinite, "finite")
@@ -136,7 +141,7 @@ def broadcasts(name: str, value: Any, shape: tuple[int, ...]) -> None:
 def pair(name: str, value: Any) -> None:
     """`value` is a 2-tuple (chosen, rejected) of floating-point arrays."""
     if not (isinstance(value, tuple) and len(value) == 2):
-        raise TypeError(f"{name} must be a pair (chosen, rejected), got {_describe(value)}")
+        raise TypeError(f"{name} must be a pair, a tuple (chosen, rejected), got {_describe(value)}")
     floating(f"{name}.chosen", value[0])
     floating(f"{name}.rejected", value[1])
 
@@ -230,6 +235,8 @@ def _require(name: str, value: Any, holds: Any, what: str) -> None:
         array = np.asarray(value, dtype=np.float64) if _is_extended_float(value) else array
         if not np.issubdtype(array.dtype, np.number):
             raise TypeError(f"{name} must be {what}, got {_describe(value)}")
+    if np.issubdtype(array.dtype, np.complexfloating):
+        raise TypeError(f"{name} must be {what}, got {_describe(value)}")
     wrong = np.argwhere(~holds(array))
     if wrong.size or (array.ndim == 0 and not holds(array)):
         index = tuple(int(i) for i in wrong[0])
@@ -255,4 +262,6 @@ def _is_extended_float(value: Any) -> bool:
 def _describe(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"an array of shape {value.shape} and dtype {value.dtype}"
+    if isinstance(value, list | tuple) and any(hasattr(part, "shape") for part in value):
+        return f"a {type(value).__name__} of {len(value)}"
     return repr(value)

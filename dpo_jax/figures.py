@@ -187,7 +187,7 @@ def loss_family(families: Sequence[LossFamily], *, columns: int = 3) -> Figure:
 
 def loss_gains(
     families: Mapping[str, Sequence[str]],
-    gains: Mapping[str, Mapping[str, tuple[float, float]]],
+    gains: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]],
     *,
     reference: str = "dpo",
 ) -> Figure:
@@ -195,34 +195,47 @@ def loss_gains(
 
     Args:
       families: for each family the names of its losses, in the order of the rows.
-      gains: for each setting, at most four, and for each name, the mean gain and half the width of its interval.
+      gains: for each panel, for each setting (four at most), and for each name, the mean gain and half the width of its
+        interval.
       reference: the name of the loss that all are compared with: its gain is drawn as a line for each setting.
     """
     rows: list[tuple[str, bool]] = []
     for family, names in families.items():
         rows += [(family, True), *((name, False) for name in names)]
-    width, height = 8.5, 0.215 * len(rows) + 1.1
+    width, height = 10.5, 0.215 * len(rows) + 1.1
     figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((2.3 / width, 0.6 / height, (width - 2.5) / width, (height - 1.1) / height))
+    margins = {"left": 1.9 / width, "right": 1 - 0.1 / width, "bottom": 0.6 / height, "top": 1 - 0.5 / height}
+    panels = figure.subplots(1, len(gains), sharey=True, squeeze=False, gridspec_kw={**margins, "wspace": 0.05})[0]
     heights = {name: len(rows) - row for row, (name, is_family) in enumerate(rows) if not is_family}
-    for i, (setting, by_name) in enumerate(gains.items()):
+    for axes, (label, by_setting) in zip(panels, gains.items(), strict=True):
+        _draw_gains(axes, by_setting, heights, reference)
+        axes.set(ylim=(0.3, len(rows) + 0.7), xlabel=label)
+    panels[0].set_yticks([len(rows) - row for row in range(len(rows))], [name for name, _ in rows])
+    for tick, (_, is_family) in zip(panels[0].get_yticklabels(), rows, strict=True):
+        tick.set(fontweight="bold" if is_family else "normal", fontsize=8.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False)
+    return figure
+
+
+def _draw_gains(
+    axes: Axes,
+    by_setting: Mapping[str, Mapping[str, tuple[float, float]]],
+    heights: Mapping[str, int],
+    reference: str,
+) -> None:
+    for i, (setting, by_name) in enumerate(by_setting.items()):
         colour, marker = (BLUE, VERMILION, GREEN, PURPLE)[i], "os^D"[i]
-        shift = 0.6 * (0.5 - (i + 0.5) / len(gains))
+        shift = 0.6 * (0.5 - (i + 0.5) / len(by_setting))
         names = [name for name in heights if name in by_name]
         mean, half = np.array([by_name[name] for name in names]).T
         y = np.array([heights[name] for name in names]) + shift
         axes.errorbar(mean, y, xerr=half, fmt=marker, color=colour, markersize=4, linewidth=1.2, label=setting)
         if reference in by_name:
             axes.axvline(by_name[reference][0], color=colour, linewidth=0.9, linestyle=":")
-    axes.set_yticks([len(rows) - row for row in range(len(rows))], [name for name, _ in rows])
-    for label, (_, is_family) in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set(fontweight="bold" if is_family else "normal", fontsize=8.5)
+    axes.plot([], [], ":", color=GREY, label=reference)
     axes.axvline(0.0, color=GREY, linewidth=0.9)
-    axes.set(ylim=(0.3, len(rows) + 0.7), xlabel=f"Gain in expected true reward over SFT; dotted: {reference}")
     axes.tick_params(axis="y", length=0)
     axes.grid(alpha=0.3, axis="x")
-    figure.legend(loc="upper center", bbox_to_anchor=(0.6, 1.0), ncols=len(gains), frameon=False)
-    return figure
 
 
 def loss_frontiers(
@@ -231,8 +244,9 @@ def loss_frontiers(
     """Reward against KL of many losses, a panel for each setting, with the exact frontier.
 
     Args:
-      settings: for each its `curve` (`kl_to_reference` and `expected_reward` of the frontier), `sft_reward`, and
-        `points`: for each name of a loss its KL (nats) and reward.
+      settings: for each its curves `frontier` and `sharpened` (`kl_to_reference` and `expected_reward` of the exact
+        frontier, and of the sharpened SFT policy), `sft_reward`, and `points`: for each name of a loss its KL (nats)
+        and reward.
       families: for each family the names of its losses; each has a colour and a mark.
       labelled: names to be written beside their points.
     """
@@ -253,8 +267,9 @@ def loss_frontiers(
 def _draw_frontier(
     axes: Axes, content: Mapping[str, Any], families: Mapping[str, Sequence[str]], labelled: Sequence[str]
 ) -> None:
-    curve, points = content["curve"], content["points"]
-    axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
+    points = content["points"]
+    for name, style, label in (("frontier", "-", "exact frontier"), ("sharpened", "--", "SFT, only sharpened")):
+        axes.plot(content[name]["kl_to_reference"], content[name]["expected_reward"], style, color="black", label=label)
     axes.plot(0.0, content["sft_reward"], "s", color=GREY, label="SFT, the reference")
     colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black")
     for i, (family, names) in enumerate(families.items()):

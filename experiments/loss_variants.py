@@ -1,8 +1,15 @@
 """Every preference loss in the same worlds, each tuned over its own hyperparameters, under clean and noisy labels.
 
-Each method trains from the same SFT policies for equally many optimizer steps. Hyperparameters, the learning rate among
-them, are chosen in other worlds, from equally many candidates for each method, by the exact expected reward. A program
-is compiled once for each method: it takes a chunk of runs, whatever their seeds, labels and hyperparameters.
+Each method trains from the same SFT policies for equally many optimizer steps: on 1,800 comparisons, the same read as
+3,600 labels, as many fresh labels, or 600 rankings of four. Hyperparameters, the learning rate among them, are chosen
+in other worlds by the exact expected reward (not by the regret, which is reported beside it): the best of equally many
+candidates, whatever the number of hyperparameters. All methods try the same learning rates and betas.
+
+The SFT policy imitates demonstrators who show good responses more often, so it knows something of the reward, and a
+loss can gain by sharpening it without looking at a label. Two controls tell: the same runs with coin tosses for labels,
+and the SFT policy sharpened by hand.
+
+A program is compiled once for each method: it takes a chunk of runs, whatever their seeds, labels and hyperparameters.
 """
 
 import time
@@ -28,12 +35,17 @@ from experiments.notebook import BETA, POLICY
 RUNS_PER_CHUNK = 64
 THREADS = 2
 STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
+NUM_FINALISTS = 4
 NUM_RANKED = 4
-LEARNING_RATE = Range(3e-5, 1e-2)
+LEARNING_RATE = Range(1e-5, 1e-2)
 
 
 LABELLED = ("dpo", "ipo", "simpo", "kto", "orpo", "cpo", "nca", "apo-down", "preferred fine-tuning")
 """Names to be written into the figure of reward against KL."""
+
+
+GAINS = {"Gain over the SFT policy": "gain", "Gain from labels, over coin tosses": "gain_from_labels"}
+"""What is drawn of each loss."""
 
 
 class Setting(NamedTuple):
@@ -57,6 +69,8 @@ SETTINGS = {
 }
 """People judge as Bradley and Terry have it; a fifth of their labels is flipped; they are always right; they judge
 responses of the SFT policy."""
+CONTROLS = {name: Setting(flip_probability=0.5, on_policy=setting.on_policy) for name, setting in SETTINGS.items()}
+"""The same, with coin tosses for labels."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +81,9 @@ class Options:
     """The first seed to report; the others follow it. Tuning uses the seeds after them."""
     num_seeds: int = 64
     """How many worlds to report, each with its own data, network and training."""
-    num_tuning_seeds: int = 16
-    """How many other worlds to choose hyperparameters in."""
-    num_candidates: int = 24
+    num_tuning_seeds: int = 64
+    """How many other worlds to choose hyperparameters in: all candidates in a quarter of them, the best four in all."""
+    num_candidates: int = 32
     """How many sets of hyperparameters to try for each loss."""
     losses: tuple[str, ...] = ()
     """Names of the methods to compare (see `experiments/methods.py`); all if none are given."""
@@ -115,6 +129,7 @@ def run(method: Method, start: Start, hyperparameters: dict[str, Scalar]) -> dic
     setup = Setup(method_key, log_prob, log_probs, start.params, start.log_probs)
     tuned = {name: value for name, value in hyperparameters.items() if name != "learning_rate"}
     data = method.data(start.feedback)
+    batch_size = -(-len(data.prompts) // STEPS_PER_EPOCH)
     params, history = train.fit(
         train_key,
         start.params,
@@ -122,50 +137,71 @@ def run(method: Method, start: Start, hyperparameters: dict[str, Scalar]) -> dic
         objective=method.objective(setup, tuned),
         learning_rate=hyperparameters["learning_rate"],
         num_epochs=NUM_EPOCHS,
-        batch_size=-(-len(data.prompts) // STEPS_PER_EPOCH),
+        batch_size=batch_size,
     )
-    finished = history["step"][-1] == NUM_EPOCHS * STEPS_PER_EPOCH
-    measured = measure(start, log_probs(params), method.has_reference)
+    finished = history["step"][-1] == NUM_EPOCHS * -(-len(data.prompts) // batch_size)
+    measured = measure(start, log_probs(params))
     return {name: jnp.where(finished, value, jnp.nan) for name, value in measured.items()}
 
 
-def measure(start: Start, log_probs: Float[Array, "prompts responses"], has_reference: bool) -> dict[str, Array]:
-    """What became of the policy: all exact, but for the change of the chosen, which is that of the training pairs."""
+def measure(start: Start, log_probs: Float[Array, "prompts responses"]) -> dict[str, Array]:
+    """What became of the policy: all exact, but for the change of the chosen, which is that of the training pairs.
+
+    `accuracy` is that of the policy, which learnt from demonstrations too; `implicit_accuracy` is that of its change.
+    """
     world, pairs = start.world, start.feedback.pairs
-    score = log_probs - start.log_probs if has_reference else log_probs
     return {
         **toy.evaluate(log_probs, start.log_probs, world.rewards),
         "regret": jnp.mean(toy.regret(log_probs, start.log_probs, world.rewards, beta=BETA)),
-        "accuracy": accuracy(score, world),
+        "accuracy": accuracy(log_probs, world.rewards),
+        "implicit_accuracy": accuracy(log_probs - start.log_probs, world.rewards),
         "chosen_logp_change": jnp.mean(toy.lookup(log_probs - start.log_probs, pairs.prompts, pairs.responses.chosen)),
     }
 
 
-def accuracy(score: Float[Array, "prompts responses"], world: toy.World) -> Float[Array, ""]:
-    """How often the response with the higher score is preferred in new, clean comparisons; ties count half."""
-    better = jnp.heaviside(score[:, :, None] - score[:, None, :], 0.5)
-    preferred = toy.preference_probability(world.rewards[:, :, None], world.rewards[:, None, :])
-    distinct = ~np.eye(world.num_responses, dtype=bool)
-    return 2 * jnp.mean((better * preferred)[:, distinct])
+def accuracy(score: Float[Array, "prompts responses"], rewards: Float[Array, "prompts responses"]) -> Float[Array, ""]:
+    """The share of pairs of distinct responses that a score orders as the true rewards do; ties count half."""
+    said, true = (values[:, :, None] - values[:, None, :] for values in (score, rewards))
+    right = jnp.where(said == 0, 0.5, said * true > 0)
+    return jnp.mean(right[:, ~np.eye(rewards.shape[-1], dtype=bool)])
 
 
 def baseline(start: Start) -> dict[str, Any]:
-    """What there is to compare with: the SFT policy, the optimum, and the exact frontier."""
+    """What there is to compare with: the SFT policy, the optimum, the exact frontier, and the SFT policy sharpened.
+
+    To sharpen is to raise probabilities to a power: all that can be had without a label.
+    """
     rewards = start.world.rewards
     return {
-        "sft": measure(start, start.log_probs, True),
-        "optimum": measure(start, toy.optimal_policy(start.log_probs, rewards, beta=BETA), True),
+        "sft": measure(start, start.log_probs),
+        "optimum": measure(start, toy.optimal_policy(start.log_probs, rewards, beta=BETA)),
         "frontier": toy.frontier(start.log_probs, rewards, jnp.geomspace(0.01, 20.0, 40)),
+        "sharpened": jax.vmap(
+            lambda power: toy.evaluate(jax.nn.log_softmax(power * start.log_probs), start.log_probs, rewards)
+        )(jnp.geomspace(1.0, 30.0, 20)),
     }
 
 
 def candidates(method: Method, num: int) -> list[dict[str, np.float32]]:
-    """Sets of hyperparameters that fill the ranges of a method evenly: points of a Halton sequence."""
-    ranges = {**method.ranges, "learning_rate": LEARNING_RATE}
+    """Sets of hyperparameters that fill the ranges of a method evenly: points of a Halton sequence.
+
+    The learning rate comes first and beta second, so that all methods try the same of them.
+    """
+    ranges = {"learning_rate": LEARNING_RATE, **method.ranges}
     points = qmc.Halton(len(ranges), scramble=False).random(num + 1)[1:]  # the first is a corner
     return [
         {name: np.float32(within(ranges[name], share)) for name, share in zip(ranges, point, strict=True)}
         for point in points
+    ]
+
+
+def at_edge(method: Method, chosen: dict[str, Any]) -> list[str]:
+    """The hyperparameters for which the outermost tenth of the range was chosen: a wider range might do better."""
+    ranges = {"learning_rate": LEARNING_RATE, **method.ranges}
+    return [
+        name
+        for name, value in chosen.items()
+        if not within(ranges[name], 0.05) <= float(value) <= within(ranges[name], 0.95)
     ]
 
 
@@ -225,20 +261,44 @@ def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatc
     num_all = options.num_seeds + options.num_tuning_seeds
     seeds = np.arange(options.seed, options.seed + num_all).astype(np.uint32)
     starts = prepare_all(seeds, watch)
-    reported, tuning = np.arange(options.num_seeds), np.arange(options.num_seeds, num_all)
-    num_runs = len(methods) * len(SETTINGS) * (options.num_tuning_seeds * options.num_candidates + options.num_seeds)
-    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    plan = Plan(np.arange(options.num_seeds), np.arange(options.num_seeds, num_all), options.num_candidates)
+    with harness.progress("runs", plan.num_runs * len(methods)) as show_done, ThreadPoolExecutor(THREADS) as threads:
         runner = Runner(starts, watch, Counter(show_done))
-        learn = partial(tune_and_run, runner, tuning=tuning, reported=reported, num_candidates=options.num_candidates)
-        learned = list(threads.map(learn, methods))
+        learned = list(threads.map(partial(tune_and_run, runner, plan), methods))
     baselines = jax.jit(jax.vmap(baseline))
     return {
         setting: {
-            "baseline": jax.device_get(baselines(jax.tree.map(lambda leaf: leaf[reported], starts[setting]))),
+            "baseline": jax.device_get(baselines(jax.tree.map(lambda leaf: leaf[plan.reported], starts[setting]))),
             "methods": [results[setting] for results in learned],
         }
         for setting in SETTINGS
     }
+
+
+class Plan(NamedTuple):
+    """In which worlds to run, and how many sets of hyperparameters to try.
+
+    Attributes:
+      reported: rows of the worlds to report.
+      tuning: rows of the worlds to choose hyperparameters in.
+      num_candidates: how many sets of hyperparameters to try.
+    """
+
+    reported: np.ndarray
+    tuning: np.ndarray
+    num_candidates: int
+
+    @property
+    def first_round(self) -> np.ndarray:
+        """The tuning worlds that all candidates see."""
+        return self.tuning[: -(-len(self.tuning) // 4)]
+
+    @property
+    def num_runs(self) -> int:
+        """Runs of one method in all settings."""
+        finalists = min(NUM_FINALISTS, self.num_candidates)
+        tuning = self.num_candidates * len(self.first_round) + finalists * len(self.tuning)
+        return len(SETTINGS) * (tuning + 2 * len(self.reported))
 
 
 class Counter:
@@ -261,27 +321,44 @@ def prepare_all(seeds: np.ndarray, watch: harness.Stopwatch) -> dict[str, Start]
             name: jax.tree.map(
                 lambda *parts: np.concatenate(parts)[: len(seeds)], *(program(chunk, setting) for chunk in chunks)
             )
-            for name, setting in SETTINGS.items()
+            for name, setting in (SETTINGS | {control(name): toss for name, toss in CONTROLS.items()}).items()
         }
 
 
-def tune_and_run(
-    runner: Runner, method: Method, *, tuning: np.ndarray, reported: np.ndarray, num_candidates: int
-) -> dict[str, dict[str, Any]]:
+def tune_and_run(runner: Runner, plan: Plan, method: Method) -> dict[str, dict[str, Any]]:
     """For each setting: chooses among candidates in the tuning worlds, and runs the best in those to report."""
-    program, tried = runner.compiled(method), candidates(method, num_candidates)
+    program = runner.compiled(method)
     results = {}
     for setting in SETTINGS:
-        trials = Task(setting, np.tile(tuning, len(tried)), [h for h in tried for _ in tuning])
-        rewards = runner(program, trials)["expected_reward"].reshape(len(tried), -1).mean(axis=1)
-        best = tried[int(np.argmax(np.where(np.isnan(rewards), -np.inf, rewards)))]
-        measured = runner(program, Task(setting, reported, [best] * len(reported)))
-        results[setting] = {"hyperparameters": best, **measured}
+        finalists = best(runner, program, setting, candidates(method, plan.num_candidates), plan.first_round)
+        chosen, *_ = best(runner, program, setting, finalists[:NUM_FINALISTS], plan.tuning)
+        repeated = [chosen] * len(plan.reported)
+        measured = runner(program, Task(setting, plan.reported, repeated))
+        tossed = runner(program, Task(control(setting), plan.reported, repeated))
+        results[setting] = {
+            "hyperparameters": chosen,
+            **measured,
+            "expected_reward_of_coin_tosses": tossed["expected_reward"],
+        }
     return results
 
 
+def best(
+    runner: Runner, program: harness.Program, setting: str, tried: list[dict[str, np.float32]], rows: np.ndarray
+) -> list[dict[str, np.float32]]:
+    """Candidates by the mean reward that they earn in some worlds, the best first; those that diverge come last."""
+    trials = Task(setting, np.tile(rows, len(tried)), [h for h in tried for _ in rows])
+    rewards = runner(program, trials)["expected_reward"].reshape(len(tried), -1).mean(axis=1)
+    return [tried[i] for i in np.argsort(-np.nan_to_num(rewards, nan=-np.inf), kind="stable")]
+
+
+def control(setting: str) -> str:
+    """The name of the starts in which coins are tossed for the labels of a setting."""
+    return f"{setting}, coin tosses"
+
+
 def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
-    """Mean and standard error over seeds; `gain_over_dpo` and `gain` (over SFT) are paired by seed."""
+    """Mean and standard error over seeds; gains (over SFT, from labels, over DPO) are paired by seed."""
     entries, baselines = [], {}
     for setting, found in results.items():
         baselines[setting] = jax.tree.map(harness.mean_and_stderr, found["baseline"])
@@ -291,6 +368,7 @@ def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, A
             measured = {name: values for name, values in result.items() if name != "hyperparameters"}
             reward = measured["expected_reward"]
             measured["gain"] = reward - sft
+            measured["gain_from_labels"] = reward - measured.pop("expected_reward_of_coin_tosses")
             if dpo is not None:
                 measured["gain_over_dpo"] = reward - dpo["expected_reward"]
             entries.append(
@@ -299,6 +377,7 @@ def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, A
                     "family": method.family,
                     "setting": setting,
                     "hyperparameters": result["hyperparameters"],
+                    "at_edge": at_edge(method, result["hyperparameters"]),
                     **{name: harness.mean_and_stderr(values) for name, values in measured.items()},
                     "diverged": float(np.mean(np.isnan(reward))),
                 }
@@ -311,6 +390,7 @@ def print_results(summary: dict[str, Any]) -> None:
     columns = {
         "expected_reward": "reward",
         "gain": "gain over SFT",
+        "gain_from_labels": "gain from labels",
         "gain_over_dpo": "gain over DPO",
         "kl_to_reference": "KL to reference",
         "regret": "regret",
@@ -334,16 +414,20 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
     for entry in summary["losses"]:
         if entry["setting"] == next(iter(SETTINGS)):
             families.setdefault(entry["family"], []).append(entry["name"])
-    gains: dict[str, Any] = {setting: {} for setting in SETTINGS}
+    gains: dict[str, Any] = {name: {setting: {} for setting in SETTINGS} for name in GAINS}
     points: dict[str, Any] = {setting: {} for setting in SETTINGS}
     for entry in summary["losses"]:
-        gain, kl, reward = (entry[name] for name in ("gain", "kl_to_reference", "expected_reward"))
-        gains[entry["setting"]][entry["name"]] = gain["mean"], 1.96 * gain["stderr"]
+        for name, label in GAINS.items():
+            gains[name][entry["setting"]][entry["name"]] = entry[label]["mean"], 1.96 * entry[label]["stderr"]
+        kl, reward = entry["kl_to_reference"], entry["expected_reward"]
         points[entry["setting"]][entry["name"]] = kl["mean"], reward["mean"]
     harness.save_figure(figures.loss_gains(families, gains), out / "gains.png")
     panels = {
         setting: {
-            "curve": {name: values["mean"] for name, values in baseline["frontier"].items()},
+            **{
+                curve: {name: values["mean"] for name, values in baseline[curve].items()}
+                for curve in ("frontier", "sharpened")
+            },
             "sft_reward": float(baseline["sft"]["expected_reward"]["mean"]),
             "points": points[setting],
         }

@@ -73,17 +73,12 @@ class Method:
     ranges: Mapping[str, Range]
     data: Callable[[Feedback], Any] = lambda feedback: feedback.pairs
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether the method reads a policy by its ratio to the reference, or by itself."""
-        return self.family != REFERENCE_FREE
-
 
 MARGIN, BOTH_RATIOS, BATCH, RANKED = "margin", "both log-ratios", "batch statistics", "rankings"
 REFERENCE_FREE, UNPAIRED, ADDITION = "reference-free", "single responses", "with an addition"
 
-BETA = Range(0.01, 10.0)
-SMOOTHING = Range(0.01, 0.45)
+BETA = Range(0.003, 30.0)
+SMOOTHING = Range(0.003, 0.45)
 
 
 def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
@@ -194,7 +189,7 @@ METHODS = (
     pairwise("sppo", losses.sppo_loss, BOTH_RATIOS),
     pairwise("apo-zero", losses.apo_zero_loss, BOTH_RATIOS),
     pairwise("apo-down", losses.apo_down_loss, BOTH_RATIOS),
-    pairwise("dpo-positive", losses.dpo_positive_loss, BOTH_RATIOS, penalty=Range(0.1, 10.0)),
+    pairwise("dpo-positive", losses.dpo_positive_loss, BOTH_RATIOS, penalty=Range(0.01, 10.0)),
     Method("bco, pairs", BATCH, bco_pair, {"beta": BETA}),
     pairwise("aot", losses.aot_loss, BATCH),
     pairwise("aot, unpaired", losses.aot_unpaired_loss, BATCH),
@@ -210,13 +205,13 @@ METHODS = (
     reference_free(
         "alphapo", losses.alphapo_loss, beta=BETA, gamma=Range(0.01, 3.0), alpha=Range(-1.0, 1.0, linear=True)
     ),
-    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=Range(0.01, 3.0)),
-    reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 30.0)),
+    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=Range(0.001, 3.0)),
+    reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 100.0)),
     reference_free("unlikelihood", losses.unlikelihood_loss, alpha=Range(0.0, 1.0, linear=True)),
     reference_free("preferred fine-tuning", losses.sft_loss),
     Method("kto", UNPAIRED, kto, {"beta": BETA}, split),
     Method("kto, exact KL", UNPAIRED, kto_exact, {"beta": BETA}, split),
-    Method("kto, labels", UNPAIRED, kto_exact, {"beta": BETA}, lambda feedback: feedback.labels),
+    Method("kto, labels", UNPAIRED, kto, {"beta": BETA}, lambda feedback: feedback.labels),
     Method("bco", UNPAIRED, bco, {"beta": BETA}, split),
     Method("bco, labels", UNPAIRED, bco, {"beta": BETA}, lambda feedback: feedback.labels),
     Method(
@@ -226,7 +221,7 @@ METHODS = (
         {"beta": BETA},
         split,
     ),
-    Method("rpo", ADDITION, rpo, {"beta": BETA, "sft_weight": Range(0.01, 3.0)}),
+    Method("rpo", ADDITION, rpo, {"beta": BETA, "sft_weight": Range(0.001, 3.0)}),
     Method("mpo", ADDITION, mpo, {"beta": BETA}),
     Method("wpo", ADDITION, wpo, {"beta": BETA}),
     Method("tr-dpo", ADDITION, tr_dpo, {"beta": BETA, "mix": Range(0.0003, 0.3)}),

@@ -54,21 +54,22 @@ def test_frontier_joins_what_was_learnt_to_its_optimum():
 def test_gains_have_a_row_for_each_loss_and_a_mark_for_each_setting():
     families = {"margin": ["dpo", "ipo"], "reference-free": ["simpo"]}
     gains = {"clean": {"dpo": (0.1, 0.01), "ipo": (0.2, 0.02), "simpo": (0.0, 0.01)}, "noisy": {"dpo": (0.05, 0.01)}}
-    figure = figures.loss_gains(families, gains)
-    (axes,) = drawn(figure)
+    figure = figures.loss_gains(families, {"gain": gains, "other gain": gains})
+    axes, other = drawn(figure)
+    assert [axes.get_xlabel(), other.get_xlabel()] == ["gain", "other gain"]
     rows = {label.get_text(): place for label, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)}
     assert list(rows) == ["margin", "dpo", "ipo", "reference-free", "simpo"]
     clean, noisy = (container.lines[0] for container in axes.containers)
     np.testing.assert_allclose(clean.get_xdata(), [0.1, 0.2, 0.0])
     np.testing.assert_allclose(clean.get_ydata(), [rows[name] for name in ("dpo", "ipo", "simpo")], atol=0.4)
     assert noisy.get_xdata().tolist() == [0.05]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["clean", "noisy"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dpo", "clean", "noisy"]
 
 
 def test_names_beside_points_do_not_overlap():
     curve = {"kl_to_reference": np.array([0.0, 1.0]), "expected_reward": np.array([0.3, 0.6])}
     points = {"dpo": (0.5, 0.5), "ipo": (0.5, 0.501), "simpo": (0.4, 0.499)}
-    content = {"curve": curve, "sft_reward": 0.3, "points": points}
+    content = {"frontier": curve, "sharpened": curve, "sft_reward": 0.3, "points": points}
     panels = drawn(figures.loss_frontiers({"clean": content}, {"margin": list(points)}, labelled=list(points)))
     heights = sorted(text.xyann[1] for text in panels[0].texts)
     assert min(np.diff(heights)) > 0.01

@@ -35,6 +35,8 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
     checks.not_negative("weight", weight)
 
     def loss_with_sft(policy: PairLike[Float[Array, "*batch"]], *args: Any, **hyperparameters: Any) -> Array:
+        if not isinstance(policy, tuple):
+            raise TypeError("with_sft needs a loss of pairs or rankings: its term is that of the chosen response")
         return loss(policy, *args, **hyperparameters) - weight * policy[0]
 
     return loss_with_sft
@@ -105,7 +107,10 @@ def wpo_weights(
     """
     checks.pair("policy", policy)
     checks.pair("alignment", alignment)
-    checks.same_shape(policy=policy[0], alignment_chosen=alignment[0], alignment_rejected=alignment[1])
+    sides = {"policy_chosen": policy[0], "policy_rejected": policy[1]}
+    sides |= {"alignment_chosen": alignment[0], "alignment_rejected": alignment[1]}
+    checks.same_shape(**sides)
+    checks.same_dtype(**sides)
     return jax.lax.stop_gradient(jnp.exp(policy[0] - alignment[0] + policy[1] - alignment[1]))
 
 
@@ -120,7 +125,10 @@ def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
     """
 
     def weighted(*args: Any, weights: Scalar, **hyperparameters: Any) -> Array:
-        return weights * loss(*args, **hyperparameters)
+        values = loss(*args, **hyperparameters)
+        checks.not_negative("weights", weights)
+        checks.broadcasts("weights", weights, values.shape)
+        return weights * values
 
     return weighted
 

@@ -1,5 +1,6 @@
 """Losses and statistics of whole batches. The last axis is the batch.
 
+Their hyperparameters are scalars, and their comparisons cannot have weights: a loss does not belong to one comparison.
 What must be remembered from batch to batch is a state that goes in and comes out: `state = update(state, ...)`.
 """
 
@@ -44,7 +45,8 @@ def aot_loss(
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
-    checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    checks.hyperparameters((), beta=beta, label_smoothing=label_smoothing)
+    checked_log_ratios(policy, reference)
     checks.batch("policy.chosen", policy[0])
     policy_margin, reference_margin = policy[0] - policy[1], reference[0] - reference[1]
     return smoothed_logistic(beta * (jnp.sort(policy_margin) - jnp.sort(reference_margin)), label_smoothing)
@@ -82,7 +84,8 @@ def aot_unpaired_loss(
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    checks.hyperparameters((), beta=beta, label_smoothing=label_smoothing)
+    chosen, rejected = checked_log_ratios(policy, reference)
     checks.batch("policy.chosen", policy[0])
     return smoothed_logistic(beta * (jnp.sort(chosen) - jnp.sort(rejected)), label_smoothing)
 
@@ -119,7 +122,7 @@ class RunningMean(NamedTuple):
 
     Attributes:
       mean: zero before the first.
-      num: how many there were.
+      num: how many there were, or the sum of their weights.
     """
 
     mean: Float[Array, ""] | float = 0.0
@@ -142,7 +145,12 @@ class Shift(NamedTuple):
         return (self.desirable.mean + self.undesirable.mean) / 2
 
 
-def update_shift(state: Shift, rewards: Float[Array, " batch"], desirable: Bool[Array, " batch"]) -> Shift:
+def update_shift(
+    state: Shift,
+    rewards: Float[Array, " batch"],
+    desirable: Bool[Array, " batch"],
+    weights: Float[Array, " batch"] | None = None,
+) -> Shift:
     r"""BCO's shift, brought up to date by a batch.
 
     .. math:: \delta = \tfrac{1}{2} (E_+[r] + E_-[r]), \qquad r = \beta \log
@@ -160,12 +168,15 @@ def update_shift(state: Shift, rewards: Float[Array, " batch"], desirable: Bool[
       state: what came out of the batch before; `Shift()` at the first.
       rewards: implicit rewards of the responses of a batch.
       desirable: which of them are good; of a pair, the chosen one.
+      weights: how much each response counts; `None` means equally.
     """
     checks.floating("rewards", rewards)
     checks.boolean("desirable", desirable)
     checks.same_shape(rewards=rewards, desirable=desirable)
     rewards = jax.lax.stop_gradient(rewards)
-    return Shift(_updated(state.desirable, rewards, desirable), _updated(state.undesirable, rewards, ~desirable))
+    weights = jnp.ones_like(rewards) if weights is None else weights
+    sides = (weights * desirable, weights * ~desirable)
+    return Shift(*(_updated(mean, rewards, side) for mean, side in zip(state, sides, strict=True)))
 
 
 class MarginMoments(NamedTuple):
@@ -188,7 +199,8 @@ def update_margin_moments(
 
     .. math:: M_0 \leftarrow m M_0 + (1 - m)\, E[\Delta], \qquad s \leftarrow m s + (1 - m)\, \mathrm{std}[\Delta]
 
-    Source: as for `beta_dpo_loss`. No gradient flows through it.
+    Source: as for `beta_dpo_loss`. As in the authors' code, both averages start at zero and nothing makes up for that,
+    so that for some twenty batches they are too small. No gradient flows through it.
 
     >>> import jax, jax.numpy as jnp
     >>> print(update_margin_moments(MarginMoments(jax.random.key(0)), jnp.array([1.0, 3.0])).mean)
@@ -196,14 +208,15 @@ def update_margin_moments(
 
     Args:
       state: what came out of the batch before; `MarginMoments(key)` at the first.
-      margins: differences of log-ratios of a batch (nats); a single one has no spread.
+      margins: differences of log-ratios of a batch (nats); a single one leaves the spread as it was.
       momentum: weight of the past; at least 0, below 1.
     """
     checks.between("momentum", momentum, 0.0, 1.0)
     checks.floating("margins", margins)
-    margins = jax.lax.stop_gradient(margins)
-    num = margins.shape[0]
-    past, present = (state.mean, state.std), (jnp.mean(margins), jnp.std(margins, ddof=min(1, num - 1)))
+    checks.batch("margins", margins)
+    margins = jax.lax.stop_gradient(margins).astype(jnp.promote_types(margins.dtype, jnp.float32))
+    std = jnp.std(margins, ddof=1) if margins.shape[0] > 1 else jnp.asarray(state.std)
+    past, present = (state.mean, state.std), (jnp.mean(margins), std)
     moments = (momentum * old + (1 - momentum) * new for old, new in zip(past, present, strict=True))
     return MarginMoments(jax.random.split(state.key, 1)[0], *(jnp.asarray(x, margins.dtype) for x in moments))
 
@@ -245,9 +258,10 @@ def beta_dpo_loss(
     checks.positive("beta", beta)
     checks.not_negative("alpha", alpha)
     checks.positive_fraction("keep", keep)
-    margin = checked_margin(policy, reference, alpha=alpha)
-    checks.broadcasts("beta", beta, ())
-    kept = _keep_likely(jax.lax.stop_gradient(margin), moments, max(1, int(keep * margin.shape[0])))
+    checks.hyperparameters((), beta=beta, alpha=alpha)
+    margin = checked_margin(policy, reference)
+    checks.batch("policy.chosen", margin)
+    kept = _keep_likely(jax.lax.stop_gradient(margin), moments, max(1, int(keep * margin.shape[0] + 1e-9)))
     share = jnp.mean(kept)
     surplus = jax.lax.stop_gradient(jnp.mean(kept * margin) / share) - moments.mean
     return -kept / share * jax.nn.log_sigmoid(jnp.maximum(beta * (1 + alpha * surplus), 1e-3) * margin)
@@ -261,7 +275,10 @@ def _keep_likely(margins: Float[Array, " batch"], moments: MarginMoments, num: i
     return (jnp.argsort(jnp.argsort(-score)) < num).astype(margins.dtype)
 
 
-def _updated(state: RunningMean, values: Float[Array, " batch"], counted: Bool[Array, " batch"]) -> RunningMean:
-    num = state.num + jnp.sum(counted)
-    change = jnp.sum(jnp.where(counted, values - state.mean, 0)) / jnp.maximum(num, 1)
-    return RunningMean(jnp.asarray(state.mean + change, values.dtype), jnp.asarray(num, values.dtype))
+def _updated(state: RunningMean, values: Float[Array, " batch"], weights: Float[Array, " batch"]) -> RunningMean:
+    """In float32 at least: a count in bfloat16 stops at 256."""
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    values, weights = values.astype(dtype), weights.astype(dtype)
+    num = state.num + jnp.sum(weights)
+    change = jnp.sum(weights * (values - state.mean)) / jnp.where(num > 0, num, 1)
+    return RunningMean(jnp.asarray(state.mean + change, dtype), jnp.asarray(num, dtype))

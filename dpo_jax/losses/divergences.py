@@ -10,6 +10,7 @@ Constraints", arXiv 2309.16240, Table 1. Exponentials go on along their tangent 
 (177 in float64), to stay finite.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
@@ -33,8 +34,8 @@ from dpo_jax.losses.margin import (
     squared_loss,
     truncated_quadratic_loss,
 )
-from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios
-from dpo_jax.types import PairLike, PreferenceLoss, Scalar
+from dpo_jax.losses.ratios import bounded_exp, power_score
+from dpo_jax.types import PreferenceLoss, Scalar
 
 Divergence: TypeAlias = Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]
 """From the log-ratio u of policy to reference to f'(exp(u)), elementwise; it must increase."""
@@ -53,10 +54,13 @@ LOSSES_OF_THE_MARGIN = (
     offset_dpo_loss,
     length_regularized_dpo_loss,
 )
+"""Losses of a pair that see nothing but the difference of its log-ratios."""
+
+_OTHER_FAMILIES = tuple(f"dpo_jax.losses.{family}" for family in ("pairwise", "batch", "reference_free", "unpaired"))
 
 
 def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceLoss:
-    """A loss of the margin, for RLHF with another divergence than KL.
+    """A loss of differences of log-ratios, for RLHF with another divergence than KL.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -64,27 +68,29 @@ def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceL
     [0.2691]
 
     Args:
-      loss: one of `LOSSES_OF_THE_MARGIN`, or a `functools.partial` of one.
+      loss: one of `LOSSES_OF_THE_MARGIN`; `plackett_luce_loss`; or a loss of your own that sees nothing but differences
+        of log-ratios.
       divergence: `reverse_kl`, `forward_kl`, `jensen_shannon`, `chi_square_kl`, `alpha_divergence(alpha)`, or your own.
 
     Returns:
       A loss with the same arguments.
 
     Raises:
-      ValueError: the loss looks at the two log-ratios apart. Then the normalisation of the optimum, which depends on
-        the prompt, would not cancel, and the loss would mean nothing.
+      ValueError: the loss is one of this library that looks at log-ratios apart. Then the normalisation of the optimum,
+        which depends on the prompt, would not cancel, and the loss would mean nothing.
     """
-    if _unwrapped(loss) not in map(_unwrapped, LOSSES_OF_THE_MARGIN):
+    if getattr(_unwrapped(loss), "__module__", None) in _OTHER_FAMILIES:
         allowed = ", ".join(allowed.__name__ for allowed in LOSSES_OF_THE_MARGIN)
         raise ValueError(
-            f"{getattr(loss, '__name__', loss)} cannot take a divergence: only in losses of the difference of two "
-            f"scores does the normalisation of the optimal policy cancel. These are {allowed}"
+            f"{_unwrapped(loss).__name__} cannot take a divergence: only in losses of differences of scores does the "
+            f"normalisation of the optimal policy cancel. These are {allowed}, plackett_luce_loss"
         )
 
-    def loss_with_divergence(
-        policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], **hyperparameters: Any
-    ) -> Float[Array, "*batch"]:
-        scores = jax.tree.map(divergence, checked_log_ratios(policy, reference))
+    def loss_with_divergence(policy: Any, reference: Any, **hyperparameters: Any) -> Float[Array, "*batch"]:
+        checks.reference(reference)
+        checks.rankings(policy, reference)
+        ratios = (logps - reference_logps for logps, reference_logps in zip(policy, reference, strict=True))
+        scores = tuple(divergence(ratio) for ratio in ratios)
         return loss(scores, jax.tree.map(jnp.zeros_like, scores), **hyperparameters)
 
     return loss_with_divergence
@@ -127,20 +133,9 @@ def alpha_divergence(alpha: Scalar) -> Divergence:
     """
     checks.finite("alpha", alpha)
 
-    def link(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        power = jnp.asarray(alpha - 1, log_ratio.dtype)
-        nonzero = jnp.where(power == 0, 1, power)
-        return jnp.where(power == 0, log_ratio, _expm1(nonzero * log_ratio) / nonzero)
-
-    return link
-
-
-def _expm1(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """`bounded_exp(exponent) - 1`, accurate near zero."""
-    near_zero = jnp.abs(exponent) < 1
-    return jnp.where(near_zero, jnp.expm1(jnp.where(near_zero, exponent, 0)), bounded_exp(exponent) - 1)
+    return lambda log_ratio: power_score(log_ratio, alpha - 1)
 
 
 def _unwrapped(loss: Any) -> Any:
-    """The function behind a partial."""
-    return _unwrapped(loss.func) if isinstance(loss, partial) else loss
+    """The function behind partials and wrappers."""
+    return _unwrapped(loss.func) if isinstance(loss, partial) else inspect.unwrap(loss)

@@ -4,7 +4,7 @@ r"""Losses of the margin: functions of the one number in which the policy and th
     \Delta = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
 
 A constant added to both log-ratios changes nothing, so whatever depends on the prompt alone (:math:`\log Z`) cancels.
-That is why these losses, and only these, can take other divergences (`with_divergence`).
+That is why these losses can take other divergences (`with_divergence`).
 
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
 tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, log1mexp
+from dpo_jax.losses.ratios import log1mexp, power_score
 from dpo_jax.types import Pair, PairLike, Scalar
 
 
@@ -72,12 +72,8 @@ def alphapo_loss(
     checks.not_negative("gamma", gamma)
     checks.finite("alpha", alpha)
     policy = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
-    power = jnp.where(jnp.asarray(alpha) == 0, 1, alpha).astype(policy.chosen.dtype)
-
-    def reward(logp: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        return jnp.where(jnp.asarray(alpha) == 0, logp, (1 - bounded_exp(-power * logp)) / power)
-
-    return -jax.nn.log_sigmoid(beta * (reward(policy.chosen) - reward(policy.rejected)) - gamma)
+    chosen, rejected = (power_score(logp, -jnp.asarray(alpha)) for logp in policy)
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
 
 
 def cpo_loss(
@@ -126,6 +122,8 @@ def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) 
     """
     checks.not_negative("odds_weight", odds_weight)
     policy = _checked(policy, odds_weight=odds_weight)
+    checks.not_positive("policy.chosen", policy.chosen)
+    checks.not_positive("policy.rejected", policy.rejected)
     chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in policy)
     return -policy.chosen - odds_weight * jax.nn.log_sigmoid(chosen_odds - rejected_odds)
 

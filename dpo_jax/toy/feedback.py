@@ -86,6 +86,8 @@ def split_pairs(preferences: Preferences) -> Labels:
     Returns:
       Twice as many labels: first all good ones, then all bad ones.
     """
+    if len(preferences.responses) != 2:
+        raise ValueError(f"split_pairs takes comparisons of two, got rankings of {len(preferences.responses)}")
     num = len(preferences.prompts)
     weights, reference = preferences.weights, preferences.reference
     return Labels(
@@ -134,14 +136,15 @@ def sample_rankings(
     checks.finite("world.rewards", world.rewards)
     checks.not_negative("temperature", temperature)
     checks.probability("flip_probability", flip_probability)
-    prompt_key, response_key, noise_key, flip_key = jax.random.split(key, 4)
+    prompt_key, response_key, noise_key, tie_key, flip_key = jax.random.split(key, 5)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
     proposal = _proposal(world, log_probs)
     checks.choices("exp(log_probs)", jnp.exp(proposal), at_least=num_ranked)
     noise = jax.random.gumbel(response_key, (num, world.num_responses))
     _, responses = jax.lax.top_k(proposal[prompts] + noise, num_ranked)
     rewards = lookup(world.rewards, jnp.broadcast_to(prompts[:, None], responses.shape), responses)
-    order = jnp.argsort(-(rewards + temperature * jax.random.gumbel(noise_key, rewards.shape)), axis=-1)
+    utilities = rewards + temperature * jax.random.gumbel(noise_key, rewards.shape)
+    order = jnp.lexsort((jax.random.uniform(tie_key, rewards.shape), -utilities), axis=-1)
     flipped = jax.random.bernoulli(flip_key, flip_probability, (num, 1))
     ranked = jnp.take_along_axis(responses, jnp.where(flipped, order[:, ::-1], order), axis=-1)
     return Preferences(prompts, tuple(ranked.T))

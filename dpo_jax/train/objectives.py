@@ -18,7 +18,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.losses import MarginMoments, Shift, kto_reference_point, log_ratios, update_margin_moments, update_shift
+from dpo_jax.losses import (
+    MarginMoments,
+    Shift,
+    aot_loss,
+    aot_unpaired_loss,
+    beta_dpo_loss,
+    kto_reference_point,
+    log_ratios,
+    update_margin_moments,
+    update_shift,
+)
 from dpo_jax.types import (
     Demonstrations,
     Labels,
@@ -66,6 +76,7 @@ def sft_objective(log_prob: LogProbFn) -> Objective:
     """
 
     def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
+        _check_noun(batch, Demonstrations)
         logps = log_prob(params, batch.prompts, batch.responses)
         return -_mean(logps, batch.weights), {}
 
@@ -96,12 +107,13 @@ def preference_objective(
     _refuse_now(lambda logps, **h: loss(Pair(logps, logps), Pair(logps, logps), **h), beta=beta, **hyperparameters)
 
     def evaluate(logps: Any, batch: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        _refuse_weights(loss, batch)
         values = loss(logps, _reference(batch), **arguments)
         chosen, rejected = (arguments["beta"] * (logps[i] - _reference(batch)[i]) for i in (0, -1))
         metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
         return values, {**metrics, "accuracy": _share(chosen - rejected)}
 
-    return _objective(log_prob, evaluate, {"beta": beta, **hyperparameters})
+    return _objective(log_prob, Preferences, evaluate, {"beta": beta, **hyperparameters})
 
 
 def reference_free_objective(
@@ -125,11 +137,12 @@ def reference_free_objective(
     _refuse_now(lambda logps, **h: loss(Pair(logps, logps), **h), **hyperparameters)
 
     def evaluate(logps: Any, _: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        checks.pair("the policy's log-probabilities", logps)
         chosen, rejected = logps
         metrics = {"chosen_logp": chosen, "rejected_logp": rejected, "logp_margin": chosen - rejected}
         return loss(Pair(*logps), **arguments), {**metrics, "accuracy": _share(chosen - rejected)}
 
-    return _objective(log_prob, evaluate, hyperparameters)
+    return _objective(log_prob, Preferences, evaluate, hyperparameters)
 
 
 def unpaired_objective(
@@ -164,7 +177,7 @@ def unpaired_objective(
         metrics = {"desirable_reward": desirable, "undesirable_reward": undesirable}
         return values, {**metrics, "reward_margin": desirable - undesirable}
 
-    return _objective(log_prob, evaluate, {"beta": beta, **hyperparameters})
+    return _objective(log_prob, Labels, evaluate, {"beta": beta, **hyperparameters})
 
 
 def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
@@ -185,6 +198,9 @@ def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
 
 def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
     """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
+
+    Where neighbours happen to have the same prompt, the response is one to that prompt; in a batch of one it is the
+    response itself. It does not follow a `moving_reference`.
 
     Args:
       log_prob: scores responses.
@@ -209,16 +225,18 @@ def running_shift(*, beta: Scalar) -> Running:
     Args:
       beta: that of the loss.
     """
+    checks.positive("beta", beta)
 
-    def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array | float, Shift]:
-        reference = _reference(batch)
+    def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array, Shift]:
+        reference, weights = _reference(batch), batch.weights
         if isinstance(batch, Labels):
             rewards, desirable = beta * (logps - reference), batch.desirable
         else:
             rewards = beta * jnp.concatenate(log_ratios(logps, reference))
             desirable = jnp.arange(len(rewards)) < len(logps[0])
-        memory = update_shift(memory, rewards, desirable)
-        return memory.value, memory
+            weights = None if weights is None else jnp.tile(weights, 2)
+        memory = update_shift(memory, rewards, desirable, weights)
+        return jnp.asarray(memory.value, rewards.dtype), memory
 
     return Running(Shift(), update)
 
@@ -259,8 +277,9 @@ def moving_reference(
 
     .. math:: \pi_{ref} \leftarrow \alpha\, \pi + (1 - \alpha)\, \pi_{ref} \quad \text{(of the parameters)}
 
-    Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656, Eq. 6 and
-    7: softly, with a small `mix` each step, or hard, with `mix` 1 and many steps in between.
+    Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656:
+    softly, with a small `mix` each step, or hard, with `mix` 1 and many steps in between. The defaults
+    are those of TRL. The policy is that before the update of the step.
 
     Args:
       objective: on data that carry a reference, for instance a `preference_objective`.
@@ -289,6 +308,9 @@ def moving_reference(
 
 def _refuse_now(loss: Callable[..., Array], **hyperparameters: Hyperparameter) -> None:
     """Lets a loss refuse its hyperparameters when the objective is made, not in the first step of training."""
+    beta = hyperparameters.get("beta", 1.0)
+    if not callable(beta) and not isinstance(beta, Running):
+        checks.positive("beta", beta)
     if any(callable(value) or isinstance(value, Running) for value in hyperparameters.values()):
         return
     shape = np.broadcast_shapes((1,), *(jnp.shape(value) for value in jax.tree.leaves(hyperparameters)))
@@ -296,15 +318,19 @@ def _refuse_now(loss: Callable[..., Array], **hyperparameters: Hyperparameter) -
 
 
 def _objective(
-    log_prob: LogProbFn, evaluate: Callable[..., tuple[Array, Metrics]], hyperparameters: dict[str, Hyperparameter]
+    log_prob: LogProbFn,
+    noun: type,
+    evaluate: Callable[..., tuple[Array, Metrics]],
+    hyperparameters: dict[str, Hyperparameter],
 ) -> Objective:
     """Scores a batch, works out the hyperparameters, evaluates losses and metrics, and takes their means."""
 
     def apply(params: Params, batch: Any, memory: dict[str, Any]) -> tuple[Array, Metrics, dict[str, Any]]:
+        _check_noun(batch, noun)
         logps = log_prob(params, batch.prompts, batch.responses)
         arguments, memory = _arguments(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
         values, metrics = evaluate(logps, batch, arguments)
-        shares = None if batch.weights is None else batch.weights / jnp.mean(batch.weights)
+        shares = None if batch.weights is None else _shares(batch.weights)
         means = {name: _mean(metric, shares) for name, metric in metrics.items()}
         return _mean(values, batch.weights), means, memory
 
@@ -332,6 +358,30 @@ def _arguments(
         if callable(value) or isinstance(value, Running):
             arguments[name] = jax.lax.stop_gradient(arguments[name])
     return arguments, jax.lax.stop_gradient(memory)
+
+
+def _check_noun(batch: Any, noun: type) -> None:
+    """A batch of another noun of this library is told from one that fits."""
+    others = {
+        Demonstrations: "train.sft_objective",
+        Preferences: "train.preference_objective or train.reference_free_objective",
+        Labels: "train.unpaired_objective",
+    }
+    if type(batch) in others and not isinstance(batch, noun):
+        raise TypeError(
+            f"this objective is for {noun.__name__}, got {type(batch).__name__}, which go with {others[type(batch)]}"
+        )
+
+
+def _refuse_weights(loss: Any, batch: Preferences) -> None:
+    """Where a loss does not belong to one comparison, neither can a weight."""
+    if batch.weights is not None and loss in (aot_loss, aot_unpaired_loss, beta_dpo_loss):
+        raise ValueError(f"comparisons cannot have weights in {loss.__name__}, which compares whole batches")
+
+
+def _shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    mean = jnp.mean(weights)
+    return weights / jnp.where(mean > 0, mean, 1)
 
 
 def _reference(batch: Any) -> Any:
