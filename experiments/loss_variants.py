@@ -455,6 +455,7 @@ def main(options: Options) -> None:
     """Compares the losses and writes the results."""
     harness.check_seeds(options.seed, options.num_seeds + options.num_tuning_seeds)
     with harness.clear_errors():
+        checks.size("--num-seeds", options.num_seeds)
         checks.size("--num-tuning-seeds", options.num_tuning_seeds)
         checks.size("--num-candidates", options.num_candidates)
     methods = chosen_methods(options.losses)

@@ -1,3 +1,5 @@
+import functools
+import importlib
 import json
 import subprocess
 import sys
@@ -11,9 +13,20 @@ import pytest
 from scipy import stats
 
 from dpo_jax import losses, toy
-from experiments import harness, loss_variants
-from experiments.loss_variants import SETTINGS, Options, candidates, measure, prepare, run, summarise
-from experiments.methods import METHODS, REFERENCE_FREE, Range
+from experiments import harness, loss_variants, methods
+from experiments.loss_variants import (
+    SETTINGS,
+    Options,
+    Plan,
+    at_edge,
+    candidates,
+    measure,
+    prepare,
+    run,
+    summarise,
+    tune_and_run,
+)
+from experiments.methods import METHODS, Range
 
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -35,22 +48,50 @@ def test_each_method_trains_under_vmap_over_its_hyperparameters(method, start):
     assert jnp.all(measured["kl_to_reference"] > 1e-5), "it did not learn"
 
 
-def test_every_loss_takes_part():
+def test_every_loss_takes_part(start, monkeypatch):
     """But for those that differ from DPO only where responses have several tokens."""
+    called = set()
     public = {name for name in dir(losses) if name.endswith("_loss")}
-    source = (loss_variants.__file__).replace("loss_variants", "methods")
-    used = {name for name in public if f"losses.{name}" in open(source, encoding="utf-8").read()}  # noqa: PTH123, SIM115
-    assert public - used == {"length_normalized_dpo_loss", "length_regularized_dpo_loss"}
+    for name in public:
+        monkeypatch.setattr(losses, name, noting(called, name, getattr(losses, name)))
+    for method in importlib.reload(methods).METHODS:
+        chosen = {name: float(value) for name, value in candidates(method, 1)[0].items()}
+        jax.eval_shape(lambda method=method, chosen=chosen: run(method, start, chosen))
+    assert public - called == {"length_normalized_dpo_loss", "length_regularized_dpo_loss"}
+
+
+def noting(called, name, function):
+    @functools.wraps(function)
+    def noted(*args, **kwargs):
+        called.add(name)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 def test_settings_share_world_and_policy_but_not_labels(start):
     noisy = jax.jit(prepare)(jnp.uint32(3), SETTINGS["noisy"])
     chex.assert_trees_all_equal(noisy.world, start.world)
     chex.assert_trees_all_equal(noisy.params, start.params)
-    pairs, others = start.feedback.pairs, noisy.feedback.pairs
-    np.testing.assert_array_equal(pairs.prompts, others.prompts)
-    flipped = np.asarray(pairs.responses.chosen == others.responses.rejected)
-    assert stats.binomtest(int(flipped.sum()), flipped.size, 0.2).pvalue < 0.05 or 0.01 < flipped.mean() < 0.3
+    np.testing.assert_array_equal(start.feedback.pairs.prompts, noisy.feedback.pairs.prompts)
+    moved = jnp.mean(start.feedback.pairs.responses.chosen == noisy.feedback.pairs.responses.rejected)
+    assert 0 < moved < 0.1  # the same draws: only comparisons near the edge change sides
+
+
+@pytest.mark.parametrize(("name", "on_policy"), [("clean", False), ("on-policy", True)])
+def test_people_judge_what_the_setting_says(name, on_policy):
+    setting = jax.jit(prepare)(jnp.uint32(3), SETTINGS[name])
+    labels, probs = setting.feedback.labels, np.exp(np.float64(setting.log_probs))
+    shown = probs[labels.prompts, labels.responses].mean()
+    uniform, own = 0.1, (probs**2).sum(-1).mean()
+    assert abs(shown - (own if on_policy else uniform)) < 0.1 * (own - uniform)
+
+
+def test_coin_tosses_say_nothing():
+    for name, toss in loss_variants.CONTROLS.items():
+        assert toss.on_policy == SETTINGS[name].on_policy
+        noise = {"temperature": toss.temperature, "flip_probability": toss.flip_probability}
+        assert toy.preference_probability(jnp.float32(0.9), jnp.float32(0.1), **noise) == 0.5
 
 
 def test_deterministic_labels_are_those_of_the_better_response():
@@ -69,31 +110,66 @@ def test_a_run_that_stops_is_marked(start):
 
 def test_measures_by_hand(start):
     log_probs = toy.optimal_policy(start.log_probs, start.world.rewards, beta=0.1)
-    measured = measure(start, log_probs, True)
+    measured = measure(start, log_probs)
     table, rewards = np.exp(np.float64(log_probs)), np.float64(start.world.rewards)
     np.testing.assert_allclose(measured["expected_reward"], (table * rewards).sum(-1).mean(), rtol=1e-5)
     np.testing.assert_allclose(measured["regret"], 0.0, atol=1e-6)
-    hits = [
-        np.maximum(p := 1 / (1 + np.exp(b - a)), 1 - p) for row in rewards for i, a in enumerate(row) for b in row[:i]
-    ]
-    np.testing.assert_allclose(measured["accuracy"], np.mean(hits), rtol=1e-4)  # the optimum orders as the truth does
+    taus = [stats.kendalltau(*row).statistic for row in zip(np.asarray(log_probs), rewards, strict=True)]
+    np.testing.assert_allclose(measured["accuracy"], (1 + np.mean(taus)) / 2, rtol=1e-5)
+    np.testing.assert_allclose(measured["implicit_accuracy"], 1.0)  # the optimum moves as the truth orders
     pairs = start.feedback.pairs
     change = (np.float64(log_probs) - np.float64(start.log_probs))[pairs.prompts, pairs.responses.chosen]
     np.testing.assert_allclose(measured["chosen_logp_change"], change.mean(), rtol=1e-4)
 
 
-def test_candidates_fill_their_ranges_and_are_equally_many():
+def test_a_policy_that_has_not_moved_orders_nothing(start):
+    assert measure(start, start.log_probs)["implicit_accuracy"] == 0.5
+
+
+def test_candidates_fill_their_ranges_and_share_learning_rates_and_betas():
     method = SimpleNamespace(ranges={"beta": Range(0.01, 10.0), "offset": Range(-1.0, 1.0, linear=True)})
     tried = candidates(method, 24)
-    assert len(tried) == 24
     assert stats.kstest([np.log(h["beta"]) for h in tried], stats.uniform(np.log(0.01), np.log(1000)).cdf).pvalue > 0.5
     assert stats.kstest([h["offset"] for h in tried], stats.uniform(-1, 2).cdf).pvalue > 0.5
     assert len({h["learning_rate"] for h in tried}) == 24
+    dpo, cdpo = (candidates(BY_NAME[name], 24) for name in ("dpo", "conservative dpo"))
+    for name in ("learning_rate", "beta"):
+        assert [h[name] for h in dpo] == [h[name] for h in cdpo]
+
+
+def test_values_at_the_end_of_a_range_are_reported():
+    method = SimpleNamespace(ranges={"beta": Range(0.01, 10.0)})
+    assert at_edge(method, {"learning_rate": 1e-3, "beta": 0.011}) == ["beta"]
+    assert at_edge(method, {"learning_rate": 9.9e-3, "beta": 0.1}) == ["learning_rate"]
+
+
+def test_tuning_finds_the_best_and_runs_it_where_it_was_not_tuned():
+    """With rewards that are known: the third candidate is best, the first diverges."""
+    runs = []
+
+    class Rigged:
+        def compiled(self, _):
+            return None
+
+        def __call__(self, _, task):
+            runs.append(task)
+            beta = np.array([float(h["beta"]) for h in task.hyperparameters])
+            return {"expected_reward": np.where(beta == betas[0], np.nan, -np.abs(beta - betas[2]))}
+
+    betas = [float(h["beta"]) for h in candidates(BY_NAME["dpo"], 6)]
+    plan = Plan(reported=np.arange(3), tuning=np.arange(3, 11), num_candidates=6)
+    results = tune_and_run(Rigged(), plan, BY_NAME["dpo"])
+    assert {float(results[setting]["hyperparameters"]["beta"]) for setting in SETTINGS} == {betas[2]}
+    assert sum(len(task.rows) for task in runs) == plan.num_runs
+    for task in runs:
+        num_tried = len({float(h["beta"]) for h in task.hyperparameters})
+        assert num_tried == (1 if set(task.rows) <= {0, 1, 2} else 6 if set(task.rows) == {3, 4} else 4)
 
 
 def test_differences_are_paired():
     def result(rewards):
-        return {"hyperparameters": {}, "expected_reward": np.array(rewards)}
+        tossed = {"expected_reward_of_coin_tosses": np.array([0.1, 0.4])}
+        return {"hyperparameters": {"learning_rate": 1e-3}, "expected_reward": np.array(rewards), **tossed}
 
     found = {
         "baseline": {"sft": {"expected_reward": np.array([0.1, 0.5])}},
@@ -139,9 +215,3 @@ def test_bad_options_end_in_one_line(arguments, message, tmp_path):
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_reference_free_methods_are_read_without_reference():
-    assert {method.name for method in METHODS if not method.has_reference} == {
-        method.name for method in METHODS if method.family == REFERENCE_FREE
-    }

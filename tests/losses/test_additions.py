@@ -15,6 +15,13 @@ def test_an_sft_term_goes_with_losses_that_have_no_reference_too():
     np.testing.assert_allclose(loss, losses.simpo_loss(POLICY, beta=1.0, gamma=0.1) - 0.5 * POLICY.chosen, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("as_users_have_it")
+def test_an_sft_term_needs_a_chosen_response():
+    single = jnp.array([-1.0, -2.0])
+    with pytest.raises(TypeError, match="with_sft needs a loss of pairs or rankings"):
+        losses.with_sft(losses.bco_loss, weight=1.0)(single, single, single < 0, beta=0.5, shift=0.0)
+
+
 def test_weights_of_terms_may_be_swept():
     def total(weight):
         mixed = losses.weighted_sum((weight, losses.dpo_loss), (1 - weight, losses.ipo_loss))
@@ -53,6 +60,12 @@ def test_weighted_comparisons_count_by_their_weights():
     weights = jnp.array([0.0, 1.0, 2.5])
     loss = losses.with_weights(losses.dpo_loss)(POLICY, REFERENCE, beta=0.5, weights=weights)
     np.testing.assert_allclose(loss, weights * losses.dpo_loss(POLICY, REFERENCE, beta=0.5), rtol=1e-6)
+    for wrong, message in (
+        (jnp.ones((3, 1)), "weights must broadcast"),
+        (-weights, "weights must be zero or positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            losses.with_weights(losses.dpo_loss)(POLICY, REFERENCE, beta=0.5, weights=wrong)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

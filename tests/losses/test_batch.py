@@ -53,11 +53,27 @@ def test_a_shift_without_bad_responses_is_finite():
     assert state.value == 1.0
 
 
+def test_weighted_responses_count_by_their_weights():
+    rewards, good = jnp.array([1.0, 3.0, -1.0, 5.0]), jnp.array([True, True, False, False])
+    state = update_shift(Shift(), rewards, good, jnp.array([3.0, 1.0, 2.0, 0.0]))
+    np.testing.assert_allclose(state.value, ((3 * 1 + 3) / 4 - 1) / 2)
+    assert state.undesirable.num == 2
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_states_go_through_a_scan(dtype):
-    rewards = jnp.ones((3, 4), dtype)
-    state, _ = jax.lax.scan(lambda s, r: (update_shift(s, r, r > 0), None), jax.tree.map(jnp.asarray, Shift()), rewards)
-    assert state.value == 0.5
+def test_states_go_through_a_long_scan(dtype):
+    """Also in bfloat16, where a count could not go beyond 256 if it had that dtype."""
+    rewards = jnp.tile(jnp.array([0.0, 1.0], dtype), (600, 1))
+    start = jax.tree.map(jnp.asarray, Shift())
+    state, _ = jax.lax.scan(lambda s, r: (update_shift(s, r, jnp.array([True, False])), None), start, rewards)
+    assert (state.value, state.desirable.num) == (0.5, 600)
+
+
+@pytest.mark.parametrize("name", ["beta", "label_smoothing"])
+@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
+def test_sorting_leaves_no_comparison_to_have_a_hyperparameter_of_its_own(loss, name):
+    with pytest.raises(ValueError, match=rf"{name} must broadcast to the shape \(\), got shape \(50,\)"):
+        loss(ZEROS, ZEROS, **{"beta": 0.5, "label_smoothing": 0.1, name: jnp.full(50, 0.1)})
 
 
 def test_no_gradient_flows_through_statistics():
@@ -113,10 +129,10 @@ def test_beta_dpo_starts_from_a_policy_that_is_the_reference():
     np.testing.assert_allclose(loss, np.log(2), rtol=1e-5)
 
 
-def test_a_batch_of_one_has_no_spread():
+def test_a_batch_of_one_leaves_the_spread_as_it_was():
     """The short last batch of an epoch may be that short."""
     moments = update_margin_moments(MarginMoments(jax.random.key(0), std=1.0), jnp.ones(1))
-    np.testing.assert_allclose(moments.std, 0.9, rtol=1e-6)
+    np.testing.assert_allclose([moments.mean, moments.std], [0.1, 1.0], rtol=1e-6)
     single = Pair(jnp.ones(1), jnp.zeros(1))
     loss = beta_dpo_loss(single, Pair(jnp.zeros(1), jnp.zeros(1)), beta=0.5, alpha=0.0, moments=moments)
     np.testing.assert_allclose(loss, np.logaddexp(0, -0.5), rtol=1e-6)

@@ -56,6 +56,11 @@ def test_alpha_ends_at_reverse_and_forward_kl():
     np.testing.assert_allclose(alpha_divergence(0.0)(ratios), forward_kl(ratios), rtol=1e-5, atol=1e-7)
 
 
+def test_alpha_has_a_slope_at_its_limit():
+    slope = jax.grad(lambda alpha: alpha_divergence(alpha)(jnp.float32(1.5)))(1.0)
+    np.testing.assert_allclose(slope, 1.5**2 / 2, rtol=1e-5)
+
+
 def test_alpha_may_be_swept():
     """Also through reverse KL, where the formula is a limit."""
     inputs, alphas = make_inputs(), jnp.array([0.0, 1.0, 2.0])
@@ -70,6 +75,33 @@ def test_alpha_may_be_swept():
     np.testing.assert_allclose(swept[1], evaluate(BY_NAME["dpo_loss"], policy_arrays(inputs), inputs), rtol=1e-5)
 
 
+def test_rankings_take_divergences_too():
+    """Of two, they are pairs."""
+    inputs = make_inputs()
+    pair = tuple(policy_arrays(inputs)[i] for i in (0, 2))
+    reference = tuple(jnp.asarray(inputs.reference[i], jnp.float32) for i in (0, 2))
+    ranked, paired = (
+        with_divergence(loss, forward_kl)(pair, reference, beta=0.3)
+        for loss in (losses.plackett_luce_loss, losses.dpo_loss)
+    )
+    np.testing.assert_allclose(ranked, paired, rtol=1e-5)
+    three = with_divergence(losses.plackett_luce_loss, losses.reverse_kl)
+    policy, references = policy_arrays(inputs), tuple(jnp.asarray(side, jnp.float32) for side in inputs.reference)
+    expected = losses.plackett_luce_loss(policy, references, beta=0.3)
+    np.testing.assert_allclose(three(policy, references, beta=0.3), expected, rtol=1e-5)
+
+
+def test_losses_of_ones_own_are_welcome():
+    def ramp_loss(policy, reference, *, beta):
+        ratios = losses.log_ratios(policy, reference)
+        return jax.nn.sigmoid(-beta * (ratios.chosen - ratios.rejected))
+
+    policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    expected = 1 / (1 + np.exp(np.tanh(1.0) - np.tanh(-1.0)))
+    for loss in (ramp_loss, jax.jit(ramp_loss)):
+        np.testing.assert_allclose(with_divergence(loss, jnp.tanh)(policy, reference, beta=1.0), [expected], rtol=1e-5)
+
+
 def test_partials_and_own_links_are_welcome():
     policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
     smoothed = with_divergence(partial(losses.dpo_loss, label_smoothing=0.1), jnp.tanh)
@@ -80,7 +112,11 @@ def test_partials_and_own_links_are_welcome():
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if getattr(losses, case.name, None) not in (None, *LOSSES_OF_THE_MARGIN)],
+    [
+        case
+        for case in CASES
+        if getattr(losses, case.name, None) not in (None, losses.plackett_luce_loss, *LOSSES_OF_THE_MARGIN)
+    ],
     ids=lambda case: case.name,
 )
 def test_other_losses_are_refused_at_once_with_the_reason(case):

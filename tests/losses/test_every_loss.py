@@ -150,7 +150,7 @@ def test_bfloat16_is_close_to_float32(case):
     )
     loss = evaluate(case, policy_arrays(rounded, jnp.bfloat16), rounded, jnp.bfloat16)
     exact = evaluate(case, policy_arrays(rounded), rounded)
-    np.testing.assert_allclose(np.float32(loss), exact, rtol=0.08, atol=0.05)
+    np.testing.assert_allclose(np.float32(loss), exact, rtol=0.03, atol=0.03)
 
 
 @every_loss
@@ -184,6 +184,36 @@ def test_one_trace_serves_all_hyperparameters(case):
     chex.clear_trace_counter()
     for share in (0.25, 0.75):
         loss({name: RANGES[name][0] + share * (RANGES[name][1] - RANGES[name][0]) for name in case.swept})
+
+
+@pytest.mark.parametrize("alpha", [1e-8, 1e-6, 1e-3, 0.01, -0.01])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+def test_alphapo_keeps_its_digits_near_simpo(alpha, dtype, tolerance):
+    case, inputs = BY_NAME["alphapo_loss"], make_inputs()
+    rounded = inputs.map(lambda logps: np.float64(jnp.asarray(logps, jnp.bfloat16)))
+    loss = evaluate(case, policy_arrays(rounded, dtype), rounded, dtype, alpha=alpha)
+    exact = np.float64(expected(case, rounded, alpha=np.longdouble(alpha)))
+    np.testing.assert_allclose(np.float32(loss), exact, rtol=tolerance, atol=tolerance)
+
+
+def test_alphapo_has_a_slope_at_its_limit():
+    case, inputs, step = BY_NAME["alphapo_loss"], make_inputs(), 1e-5
+    with jax.enable_x64(True):
+        policy = policy_arrays(inputs, jnp.float64)
+        slope = jax.grad(lambda alpha: evaluate(case, policy, inputs, jnp.float64, alpha=alpha).sum())(0.0)
+    above, below = (expected(case, inputs, alpha=np.longdouble(sign * step)).sum() for sign in (1, -1))
+    np.testing.assert_allclose(slope, np.float64((above - below) / (2 * step)), rtol=1e-7)
+
+
+def test_the_menu_also_has_the_defaults():
+    """What the table sets for the sake of an equation: all kept, and clipped."""
+    inputs = make_inputs(3, num=20)
+    policy = policy_arrays(inputs)
+    chi = evaluate(BY_NAME["chi_po_loss"], policy, inputs, max_reward=np.inf)
+    unclipped = evaluate(BY_NAME["dpo_loss, chi_square_kl"], policy, inputs)
+    np.testing.assert_allclose(chi, unclipped, rtol=1e-5, atol=1e-6)
+    kept = evaluate(BY_NAME["beta_dpo_loss"], policy, inputs, keep=0.8)
+    assert jnp.sum(kept > 0) == 16
 
 
 def test_each_differs_from_every_other():

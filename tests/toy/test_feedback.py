@@ -338,3 +338,33 @@ def test_bad_noise_is_refused_by_the_exact_weights_too(world):
         toy.all_labels(world, temperature=-1.0)
     with pytest.raises(ValueError, match="flip_probability must be between 0 and 1, got -0.5"):
         toy.all_labels(world, flip_probability=-0.5)
+
+
+def test_equals_are_ranked_at_random_whoever_responds(key, world):
+    """Not in the order in which an uneven policy happens to propose them."""
+    equal = world._replace(rewards=jnp.zeros_like(world.rewards))
+    proposal = jnp.log(jnp.tile(jnp.array([0.85, 0.05, 0.05, 0.05]), (world.num_prompts, 1)))
+    options = {"num_ranked": 2, "log_probs": proposal, "temperature": 0.0}
+    first, second = toy.sample_rankings(key, equal, num=4000, **options).responses
+    met = (first == 0) | (second == 0)
+    assert stats.binomtest(int(jnp.sum(first[met] == 0)), int(met.sum())).pvalue > 1e-3
+
+
+def test_the_policy_that_responds_decides_what_is_labelled_and_ranked(key, world):
+    proposal = jnp.log(jnp.tile(jnp.array([0.7, 0.2, 0.1, 0.0]), (world.num_prompts, 1)))
+    labels = toy.sample_labels(key, world, num=4000, log_probs=proposal)
+    counts = np.bincount(labels.responses, minlength=4)
+    assert counts[3] == 0
+    assert stats.chisquare(counts[:3], 4000 * np.array([0.7, 0.2, 0.1])).pvalue > 1e-3
+    rankings = toy.sample_rankings(key, world, num=4000, num_ranked=2, log_probs=proposal)
+    pairs = np.sort(np.stack(rankings.responses), axis=0)
+    odds = np.array([p * q * (1 / (1 - p) + 1 / (1 - q)) for p, q in ((0.7, 0.2), (0.7, 0.1), (0.2, 0.1))])
+    met = [np.sum((pairs[0] == i) & (pairs[1] == j)) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert stats.chisquare(met, 4000 * odds).pvalue > 1e-3
+    with pytest.raises(ValueError, match="must give at least 4 responses of each prompt a positive weight, got 3"):
+        toy.sample_rankings(key, world, num=3, num_ranked=4, log_probs=proposal)
+
+
+def test_rankings_cannot_be_split_into_labels(key, world):
+    with pytest.raises(ValueError, match="split_pairs takes comparisons of two, got rankings of 3"):
+        toy.split_pairs(toy.sample_rankings(key, world, num=3, num_ranked=3))

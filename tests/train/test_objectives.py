@@ -1,3 +1,5 @@
+import inspect
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -178,6 +180,20 @@ def test_functions_of_the_batch_are_hyperparameters_without_gradient(start):
     chex.assert_trees_all_close(*gradients, rtol=1e-5)
 
 
+def test_no_gradient_flows_through_a_function_of_the_parameters(start, labels):
+    """KTO's exact KL, say."""
+    world, log_prob, params, _, _ = start
+    log_probs = toy.log_prob_table(POLICY, world.embeddings)
+
+    def exact_kl(params, *_):
+        return jnp.mean(toy.kl_to_reference(log_probs(params), jnp.full((5, 10), -jnp.log(10.0))))
+
+    moving = train.unpaired_objective(log_prob, losses.kto_loss, beta=0.5, reference_point=exact_kl)
+    still = train.unpaired_objective(log_prob, losses.kto_loss, beta=0.5, reference_point=exact_kl(params))
+    gradients = (jax.grad(lambda p, f=f: f(p, labels)[0])(params) for f in (moving, still))
+    chex.assert_trees_all_close(*gradients, rtol=1e-5)
+
+
 def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
     """With a learning rate of nothing, after two epochs: every response counted twice, good and bad equally."""
     _, log_prob, params, _, preferences = start
@@ -345,3 +361,65 @@ def test_hyperparameters_may_have_a_value_for_each_comparison(start):
         log_prob(moved, preferences.prompts, preferences.responses), preferences.reference, beta=betas
     )
     np.testing.assert_allclose(objective(moved, preferences)[0], values.mean(), rtol=1e-5)
+
+
+# Data that do not fit
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "given", "message"),
+    [
+        ("unpaired", losses.bco_loss, "preferences", "is for Labels, got Preferences, which go with train.preference"),
+        ("preference", losses.dpo_loss, "labels", "is for Preferences, got Labels, which go with train.unpaired"),
+        ("reference_free", losses.simpo_loss, "labels", "is for Preferences, got Labels"),
+        ("preference", losses.dpo_loss, "demos", "got Demonstrations, which go with train.sft_objective"),
+        ("sft", None, "preferences", "is for Demonstrations, got Preferences"),
+    ],
+)
+def test_the_wrong_noun_is_told_where_it_belongs(start, labels, make, loss, given, message):
+    _, log_prob, params, demos, preferences = start
+    data = {"preferences": preferences, "labels": labels, "demos": demos}[given]
+    hyperparameters = {"unpaired": {"beta": 0.1, "shift": 0.0}, "preference": {"beta": 0.1}, "sft": {}}
+    arguments = hyperparameters.get(make, {"beta": 0.1, "gamma": 0.0})
+    objective = getattr(train, f"{make}_objective")(log_prob, *([loss] if loss else []), **arguments)
+    with pytest.raises(TypeError, match=message):
+        inspect.unwrap(objective)(params, data)
+
+
+def test_rankings_in_losses_of_pairs_are_refused(start, key):
+    world, log_prob, params, _, _ = start
+    rankings = train.with_reference(log_prob, params, toy.sample_rankings(key, world, num=5, num_ranked=3))
+    dpo = train.preference_objective(log_prob, inspect.unwrap(losses.dpo_loss), beta=0.1)
+    simpo = train.reference_free_objective(log_prob, losses.simpo_loss, beta=0.1, gamma=0.0)
+    for objective in (dpo, simpo):
+        with pytest.raises(TypeError, match="must be a pair, a tuple"):
+            objective(params, rankings)
+
+
+@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
+def test_losses_of_whole_batches_refuse_weights(start, loss):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, loss, beta=0.1)
+    with pytest.raises(ValueError, match=f"comparisons cannot have weights in {loss.__name__}"):
+        objective(params, preferences._replace(weights=jnp.ones(70)))
+
+
+def test_weights_of_nothing_give_no_nan(start):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
+    chex.assert_tree_all_finite(objective(params, preferences._replace(weights=jnp.zeros(70))))
+
+
+def test_a_shift_of_weighted_labels_is_weighted(start, labels):
+    _, log_prob, params, _, _ = start
+    weights = jnp.linspace(0.1, 2.0, 40)
+    logps = log_prob(params, labels.prompts, labels.responses)
+    value, _ = train.running_shift(beta=2.0).update(losses.Shift(), params, labels._replace(weights=weights), logps)
+    rewards, good = 2 * np.float64(logps - labels.reference), np.asarray(labels.desirable)
+    means = (np.average(rewards[side], weights=weights[side]) for side in (good, ~good))
+    np.testing.assert_allclose(value, sum(means) / 2, rtol=1e-4)
+
+
+def test_a_bad_beta_of_the_shift_is_refused():
+    with pytest.raises(ValueError, match="beta must be positive and finite, got -3"):
+        train.running_shift(beta=-3)
