@@ -275,7 +275,7 @@ def _draw_frontier(
     for i, (family, names) in enumerate(families.items()):
         known = np.array([points[name] for name in names if name in points]).reshape(-1, 2)
         axes.plot(*known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, linestyle="none", label=family)
-    axes.margins(x=0.15, y=0.08)
+    axes.margins(x=0.22, y=0.15)
     axes.grid(alpha=0.3)
     _label(axes, {name: points[name] for name in labelled if name in points})
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from dpo_jax import losses
@@ -24,6 +25,17 @@ def table_row(entry):
     optimum = (f"{entry[name]['mean']:.3f}" for name in ("optimal_reward", "optimal_kl"))
     cells = [f"{entry['beta']:g}", *(cell(*column) for column in columns), *optimum]
     return "| " + " | ".join(cells) + " |"
+
+
+def variants_row(summary, name):
+    """A row of the table of losses: what a loss gains over SFT in each setting, and what it owes to clean labels."""
+    entries = {entry["setting"]: entry for entry in summary["losses"] if entry["name"] == name}
+
+    def cell(setting, gain):
+        return f"{entries[setting][gain]['mean']:+.3f} ± {1.96 * entries[setting][gain]['stderr']:.3f}"
+
+    cells = [cell(setting, "gain") for setting in summary["settings"]]
+    return "| " + " | ".join([name, *cells, cell("clean", "gain_from_labels")]) + " |"
 
 
 def test_it_spells_out_what_dpo_is_in_the_first_line():
@@ -63,6 +75,34 @@ def test_what_it_says_of_the_losses_is_what_was_measured():
     assert f"for {sum(bool(row['oracles']) for row in rows)} of the rows" in words
     largest = [max(row["oracle"][dtype] or 0 for row in rows) for dtype in ("float64", "float32")]
     assert "is {:.0e} in float64 and {:.0e} in float32".format(*largest).replace("e-0", "e-") in words
+
+
+def test_its_table_of_losses_is_that_of_the_reported_results():
+    summary = json.loads((ROOT / "experiments/reported/loss_variants/summary.json").read_text())
+    table = README.split("| loss | clean |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) > 8
+    for row in table:
+        assert row == variants_row(summary, row.split(" | ")[0].removeprefix("| ")), row
+    words = " ".join(README.split())
+    assert f"Means over {summary['num_seeds']} worlds with 95% intervals" in words
+    assert f"All {len(summary['losses']) // len(summary['settings'])} methods" in words
+    assert f"made in {summary['seconds']['total'] / 60:.0f} minutes on two cores" in words
+
+
+def test_what_it_says_of_sharpening_is_what_was_measured():
+    """At the KL where DPO arrives, and nothing that was learnt from clean labels lies clearly above the curve."""
+    summary = json.loads((ROOT / "experiments/reported/loss_variants/summary.json").read_text())
+    curve = summary["baselines"]["clean"]["sharpened"]
+    clean = [entry for entry in summary["losses"] if entry["setting"] == "clean"]
+
+    def sharpened(entry):
+        kls, rewards = (curve[name]["mean"] for name in ("kl_to_reference", "expected_reward"))
+        return np.interp(entry["kl_to_reference"]["mean"], kls, rewards)
+
+    (dpo,) = (entry for entry in clean if entry["name"] == "dpo")
+    said = f"earns {sharpened(dpo):.3f} at the KL where DPO earns {dpo['expected_reward']['mean']:.3f}"
+    assert said in " ".join(README.split())
+    assert max(entry["expected_reward"]["mean"] - sharpened(entry) for entry in clean) < 0.001
 
 
 def test_the_quickstart_prints_what_it_says(capsys):
