@@ -379,7 +379,7 @@ def _refuse_weights(loss: Any, batch: Preferences) -> None:
         raise ValueError(f"comparisons cannot have weights in {loss.__name__}, which compares whole batches")
 
 
-def _shares(weights: Float[Array, " batch"]) -> Float[Array, " batch"]:
+def _shares(weights: Array) -> Array:
     mean = jnp.mean(weights)
     return weights / jnp.where(mean > 0, mean, 1)
 
