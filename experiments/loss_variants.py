@@ -12,8 +12,9 @@ and the SFT policy sharpened by hand.
 A program is compiled once for each method: it takes a chunk of runs, whatever their seeds, labels and hyperparameters.
 """
 
+import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,18 +25,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.stats import qmc
 
 from dpo_jax import checks, figures, toy, train
 from dpo_jax.types import Params, Scalar
 from experiments import harness, notebook
-from experiments.methods import METHODS, Feedback, Method, Range, Setup
+from experiments.methods import METHODS, Feedback, Method, Setup
 from experiments.notebook import BETA, POLICY
+from experiments.tuning import RUNS_PER_CHUNK, Counter, Plan, Range, Runner, Task, at_edge, candidates, tune
 
-RUNS_PER_CHUNK = 64
 THREADS = 2
 STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
-NUM_FINALISTS = 4
 NUM_RANKED = 4
 LEARNING_RATE = Range(1e-5, 1e-2)
 
@@ -182,75 +181,6 @@ def baseline(start: Start) -> dict[str, Any]:
     }
 
 
-def candidates(method: Method, num: int) -> list[dict[str, np.float32]]:
-    """Sets of hyperparameters that fill the ranges of a method evenly: points of a Halton sequence.
-
-    The learning rate comes first and beta second, so that all methods try the same of them.
-    """
-    ranges = {"learning_rate": LEARNING_RATE, **method.ranges}
-    points = qmc.Halton(len(ranges), scramble=False).random(num + 1)[1:]  # the first is a corner
-    return [
-        {name: np.float32(within(ranges[name], share)) for name, share in zip(ranges, point, strict=True)}
-        for point in points
-    ]
-
-
-def at_edge(method: Method, chosen: dict[str, Any]) -> list[str]:
-    """The hyperparameters for which the outermost tenth of the range was chosen: a wider range might do better."""
-    ranges = {"learning_rate": LEARNING_RATE, **method.ranges}
-    return [
-        name
-        for name, value in chosen.items()
-        if not within(ranges[name], 0.05) <= float(value) <= within(ranges[name], 0.95)
-    ]
-
-
-def within(limits: Range, share: float) -> float:
-    """The number a given share of the way from the low to the high end of a range."""
-    low, high, linear = limits
-    return low + share * (high - low) if linear else low * (high / low) ** share
-
-
-class Task(NamedTuple):
-    """Runs of one method in one setting: which starts, and which hyperparameters for each."""
-
-    setting: str
-    rows: np.ndarray
-    hyperparameters: list[dict[str, np.float32]]
-
-
-class Runner:
-    """Runs methods chunk by chunk from starts that were prepared once.
-
-    Attributes:
-      starts: for each setting, a `Start` whose arrays have a leading axis of seeds.
-      report: called with the number of runs after each chunk.
-    """
-
-    def __init__(self, starts: dict[str, Start], watch: harness.Stopwatch, report: Callable[[int], None]):
-        self.starts, self.watch, self.report = starts, watch, report
-
-    def compiled(self, method: Method) -> harness.Program:
-        """The program for `RUNS_PER_CHUNK` runs of a method."""
-        chunk = self._arguments(Task("clean", np.zeros(1, int), candidates(method, 1)), 0)
-        return self.watch.compiled(jax.vmap(lambda start, h: run(method, start, h)), *chunk)
-
-    def __call__(self, program: harness.Program, task: Task) -> dict[str, np.ndarray]:
-        """What was measured, one number for each run of a task."""
-        results = []
-        for first in range(0, len(task.rows), RUNS_PER_CHUNK):
-            results.append(program(*self._arguments(task, first)))
-            self.report(min(RUNS_PER_CHUNK, len(task.rows) - first))
-        return {name: np.concatenate([part[name] for part in results])[: len(task.rows)] for name in results[0]}
-
-    def _arguments(self, task: Task, first: int) -> tuple[Start, dict[str, np.ndarray]]:
-        """The arguments of a chunk; the last run fills up a chunk that is short."""
-        runs = np.minimum(np.arange(first, first + RUNS_PER_CHUNK), len(task.rows) - 1)
-        start = jax.tree.map(lambda leaf: leaf[task.rows[runs]], self.starts[task.setting])
-        tried = [task.hyperparameters[i] for i in runs]
-        return start, {name: np.array([h[name] for h in tried]) for name in tried[0]}
-
-
 def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatch) -> dict[str, Any]:
     """Tunes and runs all methods in all settings.
 
@@ -262,7 +192,8 @@ def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatc
     seeds = np.arange(options.seed, options.seed + num_all).astype(np.uint32)
     starts = prepare_all(seeds, watch)
     plan = Plan(np.arange(options.num_seeds), np.arange(options.num_seeds, num_all), options.num_candidates)
-    with harness.progress("runs", plan.num_runs * len(methods)) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    num_runs = len(SETTINGS) * (plan.num_tuning_runs + 2 * options.num_seeds)
+    with harness.progress("runs", num_runs * len(methods)) as show_done, ThreadPoolExecutor(THREADS) as threads:
         runner = Runner(starts, watch, Counter(show_done))
         learned = list(threads.map(partial(tune_and_run, runner, plan), methods))
     baselines = jax.jit(jax.vmap(baseline))
@@ -273,43 +204,6 @@ def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatc
         }
         for setting in SETTINGS
     }
-
-
-class Plan(NamedTuple):
-    """In which worlds to run, and how many sets of hyperparameters to try.
-
-    Attributes:
-      reported: rows of the worlds to report.
-      tuning: rows of the worlds to choose hyperparameters in.
-      num_candidates: how many sets of hyperparameters to try.
-    """
-
-    reported: np.ndarray
-    tuning: np.ndarray
-    num_candidates: int
-
-    @property
-    def first_round(self) -> np.ndarray:
-        """The tuning worlds that all candidates see."""
-        return self.tuning[: -(-len(self.tuning) // 4)]
-
-    @property
-    def num_runs(self) -> int:
-        """Runs of one method in all settings."""
-        finalists = min(NUM_FINALISTS, self.num_candidates)
-        tuning = self.num_candidates * len(self.first_round) + finalists * len(self.tuning)
-        return len(SETTINGS) * (tuning + 2 * len(self.reported))
-
-
-class Counter:
-    """Adds up what several threads have done, and shows it."""
-
-    def __init__(self, show: Callable[[int], None]):
-        self.total, self.show = 0, show
-
-    def __call__(self, num: int) -> None:
-        self.total += num
-        self.show(self.total)
 
 
 def prepare_all(seeds: np.ndarray, watch: harness.Stopwatch) -> dict[str, Start]:
@@ -327,11 +221,11 @@ def prepare_all(seeds: np.ndarray, watch: harness.Stopwatch) -> dict[str, Start]
 
 def tune_and_run(runner: Runner, plan: Plan, method: Method) -> dict[str, dict[str, Any]]:
     """For each setting: chooses among candidates in the tuning worlds, and runs the best in those to report."""
-    program = runner.compiled(method)
+    tried = candidates(ranges_of(method), plan.num_candidates)
+    program = runner.compiled(partial(run, method), tried[0])
     results = {}
     for setting in SETTINGS:
-        finalists = best(runner, program, setting, candidates(method, plan.num_candidates), plan.first_round)
-        chosen, *_ = best(runner, program, setting, finalists[:NUM_FINALISTS], plan.tuning)
+        chosen = tune(runner, program, setting, tried, plan, score="expected_reward")
         repeated = [chosen] * len(plan.reported)
         measured = runner(program, Task(setting, plan.reported, repeated))
         tossed = runner(program, Task(control(setting), plan.reported, repeated))
@@ -343,13 +237,9 @@ def tune_and_run(runner: Runner, plan: Plan, method: Method) -> dict[str, dict[s
     return results
 
 
-def best(
-    runner: Runner, program: harness.Program, setting: str, tried: list[dict[str, np.float32]], rows: np.ndarray
-) -> list[dict[str, np.float32]]:
-    """Candidates by the mean reward that they earn in some worlds, the best first; those that diverge come last."""
-    trials = Task(setting, np.tile(rows, len(tried)), [h for h in tried for _ in rows])
-    rewards = runner(program, trials)["expected_reward"].reshape(len(tried), -1).mean(axis=1)
-    return [tried[i] for i in np.argsort(-np.nan_to_num(rewards, nan=-np.inf), kind="stable")]
+def ranges_of(method: Method) -> dict[str, Range]:
+    """What to tune: the learning rate first and beta second, so that all methods try the same of these."""
+    return {"learning_rate": LEARNING_RATE, **method.ranges}
 
 
 def control(setting: str) -> str:
@@ -377,7 +267,7 @@ def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, A
                     "family": method.family,
                     "setting": setting,
                     "hyperparameters": result["hyperparameters"],
-                    "at_edge": at_edge(method, result["hyperparameters"]),
+                    "at_edge": at_edge(ranges_of(method), result["hyperparameters"]),
                     **{name: harness.mean_and_stderr(values) for name, values in measured.items()},
                     "diverged": float(np.mean(np.isnan(reward))),
                 }
@@ -447,7 +337,8 @@ def chosen_methods(names: Sequence[str]) -> list[Method]:
     with harness.clear_errors():
         for name in names:
             if name not in known:
-                raise ValueError(f"--losses: there is no {name!r}, only {', '.join(known)}")
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+                raise ValueError(f"--losses: there is no {name!r}; perhaps {', '.join(map(repr, close))}")
     return [known[name] for name in names] if names else list(METHODS)
 
 

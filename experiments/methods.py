@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, toy, train
 from dpo_jax.types import Labels, LogProbFn, Objective, Params, Preferences, Scalar
+from experiments.tuning import Range
 
 Hyperparameters = Mapping[str, Scalar]
 
@@ -45,14 +46,6 @@ class Setup(NamedTuple):
     log_probs: Callable[[Params], Float[Array, "prompts responses"]]
     reference: Params
     reference_log_probs: Float[Array, "prompts responses"]
-
-
-class Range(NamedTuple):
-    """Where to look for a hyperparameter: from `low` to `high`, evenly in its logarithm unless `linear`."""
-
-    low: float
-    high: float
-    linear: bool = False
 
 
 @dataclass(frozen=True)

@@ -237,6 +237,8 @@ def beta_dpo_loss(
         \beta' = \beta\, (1 + \alpha (E_{kept}[\Delta] - M_0)), \qquad
         P(\text{keep } i) \propto \exp \left( -\tfrac{1}{2} ((\Delta_i - M_0) / s)^2 \right)
 
+    where :math:`M_0` and :math:`s` are the mean and the spread of the margins so far.
+
     Source: Wu et al. 2024, "beta-DPO: Direct Preference Optimization with Dynamic beta", arXiv 2407.08639, Sec. 4. As
     in the authors' code, margins are not multiplied by beta, comparisons are kept without replacement, and
     :math:`\beta'` is at least 0.001. Losses of kept comparisons are scaled up so that their mean is that of the kept

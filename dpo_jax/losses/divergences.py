@@ -56,7 +56,8 @@ LOSSES_OF_THE_MARGIN = (
 )
 """Losses of a pair that see nothing but the difference of its log-ratios."""
 
-_OTHER_FAMILIES = tuple(f"dpo_jax.losses.{family}" for family in ("pairwise", "batch", "reference_free", "unpaired"))
+_OTHERS = ("pairwise", "batch", "reference_free", "unpaired", "additions")
+_OTHER_FAMILIES = tuple(f"dpo_jax.losses.{family}" for family in _OTHERS)
 
 
 def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceLoss:
@@ -77,13 +78,17 @@ def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceL
 
     Raises:
       ValueError: the loss is one of this library that looks at log-ratios apart. Then the normalisation of the optimum,
-        which depends on the prompt, would not cancel, and the loss would mean nothing.
+        which depends on the prompt, would not cancel, and the loss would mean nothing. An addition (`with_sft`,
+        `weighted_sum`) comes after the divergence, not before.
+      TypeError: an argument is no function.
     """
+    if not (callable(loss) and callable(divergence)):
+        raise TypeError(f"with_divergence needs a loss and a link, both functions, got {loss!r} and {divergence!r}")
     if getattr(_unwrapped(loss), "__module__", None) in _OTHER_FAMILIES:
         allowed = ", ".join(allowed.__name__ for allowed in LOSSES_OF_THE_MARGIN)
         raise ValueError(
             f"{_unwrapped(loss).__name__} cannot take a divergence: only in losses of differences of scores does the "
-            f"normalisation of the optimal policy cancel. These are {allowed}, plackett_luce_loss"
+            f"normalisation of the optimal policy cancel. These are {allowed}, plackett_luce_loss; additions come after"
         )
 
     def loss_with_divergence(policy: Any, reference: Any, **hyperparameters: Any) -> Float[Array, "*batch"]:

@@ -81,7 +81,7 @@ def robust_dpo_loss(
     [-0.1867]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
       label_smoothing: the probability with which labels are flipped; at least 0, below 1/2.
     """
@@ -109,7 +109,8 @@ def ipo_loss(
     [1.]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums, or means for TRL's dialect).
+      policy, reference: pairs of log-probabilities (sums, or means for TRL's dialect); their margin is
+        :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive. The margin aimed at is 1/(2 beta) nats.
     """
     checks.positive("beta", beta)
@@ -132,7 +133,7 @@ def hinge_loss(
     [0.5]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
     """
     checks.positive("beta", beta)
@@ -155,7 +156,7 @@ def squared_loss(
     [0.25]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -177,7 +178,7 @@ def truncated_quadratic_loss(
     [0.]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
     """
     checks.positive("beta", beta)
@@ -200,7 +201,7 @@ def exponential_loss(
     [0.3679]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -223,7 +224,7 @@ def savage_loss(
     [0.0723]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -252,7 +253,7 @@ def exo_loss(
     [0.1140]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
       label_smoothing: the probability that the label gives to the rejected response; above 0, since the logarithm of
         a hard label is infinite, and below 1/2.
@@ -285,7 +286,7 @@ def discopop_loss(
     [0.3679]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
       temperature: :math:`\tau`, how wide the blend is; above 0, at most 1, so that the loss stays bounded by a
         multiple of the margin.
@@ -318,7 +319,7 @@ def offset_dpo_loss(
     [0.6931]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
       offset: the margin wanted, in units of reward; finite.
     """
@@ -350,7 +351,7 @@ def length_regularized_dpo_loss(
     [0.2633]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
       alpha: price of a token, in units of reward; zero or positive.
       lengths: how many tokens the chosen and the rejected responses have.

@@ -40,7 +40,7 @@ def nca_loss(
     [1.1981]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -69,7 +69,7 @@ def bco_pair_loss(
     [0.9482]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
       shift: :math:`\delta`, the mean implicit reward so far (`Shift`), in units of reward, without gradient.
     """
@@ -95,7 +95,7 @@ def sppo_loss(
     [2.]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -119,7 +119,7 @@ def apo_zero_loss(
     [0.7551]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -143,7 +143,7 @@ def apo_down_loss(
     [0.8914]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
@@ -171,7 +171,7 @@ def dpo_positive_loss(
     [0.6931]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
       penalty: :math:`\lambda`, nats of margin lost per nat that the chosen response falls; zero (DPO) or positive.
     """
@@ -191,7 +191,7 @@ def chi_po_loss(
     r"""Chi-squared Preference Optimization: DPO under a divergence that grows fast where the reference is thin.
 
     .. math::
-        -\log \sigma \left( \mathrm{clip}_{\pm 2 R} \left[ \beta \phi(e^C) - \beta \phi(e^R) \right] \right), \qquad
+        -\log \sigma \left( \mathrm{clip}_{\pm 2 m} \left[ \beta \phi(e^C) - \beta \phi(e^R) \right] \right), \qquad
         \phi(z) = z + \log z
 
     Source: Huang et al. 2024, "Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
@@ -204,9 +204,9 @@ def chi_po_loss(
     [0.1076]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
-      max_reward: :math:`R`, the largest reward; comparisons beyond twice that have no gradient. Positive, or infinite
+      max_reward: :math:`m`, the largest reward; comparisons beyond twice that have no gradient. Positive, or infinite
         for no clipping.
     """
     checks.positive("beta", beta)
@@ -237,7 +237,7 @@ def length_normalized_dpo_loss(
     [0.0486]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums).
+      policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference, in units of reward per nat and token; positive.
       lengths: how many tokens the chosen and the rejected responses have, at least 1.
     """

@@ -3,7 +3,6 @@ import importlib
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import chex
 import jax
@@ -13,20 +12,10 @@ import pytest
 from scipy import stats
 
 from dpo_jax import losses, toy
-from experiments import harness, loss_variants, methods
-from experiments.loss_variants import (
-    SETTINGS,
-    Options,
-    Plan,
-    at_edge,
-    candidates,
-    measure,
-    prepare,
-    run,
-    summarise,
-    tune_and_run,
-)
-from experiments.methods import METHODS, Range
+from experiments import harness, loss_variants, methods, tuning
+from experiments.loss_variants import SETTINGS, Options, measure, prepare, ranges_of, run, summarise
+from experiments.methods import METHODS
+from experiments.tuning import candidates
 
 BY_NAME = {method.name: method for method in METHODS}
 
@@ -39,7 +28,7 @@ def start():
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_each_method_trains_under_vmap_over_its_hyperparameters(method, start):
     """With hyperparameters of which the second learns slower: everything finite, and the two not the same."""
-    tried = candidates(method, 2)
+    tried = candidates(ranges_of(method), 2)
     stacked = {name: jnp.array([h[name] for h in tried]) for name in tried[0]}
     measured = jax.jit(jax.vmap(lambda h: run(method, start, h)))(stacked)
     chex.assert_tree_all_finite(measured)
@@ -55,7 +44,7 @@ def test_every_loss_takes_part(start, monkeypatch):
     for name in public:
         monkeypatch.setattr(losses, name, noting(called, name, getattr(losses, name)))
     for method in importlib.reload(methods).METHODS:
-        chosen = {name: float(value) for name, value in candidates(method, 1)[0].items()}
+        chosen = {name: float(value) for name, value in candidates(ranges_of(method), 1)[0].items()}
         jax.eval_shape(lambda method=method, chosen=chosen: run(method, start, chosen))
     assert public - called == {"length_normalized_dpo_loss", "length_regularized_dpo_loss"}
 
@@ -126,50 +115,16 @@ def test_a_policy_that_has_not_moved_orders_nothing(start):
     assert measure(start, start.log_probs)["implicit_accuracy"] == 0.5
 
 
-def test_candidates_fill_their_ranges_and_share_learning_rates_and_betas():
-    method = SimpleNamespace(ranges={"beta": Range(0.01, 10.0), "offset": Range(-1.0, 1.0, linear=True)})
-    tried = candidates(method, 24)
-    assert stats.kstest([np.log(h["beta"]) for h in tried], stats.uniform(np.log(0.01), np.log(1000)).cdf).pvalue > 0.5
-    assert stats.kstest([h["offset"] for h in tried], stats.uniform(-1, 2).cdf).pvalue > 0.5
-    assert len({h["learning_rate"] for h in tried}) == 24
-    dpo, cdpo = (candidates(BY_NAME[name], 24) for name in ("dpo", "conservative dpo"))
+def test_methods_share_learning_rates_and_betas():
+    dpo, cdpo = (candidates(ranges_of(BY_NAME[name]), 24) for name in ("dpo", "conservative dpo"))
     for name in ("learning_rate", "beta"):
         assert [h[name] for h in dpo] == [h[name] for h in cdpo]
-
-
-def test_values_at_the_end_of_a_range_are_reported():
-    method = SimpleNamespace(ranges={"beta": Range(0.01, 10.0)})
-    assert at_edge(method, {"learning_rate": 1e-3, "beta": 0.011}) == ["beta"]
-    assert at_edge(method, {"learning_rate": 9.9e-3, "beta": 0.1}) == ["learning_rate"]
-
-
-def test_tuning_finds_the_best_and_runs_it_where_it_was_not_tuned():
-    """With rewards that are known: the third candidate is best, the first diverges."""
-    runs = []
-
-    class Rigged:
-        def compiled(self, _):
-            return None
-
-        def __call__(self, _, task):
-            runs.append(task)
-            beta = np.array([float(h["beta"]) for h in task.hyperparameters])
-            return {"expected_reward": np.where(beta == betas[0], np.nan, -np.abs(beta - betas[2]))}
-
-    betas = [float(h["beta"]) for h in candidates(BY_NAME["dpo"], 6)]
-    plan = Plan(reported=np.arange(3), tuning=np.arange(3, 11), num_candidates=6)
-    results = tune_and_run(Rigged(), plan, BY_NAME["dpo"])
-    assert {float(results[setting]["hyperparameters"]["beta"]) for setting in SETTINGS} == {betas[2]}
-    assert sum(len(task.rows) for task in runs) == plan.num_runs
-    for task in runs:
-        num_tried = len({float(h["beta"]) for h in task.hyperparameters})
-        assert num_tried == (1 if set(task.rows) <= {0, 1, 2} else 6 if set(task.rows) == {3, 4} else 4)
 
 
 def test_differences_are_paired():
     def result(rewards):
         tossed = {"expected_reward_of_coin_tosses": np.array([0.1, 0.4])}
-        return {"hyperparameters": {"learning_rate": 1e-3}, "expected_reward": np.array(rewards), **tossed}
+        return {"hyperparameters": {"learning_rate": 1e-3, "beta": 1.0}, "expected_reward": np.array(rewards), **tossed}
 
     found = {
         "baseline": {"sft": {"expected_reward": np.array([0.1, 0.5])}},
@@ -187,6 +142,7 @@ def test_differences_are_paired():
 def test_the_script_writes_table_figures_and_summary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "enable_compilation_cache", lambda: None)
     monkeypatch.setattr(loss_variants, "RUNS_PER_CHUNK", 4)
+    monkeypatch.setattr(tuning, "RUNS_PER_CHUNK", 4)
     options = Options(num_seeds=3, num_tuning_seeds=2, num_candidates=2, losses=("dpo", "simpo"), out=tmp_path)
     loss_variants.main(options)
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -204,7 +160,7 @@ def test_the_script_writes_table_figures_and_summary(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--losses", "dpo", "dpq"], "there is no 'dpq', only dpo, conservative dpo"),
+        (["--losses", "dpo", "dpq"], "there is no 'dpq'; perhaps 'dpo'"),
         (["--num-candidates", "0"], "--num-candidates must be at least 1, got 0"),
         (["--num-seeds", "0"], "--num-seeds must be at least 1"),
     ],

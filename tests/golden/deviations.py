@@ -95,12 +95,12 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     for row in summary["losses"]:
-        numbers = [_short(row[source][dtype]) for source in ("oracle", "equation") for dtype in DTYPES]
+        numbers = [rounded_up(row[source][dtype]) for source in ("oracle", "equation") for dtype in DTYPES]
         lines.append((f"`{row['loss']}`", row["paper"], ", ".join(row["oracles"]) or "none", *numbers))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _short(number: float | None) -> str:
+def rounded_up(number: float | None) -> str:
     """One digit and the power of ten, rounded up."""
     if number is None:
         return "–"

@@ -65,7 +65,7 @@ def test_the_reported_results_can_be_had_again(name):
     ("number", "text"), [(None, "–"), (0.0, "0"), (4.2e-15, "5e-15"), (9.5e-8, "1e-7"), (2e-7, "2e-7")]
 )
 def test_deviations_are_rounded_up(number, text):
-    assert deviations._short(number) == text
+    assert deviations.rounded_up(number) == text
 
 
 def test_all_code_runs_and_every_training_earns_reward():

@@ -151,11 +151,15 @@ def test_labels_without_reference_are_refused(start, labels):
 def test_ktos_reference_point_is_that_of_responses_to_the_next_prompt(start, labels):
     world, log_prob, params, _, _ = start
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
-    point = train.batch_reference_point(log_prob, params)(moved, labels, labels.reference)
-    policy, reference = (np.float64(toy.log_prob_table(POLICY, world.embeddings)(p)) for p in (moved, params))
+    log_probs = toy.log_prob_table(POLICY, world.embeddings)
     prompts, responses = np.asarray(labels.prompts), np.asarray(labels.responses)
-    ratios = [(policy - reference)[prompts[i], responses[(i + 1) % 40]] for i in range(40)]
-    np.testing.assert_allclose(point, max(0, np.mean(ratios)), rtol=1e-4, atol=1e-6)
+    points = []
+    for policy, reference in ((moved, params), (params, moved)):
+        ratios = np.float64(log_probs(policy) - log_probs(reference))
+        mismatched = [ratios[prompts[i], responses[(i + 1) % 40]] for i in range(40)]
+        points.append(train.batch_reference_point(log_prob, reference)(policy, labels, labels.reference))
+        np.testing.assert_allclose(points[-1], max(0, np.mean(mismatched)), rtol=1e-4, atol=1e-6)
+    assert max(points) > 0
 
 
 # Hyperparameters that depend on the batch
