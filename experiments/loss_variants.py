@@ -37,12 +37,8 @@ THREADS = 2
 STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
 NUM_RANKED = 4
 LEARNING_RATE = Range(1e-5, 1e-2)
-
-
 LABELLED = ("dpo", "ipo", "simpo", "kto", "orpo", "cpo", "nca", "apo-down", "preferred fine-tuning")
 """Names to be written into the figure of reward against KL."""
-
-
 GAINS = {"Gain over the SFT policy": "gain", "Gain from labels, over coin tosses": "gain_from_labels"}
 """What is drawn of each loss."""
 

@@ -15,20 +15,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
-from dpo_jax.losses import (
-    MarginMoments,
-    Shift,
-    aot_loss,
-    aot_unpaired_loss,
-    beta_dpo_loss,
-    kto_reference_point,
-    log_ratios,
-    update_margin_moments,
-    update_shift,
-)
+from dpo_jax.losses import aot_loss, aot_unpaired_loss, beta_dpo_loss
 from dpo_jax.types import (
     Demonstrations,
     Labels,
@@ -108,8 +98,8 @@ def preference_objective(
 
     def evaluate(logps: Any, batch: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
         _refuse_weights(loss, batch)
-        values = loss(logps, _reference(batch), **arguments)
-        chosen, rejected = (arguments["beta"] * (logps[i] - _reference(batch)[i]) for i in (0, -1))
+        values = loss(logps, reference_of(batch), **arguments)
+        chosen, rejected = (arguments["beta"] * (logps[i] - reference_of(batch)[i]) for i in (0, -1))
         metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
         return values, {**metrics, "accuracy": _share(chosen - rejected)}
 
@@ -169,8 +159,8 @@ def unpaired_objective(
     _refuse_now(lambda logps, **h: loss(logps, logps, logps > 0, **h), beta=beta, **hyperparameters)
 
     def evaluate(logps: Any, batch: Labels, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
-        values = loss(logps, _reference(batch), batch.desirable, **arguments)
-        rewards = arguments["beta"] * (logps - _reference(batch))
+        values = loss(logps, reference_of(batch), batch.desirable, **arguments)
+        rewards = arguments["beta"] * (logps - reference_of(batch))
         desirable, undesirable = (
             _portion(rewards, side, batch.weights) for side in (batch.desirable, ~batch.desirable)
         )
@@ -194,116 +184,6 @@ def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
     logps = log_prob(reference, data.prompts, data.responses)
     checks.same_structure("log_prob(params, prompts, responses)", logps, data.responses)
     return data._replace(reference=jax.lax.stop_gradient(logps))
-
-
-def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
-    """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
-
-    Where neighbours happen to have the same prompt, the response is one to that prompt; in a batch of one it is the
-    response itself. It does not follow a `moving_reference`.
-
-    Args:
-      log_prob: scores responses.
-      reference: parameters of the reference policy.
-
-    Returns:
-      A value for `unpaired_objective(log_prob, losses.kto_loss, reference_point=...)`. Where the KL to the reference
-      can be computed, use that instead: `lambda params, batch, logps: kl(params)`.
-    """
-
-    def reference_point(params: Params, batch: Labels, _: Array) -> Float[Array, ""]:
-        mismatched = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), batch.responses)
-        scores = (log_prob(policy, batch.prompts, mismatched) for policy in (params, reference))
-        return kto_reference_point(*scores)
-
-    return reference_point
-
-
-def running_shift(*, beta: Scalar) -> Running:
-    """BCO's shift (`losses.update_shift`): a value for `shift` of `losses.bco_pair_loss` and `losses.bco_loss`.
-
-    Args:
-      beta: that of the loss.
-    """
-    checks.positive("beta", beta)
-
-    def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array, Shift]:
-        reference, weights = _reference(batch), batch.weights
-        if isinstance(batch, Labels):
-            rewards, desirable = beta * (logps - reference), batch.desirable
-        else:
-            rewards = beta * jnp.concatenate(log_ratios(logps, reference))
-            desirable = jnp.arange(len(rewards)) < len(logps[0])
-            weights = None if weights is None else jnp.tile(weights, 2)
-        memory = update_shift(memory, rewards, desirable, weights)
-        return jnp.asarray(memory.value, rewards.dtype), memory
-
-    return Running(Shift(), update)
-
-
-def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Running:
-    """What beta-DPO remembers (`losses.update_margin_moments`): a value for `moments` of `losses.beta_dpo_loss`.
-
-    Args:
-      key: typed PRNG key, for the filter.
-      momentum: weight of the past; at least 0, below 1.
-    """
-    checks.key(key)
-    checks.between("momentum", momentum, 0.0, 1.0)
-
-    def update(memory: MarginMoments, _: Params, batch: Preferences, logps: Any) -> tuple[Any, MarginMoments]:
-        ratios = log_ratios(logps, _reference(batch))
-        memory = update_margin_moments(memory, ratios.chosen - ratios.rejected, momentum=momentum)
-        return memory, memory
-
-    return Running(MarginMoments(key), update)
-
-
-class _Moving(NamedTuple):
-    reference: Params
-    step: Int[Array, ""]
-    inner: Any
-
-
-def moving_reference(
-    objective: Objective,
-    log_prob: LogProbFn,
-    reference: Params,
-    *,
-    mix: Scalar = 0.6,
-    steps_per_move: int = 512,
-) -> StatefulObjective:
-    r"""An objective whose reference moves towards the policy (TR-DPO).
-
-    .. math:: \pi_{ref} \leftarrow \alpha\, \pi + (1 - \alpha)\, \pi_{ref} \quad \text{(of the parameters)}
-
-    Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656:
-    softly, with a small `mix` each step, or hard, with `mix` 1 and many steps in between. The defaults
-    are those of TRL. The policy is that before the update of the step.
-
-    Args:
-      objective: on data that carry a reference, for instance a `preference_objective`.
-      log_prob: scores responses.
-      reference: parameters of the reference policy at the start.
-      mix: :math:`\alpha`, above 0, at most 1.
-      steps_per_move: how many optimizer steps lie between two moves.
-    """
-    checks.positive_fraction("mix", mix)
-    checks.size("steps_per_move", steps_per_move)
-    memory = objective.memory if isinstance(objective, StatefulObjective) else None
-
-    def apply(params: Params, batch: Any, memory: _Moving) -> tuple[Array, Metrics, _Moving]:
-        batch, inner = with_reference(log_prob, memory.reference, batch), memory.inner
-        if isinstance(objective, StatefulObjective):
-            loss, metrics, inner = objective.apply(params, batch, inner)
-        else:
-            loss, metrics = objective(params, batch)
-        step = memory.step + 1
-        share = jnp.where(step % steps_per_move == 0, mix, 0.0)
-        moved = jax.tree.map(lambda old, new: (old + share * (new - old)).astype(old.dtype), memory.reference, params)
-        return loss, metrics, _Moving(jax.lax.stop_gradient(moved), step, inner)
-
-    return StatefulObjective(_Moving(reference, jnp.zeros((), jnp.int32), memory), apply)
 
 
 def _refuse_now(loss: Callable[..., Array], **hyperparameters: Hyperparameter) -> None:
@@ -348,16 +228,16 @@ def _objective(
 def _arguments(
     hyperparameters: dict[str, Hyperparameter], memory: dict[str, Any], params: Params, batch: Any, logps: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the loss is called with, and what is remembered; no gradient flows through what depends on the batch."""
     arguments: dict[str, Any] = {}
     for name, value in hyperparameters.items():
         if isinstance(value, Running):
-            arguments[name], new = value.update(memory[name], params, batch, logps)
+            argument, new = jax.lax.stop_gradient(value.update(memory[name], params, batch, logps))
             memory = {**memory, name: new}
         else:
-            arguments[name] = value(params, batch, logps) if callable(value) else value
-        if callable(value) or isinstance(value, Running):
-            arguments[name] = jax.lax.stop_gradient(arguments[name])
-    return arguments, jax.lax.stop_gradient(memory)
+            argument = jax.lax.stop_gradient(value(params, batch, logps)) if callable(value) else value
+        arguments[name] = argument
+    return arguments, memory
 
 
 def _check_noun(batch: Any, noun: type) -> None:
@@ -384,7 +264,8 @@ def _shares(weights: Array) -> Array:
     return weights / jnp.where(mean > 0, mean, 1)
 
 
-def _reference(batch: Any) -> Any:
+def reference_of(batch: Any) -> Any:
+    """The log-probabilities under the reference that a batch carries; an error if it carries none."""
     if batch.reference is None:
         raise ValueError("the data carry no reference log-probabilities: add them by train.with_reference")
     return batch.reference

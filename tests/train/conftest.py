@@ -12,6 +12,14 @@ def start(make_start):
 
 
 @pytest.fixture(scope="session")
+def labels(start):
+    world, log_prob, params, _, _ = start
+    data = toy.sample_labels(jax.random.key(4), world, num=40)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    return train.with_reference(log_prob, moved, data)
+
+
+@pytest.fixture(scope="session")
 def make_start():
     return _make_start
 
