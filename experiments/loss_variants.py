@@ -64,8 +64,11 @@ SETTINGS = {
 }
 """People judge as Bradley and Terry have it; a fifth of their labels is flipped; they are always right; they judge
 responses of the SFT policy."""
-CONTROLS = {name: Setting(flip_probability=0.5, on_policy=setting.on_policy) for name, setting in SETTINGS.items()}
-"""The same, with coin tosses for labels."""
+CONTROLS = {
+    "uniform, coin tosses": Setting(flip_probability=0.5),
+    "on-policy, coin tosses": Setting(flip_probability=0.5, on_policy=1.0),
+}
+"""The same responses, with coin tosses for labels."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def accuracy(score: Float[Array, "prompts responses"], rewards: Float[Array, "pr
 def baseline(start: Start) -> dict[str, Any]:
     """What there is to compare with: the SFT policy, the optimum, the exact frontier, and the SFT policy sharpened.
 
-    To sharpen is to raise probabilities to a power: all that can be had without a label.
+    To sharpen is to raise probabilities to a power, which takes no label.
     """
     rewards = start.world.rewards
     return {
@@ -211,7 +214,7 @@ def prepare_all(seeds: np.ndarray, watch: harness.Stopwatch) -> dict[str, Start]
             name: jax.tree.map(
                 lambda *parts: np.concatenate(parts)[: len(seeds)], *(program(chunk, setting) for chunk in chunks)
             )
-            for name, setting in (SETTINGS | {control(name): toss for name, toss in CONTROLS.items()}).items()
+            for name, setting in (SETTINGS | CONTROLS).items()
         }
 
 
@@ -240,7 +243,7 @@ def ranges_of(method: Method) -> dict[str, Range]:
 
 def control(setting: str) -> str:
     """The name of the starts in which coins are tossed for the labels of a setting."""
-    return f"{setting}, coin tosses"
+    return f"{'on-policy' if SETTINGS[setting].on_policy else 'uniform'}, coin tosses"
 
 
 def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:

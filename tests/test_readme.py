@@ -94,6 +94,15 @@ def test_its_table_of_losses_is_that_of_the_reported_results():
     assert f"In {at_edge} of {len(summary['losses'])} cases a hyperparameter was best near" in words
 
 
+def test_what_it_says_of_kto_is_what_was_measured():
+    summary = json.loads((ROOT / "experiments/reported/loss_variants/summary.json").read_text())
+    for setting in summary["settings"]:
+        gain = {e["name"]: e["gain"]["mean"] for e in summary["losses"] if e["setting"] == setting}
+        assert abs(gain["kto"] - gain["apo-zero, unpaired"]) < 0.004
+        if setting == "on-policy":
+            assert gain["kto, exact KL"] > gain["kto"] + 0.004
+
+
 def test_what_it_says_of_sharpening_is_what_was_measured():
     """At the KL where DPO arrives, and nothing that was learnt from clean labels lies clearly above the curve."""
     summary = json.loads((ROOT / "experiments/reported/loss_variants/summary.json").read_text())

@@ -41,8 +41,9 @@ def test_people_judge_what_the_setting_says(name, on_policy):
 
 
 def test_coin_tosses_say_nothing():
-    for name, toss in loss_variants.CONTROLS.items():
-        assert toss.on_policy == SETTINGS[name].on_policy
+    for name, setting in SETTINGS.items():
+        toss = loss_variants.CONTROLS[loss_variants.control(name)]
+        assert toss.on_policy == setting.on_policy
         noise = {"temperature": toss.temperature, "flip_probability": toss.flip_probability}
         assert toy.preference_probability(jnp.float32(0.9), jnp.float32(0.1), **noise) == 0.5
 
