@@ -34,6 +34,11 @@ def not_negative(name: str, value: Any) -> None:
     _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
 
 
+def at_least(name: str, value: Any, low: float) -> None:
+    """`value` is finite and no smaller than `low`, in every entry."""
+    _require(name, value, lambda x: np.isfinite(x) & (x >= low), f"at least {low} and finite")
+
+
 def between(name: str, value: Any, low: float, high: float) -> None:
     """`low <= value < high` in every entry."""
     _require(name, value, lambda x: (low <= x) & (x < high), f"at least {low} and below {high}")

@@ -80,12 +80,66 @@ class Labels(NamedTuple):
     columns: dict[str, Any] | None = None
 
 
+class Responses(NamedTuple):
+    """Responses to each prompt of a batch.
+
+    Attributes:
+      responses: a row for each prompt, a column for each response to it.
+      weights: how probable each one is, up to a factor for each prompt, if they are all that there are; `None` if they
+        are samples.
+    """
+
+    responses: Int[Array, "prompts group ..."]
+    weights: Float[Array, "prompts group"] | None = None
+
+
+class Rollouts(NamedTuple):
+    """Responses that a policy gave, and what came of them. Every leaf shares its leading axis.
+
+    Attributes:
+      prompts: what was asked.
+      responses: what was answered.
+      logps: log-probabilities of the responses under the policy that gave them.
+      reference: the same under the reference policy.
+      rewards: what the responses earned.
+      advantages: how much better than usual that was.
+      weights: how much each response counts, relative to 1; `None` means equally.
+      values: what a value function expected, if there is one.
+      returns: what it should have expected.
+    """
+
+    prompts: Int[Array, "n ..."]
+    responses: Int[Array, "n ..."]
+    logps: Float[Array, " n"]
+    reference: Float[Array, " n"]
+    rewards: Float[Array, " n"]
+    advantages: Float[Array, " n"]
+    weights: Float[Array, " n"] | None = None
+    values: Float[Array, " n"] | None = None
+    returns: Float[Array, " n"] | None = None
+
+
 LogProbFn: TypeAlias = Callable[[Params, Array, Any], Any]
 """Scores responses: `log_prob(params, prompts, responses)`.
 
 `responses` is an array or any pytree of arrays (a `Pair`, say); the result has the same structure, with the
 log-probability of each response in place of the response.
 """
+
+AskFn: TypeAlias = Callable[[Any], Array]
+"""Draws prompts: `ask(key) -> prompts`, as many each time."""
+
+RespondFn: TypeAlias = Callable[[Any, Params, Array], Responses]
+"""Responds to prompts: `respond(key, params, prompts) -> Responses`, to each prompt equally many times."""
+
+RewardFn: TypeAlias = Callable[[Array, Any], Array]
+"""Rewards responses: `reward(prompts, responses) -> rewards`, by the truth or by a model of it."""
+
+ValueFn: TypeAlias = Callable[[Params, Array], Array]
+"""Expects rewards: `value(params, prompts) -> values`."""
+
+PreferenceFn: TypeAlias = Callable[[Array, Any, Any], Array]
+"""Compares responses: `prefer(prompts, responses, others) -> probabilities` that the first is preferred."""
 
 PreferenceLoss: TypeAlias = Callable[..., Array]
 """An elementwise loss `(policy, reference, *, beta, ...) -> [batch]` of two (chosen, rejected) pairs of
@@ -96,6 +150,9 @@ ReferenceFreeLoss: TypeAlias = Callable[..., Array]
 
 UnpairedLoss: TypeAlias = Callable[..., Array]
 """An elementwise loss `(policy, reference, desirable, *, beta, ...) -> [batch]` of single responses."""
+
+PolicyGradientLoss: TypeAlias = Callable[..., Array]
+"""An elementwise surrogate `(logps, old_logps, advantages, *, ...) -> [batch]` of single responses."""
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Array, Metrics]]
 """What training minimises: `(params, batch) -> (scalar loss, metrics)`."""
@@ -116,3 +173,21 @@ class StatefulObjective:
     def __call__(self, params: Params, batch: Any) -> tuple[Array, Metrics]:
         loss, metrics, _ = self.apply(params, batch, self.memory)
         return loss, metrics
+
+
+CollectFn: TypeAlias = Callable[[Any, Params, Any], tuple[Any, Any]]
+"""Makes training data by trying out the policy: `(key, params, memory) -> (data, memory)`."""
+
+
+class Learner(NamedTuple):
+    """A way to learn from what the policy itself does: collect data, minimise an objective on them, and again.
+
+    Attributes:
+      collect: makes data of the current parameters, as many each time.
+      objective: what training minimises on them.
+      memory: what `collect` remembers before the first time: any pytree of arrays; `None` if nothing.
+    """
+
+    collect: CollectFn
+    objective: Objective
+    memory: Any = None

@@ -5,6 +5,13 @@ from dpo_jax.losses.additions import weighted_sum as weighted_sum
 from dpo_jax.losses.additions import with_sft as with_sft
 from dpo_jax.losses.additions import with_weights as with_weights
 from dpo_jax.losses.additions import wpo_weights as wpo_weights
+from dpo_jax.losses.advantages import centred_advantages as centred_advantages
+from dpo_jax.losses.advantages import grpo_advantages as grpo_advantages
+from dpo_jax.losses.advantages import rloo_advantages as rloo_advantages
+from dpo_jax.losses.advantages import whitened as whitened
+from dpo_jax.losses.aggregation import mean_of_responses as mean_of_responses
+from dpo_jax.losses.aggregation import mean_of_tokens as mean_of_tokens
+from dpo_jax.losses.aggregation import mean_per_length as mean_per_length
 from dpo_jax.losses.batch import MarginMoments as MarginMoments
 from dpo_jax.losses.batch import Shift as Shift
 from dpo_jax.losses.batch import aot_loss as aot_loss
@@ -32,6 +39,7 @@ from dpo_jax.losses.margin import robust_dpo_loss as robust_dpo_loss
 from dpo_jax.losses.margin import savage_loss as savage_loss
 from dpo_jax.losses.margin import squared_loss as squared_loss
 from dpo_jax.losses.margin import truncated_quadratic_loss as truncated_quadratic_loss
+from dpo_jax.losses.online import xpo_loss as xpo_loss
 from dpo_jax.losses.pairwise import apo_down_loss as apo_down_loss
 from dpo_jax.losses.pairwise import apo_zero_loss as apo_zero_loss
 from dpo_jax.losses.pairwise import bco_pair_loss as bco_pair_loss
@@ -40,6 +48,13 @@ from dpo_jax.losses.pairwise import dpo_positive_loss as dpo_positive_loss
 from dpo_jax.losses.pairwise import length_normalized_dpo_loss as length_normalized_dpo_loss
 from dpo_jax.losses.pairwise import nca_loss as nca_loss
 from dpo_jax.losses.pairwise import sppo_loss as sppo_loss
+from dpo_jax.losses.policy_gradient import grpo_loss as grpo_loss
+from dpo_jax.losses.policy_gradient import k1_estimate as k1_estimate
+from dpo_jax.losses.policy_gradient import k2_estimate as k2_estimate
+from dpo_jax.losses.policy_gradient import k3_estimate as k3_estimate
+from dpo_jax.losses.policy_gradient import ppo_loss as ppo_loss
+from dpo_jax.losses.policy_gradient import reinforce_loss as reinforce_loss
+from dpo_jax.losses.policy_gradient import value_loss as value_loss
 from dpo_jax.losses.ranked import plackett_luce_loss as plackett_luce_loss
 from dpo_jax.losses.ratios import log_ratios as log_ratios
 from dpo_jax.losses.reference_free import alphapo_loss as alphapo_loss
@@ -48,6 +63,7 @@ from dpo_jax.losses.reference_free import orpo_loss as orpo_loss
 from dpo_jax.losses.reference_free import sft_loss as sft_loss
 from dpo_jax.losses.reference_free import simpo_loss as simpo_loss
 from dpo_jax.losses.reference_free import unlikelihood_loss as unlikelihood_loss
+from dpo_jax.losses.reward_model import bradley_terry_loss as bradley_terry_loss
 from dpo_jax.losses.unpaired import apo_zero_unpaired_loss as apo_zero_unpaired_loss
 from dpo_jax.losses.unpaired import bco_loss as bco_loss
 from dpo_jax.losses.unpaired import kto_loss as kto_loss

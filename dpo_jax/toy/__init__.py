@@ -7,6 +7,7 @@ from dpo_jax.toy.comparisons import load_policy as load_policy
 from dpo_jax.toy.comparisons import read_comparisons as read_comparisons
 from dpo_jax.toy.comparisons import save_policy as save_policy
 from dpo_jax.toy.exact import bayes_prediction as bayes_prediction
+from dpo_jax.toy.exact import best_of_n_policy as best_of_n_policy
 from dpo_jax.toy.exact import evaluate as evaluate
 from dpo_jax.toy.exact import expected_reward as expected_reward
 from dpo_jax.toy.exact import frontier as frontier
@@ -23,6 +24,19 @@ from dpo_jax.toy.feedback import label_probability as label_probability
 from dpo_jax.toy.feedback import sample_labels as sample_labels
 from dpo_jax.toy.feedback import sample_rankings as sample_rankings
 from dpo_jax.toy.feedback import split_pairs as split_pairs
+from dpo_jax.toy.interaction import ask_everything as ask_everything
+from dpo_jax.toy.interaction import ask_uniformly as ask_uniformly
+from dpo_jax.toy.interaction import enumerate_fn as enumerate_fn
+from dpo_jax.toy.interaction import general_preference_fn as general_preference_fn
+from dpo_jax.toy.interaction import preference_fn as preference_fn
+from dpo_jax.toy.interaction import respond_fn as respond_fn
+from dpo_jax.toy.interaction import reward_fn as reward_fn
+from dpo_jax.toy.nash import exploitability as exploitability
+from dpo_jax.toy.nash import nash_equilibrium as nash_equilibrium
+from dpo_jax.toy.nash import nash_md as nash_md
+from dpo_jax.toy.nash import nash_md_step as nash_md_step
+from dpo_jax.toy.nash import preference_table as preference_table
+from dpo_jax.toy.nash import regularized_exploitability as regularized_exploitability
 from dpo_jax.toy.policy import TablePolicy as TablePolicy
 from dpo_jax.toy.policy import ToyLM as ToyLM
 from dpo_jax.toy.policy import generate as generate
@@ -30,6 +44,9 @@ from dpo_jax.toy.policy import greedy as greedy
 from dpo_jax.toy.policy import log_prob_fn as log_prob_fn
 from dpo_jax.toy.policy import log_prob_table as log_prob_table
 from dpo_jax.toy.policy import lookup as lookup
+from dpo_jax.toy.policy import score_fn as score_fn
+from dpo_jax.toy.policy import score_table as score_table
+from dpo_jax.toy.policy import value_fn as value_fn
 from dpo_jax.toy.world import World as World
 from dpo_jax.toy.world import all_preferences as all_preferences
 from dpo_jax.toy.world import demonstrations as demonstrations

@@ -43,6 +43,34 @@ def optimal_policy(
     return jax.nn.log_softmax(_tilted(reference, rewards, beta), axis=-1)
 
 
+def best_of_n_policy(
+    log_probs: Float[Array, "*n responses"], scores: Float[Array, "*n responses"], *, num: Scalar
+) -> Float[Array, "*n responses"]:
+    r"""Log-probabilities of the best of several samples, by a score; equals are chosen among at random.
+
+    .. math::
+        \pi_n(y) = \frac{\pi(y)}{\pi(s = s_y)} \left[ \pi(s \leq s_y)^n - \pi(s < s_y)^n \right]
+
+    Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", arXiv 2401.01879, who also
+    show that its KL to the policy is at most :math:`\log n - (n - 1) / n`.
+
+    Args:
+      log_probs: log-probabilities of the policy that samples.
+      scores: by which the best is chosen: true rewards, or those of a reward model.
+      num: :math:`n`, how many samples; 1 or more, and need not be a whole number.
+    """
+    checks.at_least("num", num, 1.0)
+    checks.same_shape(log_probs=log_probs, scores=scores)
+    probs = jnp.exp(log_probs)[..., None, :]
+    own, others = scores[..., :, None], scores[..., None, :]
+    below, equal = (jnp.sum(jnp.where(which, probs, 0), axis=-1) for which in (others < own, others == own))
+    possible = equal > 0
+    equal = jnp.where(possible, equal, 1)
+    up_to = jnp.minimum(below + equal, 1)
+    log_share = num * jnp.log(up_to) + jnp.log(-jnp.expm1(num * jnp.log1p(-jnp.minimum(equal / up_to, 1))))
+    return log_probs + jnp.where(possible, log_share - jnp.log(equal), 0)
+
+
 def implicit_reward(
     log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"], *, beta: Scalar
 ) -> Float[Array, "*n responses"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.types import LogProbFn, Params
+from dpo_jax.types import LogProbFn, Params, ValueFn
 
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan_in): how PyTorch initialises the weights of a linear layer."""
@@ -17,6 +17,8 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 class ToyLM(nn.Module):
     """The notebook's network: embedding -> Dense -> ReLU -> Dense -> logits, from PyTorch's initial distribution.
+
+    Its outputs can be read as rewards, too (`score_fn`); with one output it is a value function (`value_fn`).
 
     Attributes:
       num_responses: how many responses there are to choose from.
@@ -50,11 +52,8 @@ def log_prob_table(
     policy: nn.Module, embeddings: Float[Array, "prompts features"]
 ) -> Callable[[Params], Float[Array, "prompts responses"]]:
     """The function from a policy's parameters to its table of log-probabilities (nats), one row for each prompt."""
-
-    def log_probs(params: Params) -> Float[Array, "prompts responses"]:
-        return jax.nn.log_softmax(cast(Array, policy.apply(params, embeddings)))
-
-    return log_probs
+    scores = score_table(policy, embeddings)
+    return lambda params: jax.nn.log_softmax(scores(params))
 
 
 def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> LogProbFn:
@@ -64,6 +63,25 @@ def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"])
     """
     log_probs = log_prob_table(policy, embeddings)
     return lambda params, prompts, responses: lookup(log_probs(params), prompts, responses)
+
+
+def score_table(
+    network: nn.Module, embeddings: Float[Array, "prompts features"]
+) -> Callable[[Params], Float[Array, "prompts responses"]]:
+    """The function from a network's parameters to its table of outputs: logits, or the rewards of a reward model."""
+    return lambda params: cast(Array, network.apply(params, embeddings))
+
+
+def score_fn(network: nn.Module, embeddings: Float[Array, "prompts features"]) -> LogProbFn:
+    """The function `(params, prompts, responses) -> outputs` of a network: a reward model's rewards."""
+    scores = score_table(network, embeddings)
+    return lambda params, prompts, responses: lookup(scores(params), prompts, responses)
+
+
+def value_fn(network: nn.Module, embeddings: Float[Array, "prompts features"]) -> ValueFn:
+    """The function `(params, prompts) -> values` of a network with one output."""
+    scores = score_table(network, embeddings)
+    return lambda params, prompts: lookup(scores(params), prompts, jnp.zeros_like(prompts))
 
 
 def lookup(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], responses: Any) -> Any:

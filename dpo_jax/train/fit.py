@@ -162,34 +162,67 @@ def fit(
     checks.key(key)
     checks.size("num_epochs", num_epochs)
     checks.size("batch_size", batch_size)
-    if not callable(learning_rate):
-        checks.positive("learning_rate", learning_rate)
-        checks.broadcasts("learning_rate", learning_rate, ())
+    check_learning_rate(learning_rate)
     num_rows = checks.rows("data", data)
     data = jax.tree.map(jnp.asarray, data)
     transformation = optimizer(learning_rate)
 
     def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
-        order = permutation(epoch_key, num_rows)
-        state, metrics = run_epoch(
-            state, data, order, objective=objective, optimizer=transformation, batch_size=min(batch_size, num_rows)
+        return run_epoch(
+            state,
+            data,
+            permutation(epoch_key, num_rows),
+            objective=objective,
+            optimizer=transformation,
+            batch_size=min(batch_size, num_rows),
         )
+
+    state = init_state(params, objective=objective, optimizer=transformation)
+    state, history = run_epochs(
+        key, epoch, state, num_epochs=num_epochs, evaluate=evaluate, report=report, epochs_per_report=epochs_per_report
+    )
+    if not checks.is_traced(state) and not state.finite:
+        raise NonFiniteError(int(state.step), -(-num_rows // batch_size), state.params, history)
+    return state.params, history
+
+
+def check_learning_rate(learning_rate: Scalar | optax.Schedule) -> None:
+    """It is one positive number, unless it is a schedule."""
+    if not callable(learning_rate):
+        checks.positive("learning_rate", learning_rate)
+        checks.broadcasts("learning_rate", learning_rate, ())
+
+
+def run_epochs(
+    key: Key[Array, ""],
+    epoch: Callable[[TrainState, Key[Array, ""]], tuple[TrainState, Metrics]],
+    state: TrainState,
+    *,
+    num_epochs: int,
+    evaluate: Callable[[Params], Metrics] | None,
+    report: Callable[[int, Metrics], None] | None,
+    epochs_per_report: int,
+) -> tuple[TrainState, Metrics]:
+    """One scan over epochs, with evaluations and reports as `fit` describes them.
+
+    Args:
+      key: typed PRNG key; each epoch has its own part of it.
+      epoch: `(state, key) -> (state, metrics)`.
+      state: where to start.
+      num_epochs, evaluate, report, epochs_per_report: see `fit`.
+    """
+
+    def recorded(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        state, metrics = epoch(state, epoch_key)
         evaluated = evaluate(state.params) if evaluate else {}
         if taken := evaluated.keys() & {*metrics, "step"}:
             raise ValueError(f"evaluate must not return {', '.join(sorted(taken))}: training has metrics of that name")
         return state, {**metrics, **evaluated, "step": state.step}
 
-    run = partial(jax.lax.scan, epoch)
-    keys = jax.random.split(key, num_epochs)
-    state = init_state(params, objective=objective, optimizer=transformation)
+    run, keys = partial(jax.lax.scan, recorded), jax.random.split(key, num_epochs)
     if report is None:
-        state, history = run(state, keys)
-    else:
-        state, history = _run_with_reports(run, state, keys, report, epochs_per_report)
-
-    if not checks.is_traced(state) and not state.finite:
-        raise NonFiniteError(int(state.step), -(-num_rows // batch_size), state.params, history)
-    return state.params, history
+        return run(state, keys)
+    return _run_with_reports(run, state, keys, report, epochs_per_report)
 
 
 def _run_with_reports(

@@ -27,9 +27,11 @@ from dpo_jax.types import (
     Objective,
     Pair,
     Params,
+    PolicyGradientLoss,
     PreferenceLoss,
     Preferences,
     ReferenceFreeLoss,
+    Rollouts,
     Scalar,
     StatefulObjective,
     UnpairedLoss,
@@ -170,6 +172,39 @@ def unpaired_objective(
     return _objective(log_prob, Labels, evaluate, {"beta": beta, **hyperparameters})
 
 
+def policy_gradient_objective(
+    log_prob: LogProbFn, loss: PolicyGradientLoss, **hyperparameters: Hyperparameter
+) -> Objective:
+    """The mean of a surrogate whose gradient is a policy gradient.
+
+    Args:
+      log_prob: scores responses.
+      loss: of log-probabilities now, log-probabilities when the policy responded, and advantages: for instance
+        `losses.ppo_loss`.
+      **hyperparameters: what else the loss takes. `losses.grpo_loss` wants
+        `reference=lambda params, batch, logps: batch.reference`.
+
+    Returns:
+      An objective on batches of `Rollouts`. Its metrics are means over the batch, weighted where it has weights:
+      `sampled_reward`; `sampled_kl`, the log-ratio to the reference (nats), when the policy responded; and
+      `ratio_change`, how far the ratio of probabilities now to those then is from 1.
+
+    Raises:
+      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions).
+    """
+    _refuse_now(lambda logps, **h: loss(logps, logps, logps, **h), **hyperparameters)
+
+    def evaluate(logps: Any, batch: Rollouts, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        metrics = {
+            "sampled_reward": batch.rewards,
+            "sampled_kl": batch.logps - batch.reference,
+            "ratio_change": jnp.abs(jnp.expm1(logps - batch.logps)),
+        }
+        return loss(logps, batch.logps, batch.advantages, **arguments), metrics
+
+    return _objective(log_prob, Rollouts, evaluate, hyperparameters)
+
+
 def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
     """`Preferences` or `Labels` that carry the log-probabilities of their responses under a reference policy.
 
@@ -246,6 +281,7 @@ def _check_noun(batch: Any, noun: type) -> None:
         Demonstrations: "train.sft_objective",
         Preferences: "train.preference_objective or train.reference_free_objective",
         Labels: "train.unpaired_objective",
+        Rollouts: "train.policy_gradient_objective",
     }
     if type(batch) in others and not isinstance(batch, noun):
         raise TypeError(

@@ -1,0 +1,44 @@
+"""Losses of fresh comparisons, of what the policy itself has just answered."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from dpo_jax import checks
+from dpo_jax.losses.margin import dpo_loss
+from dpo_jax.types import PairLike, Scalar
+
+
+def xpo_loss(
+    policy: PairLike[Float[Array, "*batch"]],
+    reference: PairLike[Float[Array, "*batch"]],
+    *,
+    beta: Scalar,
+    alpha: Scalar,
+    reference_won: Bool[Array, "*batch"],
+) -> Float[Array, "*batch"]:
+    r"""Exploratory Preference Optimization: DPO plus optimism, a pull away from what the reference answers.
+
+    .. math:: -\log \sigma(\beta \Delta) + \alpha \log \pi(\tilde y|x)
+
+    One response of each comparison is the policy's and the other, :math:`\tilde y`, is the reference's. Source: Xie et
+    al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1. With alpha 0 this is `dpo_loss`.
+
+    >>> import jax.numpy as jnp
+    >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
+    >>> print(xpo_loss(policy, reference, beta=0.5, alpha=0.1, reference_won=jnp.array([False])))  # DPO's minus 0.3
+    [0.0133]
+
+    Args:
+      policy, reference: pairs of log-probabilities (sums).
+      beta: strength of the pull towards the reference; positive.
+      alpha: :math:`\alpha`, how optimistic to be; zero or positive.
+      reference_won: whether the chosen response is the reference's.
+
+    Raises:
+      TypeError, ValueError: see `dpo_loss`; `reference_won` does not hold Booleans.
+    """
+    checks.not_negative("alpha", alpha)
+    checks.boolean("reference_won", reference_won)
+    loss = dpo_loss(policy, reference, beta=beta)
+    checks.hyperparameters(loss.shape, alpha=alpha, reference_won=reference_won)
+    return loss + alpha * jnp.where(reference_won, policy[0], policy[1])

@@ -1,0 +1,200 @@
+r"""Surrogates whose gradients are policy gradients, and the KL estimates that go with them.
+
+.. math:: \ell = \log \pi(y|x), \qquad \rho = \frac{\pi(y|x)}{\pi_{old}(y|x)}
+
+The responses are samples of :math:`\pi_{old}`, the policy as it was when it responded, and :math:`A` is the advantage
+of a response: how much better than usual it was. Every function is elementwise, and to be minimised: give it whole
+responses (sums over tokens), or tokens, and take the mean that you want (`dpo_jax.losses.aggregation`). No gradient
+should flow through anything but `logps`. All raise what `reinforce_loss` does.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.losses.ratios import bounded_exp
+from dpo_jax.types import Scalar
+
+KLEstimate: TypeAlias = Callable[[Any, Any], Array]
+"""An estimate of KL(policy || reference) from samples: `(logps, reference) -> [batch]`."""
+
+
+def reinforce_loss(logps: Float[Array, "*batch"], advantages: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""REINFORCE: its gradient is the policy gradient, if the responses are the policy's own.
+
+    .. math:: -A\, \ell
+
+    Source: Williams 1992, "Simple statistical gradient-following algorithms for connectionist reinforcement learning".
+
+    >>> import jax.numpy as jnp
+    >>> print(reinforce_loss(jnp.array([-1.0]), jnp.array([0.5])))
+    [0.5]
+
+    Args:
+      logps: log-probabilities (nats) of the responses.
+      advantages: of the responses, in units of reward.
+
+    Raises:
+      TypeError: an array does not hold floating-point numbers, or they differ in dtype.
+      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+    """
+    _check(logps=logps, advantages=advantages)
+    return -advantages * logps
+
+
+def ppo_loss(
+    logps: Float[Array, "*batch"],
+    old_logps: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    *,
+    clip: Scalar,
+    clip_high: Scalar | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Proximal Policy Optimization: no reward for moving further than the clip from the policy that responded.
+
+    .. math:: -\min(\rho A,\; \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{high})\, A)
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347, Eq. 7; a higher
+    :math:`\epsilon_{high}` is "Clip-Higher" of Yu et al. 2025, "DAPO", arXiv 2503.14476. To stay finite, the ratio goes
+    on along its tangent where its logarithm exceeds 22 (177 in float64).
+
+    >>> import jax.numpy as jnp
+    >>> logps, old_logps = jnp.log(jnp.array([0.6, 0.6])), jnp.log(jnp.array([0.4, 0.4]))
+    >>> print(ppo_loss(logps, old_logps, jnp.array([1.0, -1.0]), clip=0.2))  # a ratio of 1.5, clipped to 1.2 if it pays
+    [-1.2 1.5]
+
+    Args:
+      logps: log-probabilities (nats) of the responses.
+      old_logps: the same under the policy that responded.
+      advantages: of the responses, in units of reward.
+      clip: :math:`\epsilon`; positive, perhaps infinite.
+      clip_high: :math:`\epsilon_{high}`; `None` means the same.
+    """
+    high = clip if clip_high is None else clip_high
+    checks.positive_or_infinite("clip", clip)
+    checks.positive_or_infinite("clip_high", high)
+    _check(logps=logps, old_logps=old_logps, advantages=advantages)
+    checks.hyperparameters(logps.shape, clip=clip, clip_high=high)
+    ratio = bounded_exp(logps - old_logps)
+    return -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + high) * advantages)
+
+
+def grpo_loss(
+    logps: Float[Array, "*batch"],
+    old_logps: Float[Array, "*batch"],
+    advantages: Float[Array, "*batch"],
+    *,
+    reference: Float[Array, "*batch"],
+    beta: Scalar,
+    clip: Scalar = 0.2,
+    clip_high: Scalar | None = None,
+    kl: KLEstimate | None = None,
+) -> Float[Array, "*batch"]:
+    r"""Group Relative Policy Optimization: PPO's surrogate plus beta times an estimate of the KL to the reference.
+
+    .. math:: -\min(\rho A,\; \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{high})\, A) + \beta\, k
+
+    Source: Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, Eq. 3 and 4, where :math:`k` is `k3_estimate` of each
+    token. Mind what that does: the *value* of :math:`k_3` estimates KL(policy || reference), but its *gradient* is that
+    of KL(reference || policy), so GRPO does not come to the optimum of the RLHF objective. With `k2_estimate` and
+    `centred_advantages` it does. Advantages are `grpo_advantages`, or `centred_advantages` in Dr. GRPO.
+
+    >>> import jax.numpy as jnp
+    >>> same = jnp.log(jnp.array([0.4]))
+    >>> print(grpo_loss(same, same, jnp.array([1.0]), reference=same - 1, beta=0.1))  # -1 + 0.1 * (exp(-1) + 1 - 1)
+    [-0.9632]
+
+    Args:
+      logps: log-probabilities (nats) of the responses.
+      old_logps: the same under the policy that responded.
+      advantages: of the responses.
+      reference: log-probabilities under the reference policy.
+      beta: strength of the pull towards the reference; zero or positive.
+      clip, clip_high: see `ppo_loss`.
+      kl: `k3_estimate` unless given.
+    """
+    checks.not_negative("beta", beta)
+    _check(logps=logps, reference=reference)
+    checks.hyperparameters(logps.shape, beta=beta)
+    surrogate = ppo_loss(logps, old_logps, advantages, clip=clip, clip_high=clip_high)
+    return surrogate + beta * (kl or k3_estimate)(logps, reference)
+
+
+def value_loss(
+    values: Float[Array, "*batch"],
+    old_values: Float[Array, "*batch"],
+    returns: Float[Array, "*batch"],
+    *,
+    clip: Scalar = jnp.inf,
+) -> Float[Array, "*batch"]:
+    r"""Half the squared error of a value function that may not move further than the clip at once.
+
+    .. math::
+        \frac{1}{2} \max \left( (V - R)^2,\; (V_{old} + \mathrm{clip}(V - V_{old}, -\epsilon, \epsilon) - R)^2 \right)
+
+    Source: the value loss of OpenAI's PPO implementation (Baselines, `ppo2`), which TRL follows.
+
+    >>> import jax.numpy as jnp
+    >>> print(value_loss(jnp.array([1.0]), jnp.array([0.0]), jnp.array([1.0]), clip=0.2))  # right, but moved too far
+    [0.32]
+
+    Args:
+      values: what the value function expects, in units of reward.
+      old_values: what it expected when the policy responded.
+      returns: what came.
+      clip: :math:`\epsilon`; positive, infinite for no clip.
+    """
+    checks.positive_or_infinite("clip", clip)
+    _check(values=values, old_values=old_values, returns=returns)
+    checks.hyperparameters(values.shape, clip=clip)
+    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def k1_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""An unbiased estimate of KL(policy || reference); belongs into the reward.
+
+    .. math:: k_1 = \log \frac{\pi}{\pi_{ref}}
+
+    The expected gradient of its mean over the policy's own responses is zero: as a term of a loss it does nothing.
+    Source: Schulman 2020, "Approximating KL Divergence".
+
+    Args:
+      logps: log-probabilities (nats) of responses that the policy gave.
+      reference: the same under the reference policy.
+    """
+    _check(logps=logps, reference=reference)
+    return logps - reference
+
+
+def k2_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""A biased estimate of KL(policy || reference), whose gradient is unbiased; belongs into the loss.
+
+    .. math:: k_2 = \frac{1}{2} \left( \log \frac{\pi}{\pi_{ref}} \right)^2
+
+    Source and arguments: those of `k1_estimate`.
+    """
+    _check(logps=logps, reference=reference)
+    return 0.5 * (logps - reference) ** 2
+
+
+def k3_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    r"""An unbiased estimate of KL(policy || reference), never negative; good to look at.
+
+    .. math:: k_3 = \frac{\pi_{ref}}{\pi} - 1 - \log \frac{\pi_{ref}}{\pi}
+
+    The expected gradient of its mean over the policy's own responses is that of KL(reference || policy), the other
+    divergence. Source and arguments: those of `k1_estimate`. The exponential is bounded as in `ppo_loss`.
+    """
+    _check(logps=logps, reference=reference)
+    return bounded_exp(reference - logps) - 1 - (reference - logps)
+
+
+def _check(**arrays: Any) -> None:
+    for name, array in arrays.items():
+        checks.floating(name, array)
+    checks.same_shape(**arrays)
+    checks.same_dtype(**arrays)

@@ -1,0 +1,83 @@
+"""What every on-policy learner does first: ask, let the policy respond, and score the responses."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dpo_jax.types import AskFn, LogProbFn, Params, RespondFn, RewardFn, Rollouts
+
+
+class Groups(NamedTuple):
+    """Groups of responses, each to one prompt: a row for each prompt, a column for each response.
+
+    Attributes:
+      prompts: repeated in each column.
+      responses: what was answered.
+      logps: log-probabilities under the policy that responded.
+      reference: the same under the reference policy.
+      weights: how probable each response is, up to a factor, if they are all that there are.
+    """
+
+    prompts: Int[Array, "prompts group ..."]
+    responses: Int[Array, "prompts group ..."]
+    logps: Float[Array, "prompts group"]
+    reference: Float[Array, "prompts group"]
+    weights: Float[Array, "prompts group"] | None
+
+
+def collect_groups(
+    key: Key[Array, ""], params: Params, *, ask: AskFn, respond: RespondFn, log_prob: LogProbFn, reference: Params
+) -> Groups:
+    """Asks, responds and scores.
+
+    Args:
+      key: typed PRNG key.
+      params: parameters of the policy that responds.
+      ask: draws prompts.
+      respond: responds to them.
+      log_prob: scores responses.
+      reference: parameters of the reference policy.
+    """
+    ask_key, respond_key = jax.random.split(key)
+    return score_groups(ask(ask_key), respond_key, params, respond=respond, log_prob=log_prob, reference=reference)
+
+
+def score_groups(
+    prompts: Array, key: Key[Array, ""], params: Params, *, respond: RespondFn, log_prob: LogProbFn, reference: Params
+) -> Groups:
+    """Responds to given prompts, and scores."""
+    responses, weights = respond(key, params, prompts)
+    num, size = responses.shape[:2]
+    repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
+    logps, reference_logps = (log_prob(policy, repeated, responses) for policy in (params, reference))
+    return Groups(repeated, responses, logps, reference_logps, weights)
+
+
+def as_rollouts(
+    groups: Groups, rewards: Float[Array, "prompts group"], advantages: Float[Array, "prompts group"], **columns: Array
+) -> Rollouts:
+    """Groups with their rewards and advantages, one response a row: what training passes over."""
+    rollouts = Rollouts(*groups[:4], rewards, advantages, groups.weights, **columns)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rollouts)
+
+
+def best_of_n(key: Key[Array, ""], params: Params, prompts: Array, *, respond: RespondFn, reward: RewardFn) -> Any:
+    """The best response of each group, by a reward: the first of equals. Nothing is trained.
+
+    Args:
+      key: typed PRNG key.
+      params: parameters of the policy that responds.
+      prompts: what to respond to.
+      respond: gives n responses to each prompt.
+      reward: by which the best is chosen: the truth, or a reward model.
+
+    Returns:
+      One response to each prompt.
+    """
+    responses = respond(key, params, prompts).responses
+    num, size = responses.shape[:2]
+    repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
+    best = jnp.argmax(reward(repeated, responses), axis=-1)
+    return responses[jnp.arange(num), best]

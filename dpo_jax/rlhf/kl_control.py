@@ -1,0 +1,42 @@
+"""A price of KL that finds itself: it rises where the policy strays further than wanted, and falls where it does not."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.types import Scalar
+
+
+class AdaptiveKL(NamedTuple):
+    """How to control the KL to the reference: where `rlhf.ppo` takes beta, it takes this as well.
+
+    Attributes:
+      initial: the price of a nat in the first round, in units of reward; positive.
+      target: the KL (nats) to be held; positive.
+      gain: by how much the price changes in a round; positive.
+    """
+
+    initial: Scalar
+    target: Scalar
+    gain: Scalar = 0.1
+
+
+def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, control: AdaptiveKL) -> Float[Array, ""]:
+    r"""The price of the next round, by proportional control of its logarithm.
+
+    .. math:: \beta' = \beta\, (1 + K e), \qquad e = \mathrm{clip} \left( \frac{KL - T}{T}, -0.2, 0.2 \right)
+
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", arXiv 1909.08593, Sec. 2.2, with
+    :math:`K = 0.1`.
+
+    Args:
+      coefficient: the price of this round.
+      kl: the KL (nats) measured in this round.
+      control: target and gain.
+    """
+    for name, value in control._asdict().items():
+        checks.positive(name, value)
+    error = jnp.clip(kl / control.target - 1, -0.2, 0.2)
+    return coefficient * (1 + control.gain * error)

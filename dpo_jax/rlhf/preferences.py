@@ -1,0 +1,196 @@
+r"""Online DPO, XPO and Nash-MD: learners that ask for comparisons of what the policy answers now.
+
+Each function returns a `Learner` for `train.fit_online`. What they have in common:
+
+- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`).
+- `log_prob`: scores responses.
+- `prefer`: says how probable it is that the first of two responses is preferred: people (`toy.preference_fn` of the
+  world's rewards), a reward model (the same of its rewards), or any other preference, be it cyclic
+  (`toy.general_preference_fn`).
+- `reference`: parameters of the policy that is not to be strayed from, usually those that training starts with.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Key
+
+from dpo_jax import checks
+from dpo_jax.losses import dpo_loss, reinforce_loss, xpo_loss
+from dpo_jax.rlhf.groups import Groups, as_rollouts, collect_groups, score_groups
+from dpo_jax.train import policy_gradient_objective, preference_objective
+from dpo_jax.types import (
+    AskFn,
+    Learner,
+    LogProbFn,
+    Pair,
+    Params,
+    PreferenceFn,
+    PreferenceLoss,
+    Preferences,
+    RespondFn,
+    Rollouts,
+    Scalar,
+)
+
+
+def online_dpo(
+    ask: AskFn,
+    respond: RespondFn,
+    log_prob: LogProbFn,
+    prefer: PreferenceFn,
+    *,
+    reference: Params,
+    beta: Scalar,
+    loss: PreferenceLoss = dpo_loss,
+) -> Learner:
+    """DPO on fresh pairs: the policy answers twice, somebody compares, and DPO takes a step.
+
+    Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", arXiv 2402.04792, Algorithm 1.
+    The two answers are independent; where they are the same, nothing is learnt.
+
+    Args:
+      ask, respond, log_prob, prefer, reference: see above; `respond` gives two responses to each prompt.
+      beta: strength of the pull towards the reference; positive.
+      loss: another preference loss, for instance `losses.ipo_loss`.
+    """
+
+    def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
+        group_key, label_key = jax.random.split(key)
+        groups = collect_groups(group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        _check_samples(groups, size=2)
+        first, second = (jax.tree.map(lambda leaf, i=i: leaf[:, i], groups) for i in (0, 1))
+        return compare(label_key, prefer, first, second)[0], memory
+
+    return Learner(collect, preference_objective(log_prob, loss, beta=beta))
+
+
+def xpo(
+    ask: AskFn,
+    respond: RespondFn,
+    log_prob: LogProbFn,
+    prefer: PreferenceFn,
+    *,
+    reference: Params,
+    beta: Scalar,
+    alpha: Scalar,
+) -> Learner:
+    """Exploratory Preference Optimization: the policy's answer against the reference's, with a bonus for novelty.
+
+    Source: Xie et al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1, but for learning from
+    the comparisons of this round alone instead of all rounds so far.
+
+    Args:
+      ask, respond, log_prob, prefer, reference: see above; `respond` gives one response to each prompt.
+      beta: strength of the pull towards the reference; positive.
+      alpha: how optimistic to be; zero or positive. See `losses.xpo_loss`.
+    """
+
+    def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
+        ask_key, own_key, other_key, label_key = jax.random.split(key, 4)
+        prompts = ask(ask_key)
+        score = partial(_answer, prompts, respond=respond, log_prob=log_prob, reference=reference)
+        own, other = score(own_key, params), score(other_key, reference)
+        preferences, own_won = compare(label_key, prefer, own, other)
+        return preferences._replace(columns={"reference_won": ~own_won}), memory
+
+    objective = preference_objective(
+        log_prob,
+        xpo_loss,
+        beta=beta,
+        alpha=alpha,
+        reference_won=lambda _params, batch, _logps: batch.columns["reference_won"],
+    )
+    return Learner(collect, objective)
+
+
+def nash_md(
+    ask: AskFn,
+    respond: RespondFn,
+    opponent: RespondFn,
+    log_prob: LogProbFn,
+    prefer: PreferenceFn,
+    *,
+    reference: Params,
+    tau: Scalar,
+) -> Learner:
+    r"""Nash-MD-PG: policy gradients towards what is preferred to the answers of an opponent made of the policy itself.
+
+    .. math:: A = P(y \succ y') - \frac{1}{2} - \tau \log \frac{\pi_{old}}{\pi_{ref}}
+
+    Source: Munos et al. 2023, "Nash Learning from Human Feedback", arXiv 2312.00886, Sec. 7. With an opponent that is
+    the policy as it is (self-play), it can come to rest only at the regularised equilibrium; one that is mixed with the
+    reference (`toy.respond_fn(..., reference=..., mix=...)`) is steadier, and shifts that point a little.
+
+    Args:
+      ask, respond, log_prob, prefer, reference: see above.
+      opponent: responds with the policy, or with a mixture of it and the reference.
+      tau: price of a nat of KL to the reference, in units of probability; zero or positive.
+    """
+    checks.not_negative("tau", tau)
+
+    def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
+        group_key, opponent_key = jax.random.split(key)
+        groups = collect_groups(group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        others, weights = opponent(opponent_key, params, groups.prompts[:, 0])
+        rewards = jax.vmap(lambda other: prefer(groups.prompts, groups.responses, _repeat(other, groups)), 1, -1)(
+            others
+        )
+        if weights is None:
+            rewards = jnp.mean(rewards, axis=-1)
+        else:
+            rewards = jnp.sum(rewards * weights[:, None], axis=-1) / jnp.sum(weights, axis=-1)[:, None]
+        advantages = rewards - 0.5 - tau * (groups.logps - groups.reference)
+        return as_rollouts(groups, rewards, advantages), memory
+
+    def loss(logps: Array, _old_logps: Array, advantages: Array) -> Array:
+        return reinforce_loss(logps, advantages)
+
+    return Learner(collect, policy_gradient_objective(log_prob, loss))
+
+
+def compare(
+    key: Key[Array, ""], prefer: PreferenceFn, first: Groups, second: Groups
+) -> tuple[Preferences, Bool[Array, " prompts"]]:
+    """Has somebody compare two answers to each prompt.
+
+    Args:
+      key: typed PRNG key.
+      prefer: how probable it is that the first is preferred.
+      first, second: one answer to each prompt, scored.
+
+    Returns:
+      Comparisons that carry their reference, and whether the first was preferred.
+    """
+    first_won = jax.random.bernoulli(key, prefer(first.prompts, first.responses, second.responses))
+
+    def winner(wins: Array, one: Array, other: Array) -> Array:
+        return jnp.where(wins.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+
+    def ordered(one: Array, other: Array) -> Pair:
+        return Pair(winner(first_won, one, other), winner(~first_won, one, other))
+
+    responses, reference = ordered(first.responses, second.responses), ordered(first.reference, second.reference)
+    return Preferences(first.prompts, responses, reference=reference), first_won
+
+
+def _answer(prompts: Array, key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
+    """One answer of a policy to each prompt."""
+    groups = score_groups(prompts, key, policy, **scoring)
+    _check_samples(groups, size=1)
+    return jax.tree.map(lambda leaf: leaf[:, 0], groups)
+
+
+def _repeat(other: Array, groups: Groups) -> Array:
+    """One opponent's answer to each prompt, set against every response of its group."""
+    return jnp.broadcast_to(other[:, None], groups.responses.shape)
+
+
+def _check_samples(groups: Groups, *, size: int) -> None:
+    """Respond gave samples, and as many as are wanted."""
+    if groups.weights is not None:
+        raise ValueError("respond must sample: comparisons of all responses at once are not made here")
+    if groups.responses.shape[1] != size:
+        raise ValueError(f"respond must give {size} to each prompt, got groups of {groups.responses.shape[1]}")

@@ -1,0 +1,125 @@
+"""What a learner needs that tries things out: prompts to ask, policies that respond, people who judge."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
+
+from dpo_jax import checks
+from dpo_jax.toy.policy import generate, log_prob_table, lookup
+from dpo_jax.toy.world import World, preference_probability
+from dpo_jax.types import AskFn, Params, PreferenceFn, RespondFn, Responses, RewardFn, Scalar
+
+
+def ask_uniformly(world: World, *, num: int) -> AskFn:
+    """The function `key -> [num]` that draws uniform prompts."""
+    checks.size("num", num)
+    return lambda key: jax.random.randint(key, (num,), 0, world.num_prompts)
+
+
+def ask_everything(world: World) -> AskFn:
+    """The function `key -> [prompts]` that asks each prompt once, whatever the key."""
+    return lambda _: jnp.arange(world.num_prompts)
+
+
+def respond_fn(
+    policy: nn.Module,
+    embeddings: Float[Array, "prompts features"],
+    *,
+    group_size: int,
+    reference: Float[Array, "prompts responses"] | None = None,
+    mix: Scalar = 0.0,
+) -> RespondFn:
+    r"""The function `(key, params, prompts) -> Responses` that samples a group of responses to each prompt.
+
+    .. math:: y \sim \frac{1}{Z}\, \pi(y|x)^{1 - m}\, \pi_{ref}(y|x)^m
+
+    Args:
+      policy: the network that responds.
+      embeddings: what it sees of each prompt.
+      group_size: how many responses to each prompt; static.
+      reference: table of a reference policy, to be mixed in; `None` if there is none.
+      mix: :math:`m`, its share, between 0 and 1.
+    """
+    checks.size("group_size", group_size)
+    checks.probability("mix", mix)
+    log_probs = log_prob_table(policy, embeddings)
+
+    def respond(key: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
+        table = log_probs(params)
+        if reference is not None:
+            table = jax.nn.log_softmax((1 - mix) * table + mix * reference)
+        groups = jnp.broadcast_to(prompts[:, None], (*prompts.shape, group_size))
+        return Responses(generate(key, table, groups))
+
+    return respond
+
+
+def enumerate_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> RespondFn:
+    """The function `(key, params, prompts) -> Responses` that gives every response, weighted by its probability.
+
+    What is learnt from it is learnt from exact expectations.
+    """
+    log_probs = log_prob_table(policy, embeddings)
+
+    def respond(_: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
+        table = log_probs(params)
+        num_responses = table.shape[-1]
+        every = jnp.broadcast_to(jnp.arange(num_responses), (*prompts.shape, num_responses))
+        return Responses(every, jax.lax.stop_gradient(num_responses * jnp.exp(table[prompts])))
+
+    return respond
+
+
+def reward_fn(rewards: Float[Array, "prompts responses"]) -> RewardFn:
+    """The function `(prompts, responses) -> rewards` of a table: the world's, or what a reward model makes of it."""
+    return lambda prompts, responses: lookup(rewards, prompts, responses)
+
+
+def preference_fn(
+    rewards: Float[Array, "prompts responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+) -> PreferenceFn:
+    """The function `(prompts, responses, others) -> probabilities` of people who judge by rewards.
+
+    Args:
+      rewards: the table they judge by: the world's, or what a reward model makes of it.
+      temperature, flip_probability: see `preference_probability`.
+    """
+
+    def prefer(prompts: Array, responses: Array, others: Array) -> Array:
+        return preference_probability(
+            *lookup(rewards, prompts, (responses, others)), temperature=temperature, flip_probability=flip_probability
+        )
+
+    return prefer
+
+
+def general_preference_fn(preference: Float[Array, "prompts responses responses"]) -> PreferenceFn:
+    """The function `(prompts, responses, others) -> probabilities` of any preference, be it cyclic.
+
+    Args:
+      preference: how probable it is that the response of the row is preferred to that of the column; entry and mirror
+        image add up to 1.
+
+    Raises:
+      ValueError: they do not (checked unless traced).
+    """
+    check_preference(preference)
+    num_prompts, num_responses, _ = preference.shape
+
+    def prefer(prompts: Array, responses: Array, others: Array) -> Array:
+        checks.ids("prompts", prompts, num_prompts)
+        checks.ids("responses", responses, num_responses)
+        checks.ids("others", others, num_responses)
+        return preference.at[prompts, responses, others].get(mode="fill", wrap_negative_indices=False)
+
+    return prefer
+
+
+def check_preference(preference: Float[Array, "*n responses responses"]) -> None:
+    """Each pair of responses has probabilities that add up to 1."""
+    checks.probability("preference", preference)
+    if checks.is_traced(preference):
+        return
+    if not jnp.allclose(preference + jnp.swapaxes(preference, -1, -2), 1.0, rtol=0, atol=1e-5):
+        raise ValueError("preference[..., i, j] + preference[..., j, i] must be 1 for all i and j")

@@ -1,0 +1,142 @@
+r"""Preferences without a reward: games between responses, their equilibria, and how to get there.
+
+A preference is a table whose entry :math:`P(y \succ y')` says how probable it is that the response of the row is
+preferred to that of the column. It may be cyclic, as in rock, paper, scissors; then no reward explains it, and the best
+policy is the one that no other is preferred to: the Nash equilibrium of the game. Every function works on the last axes
+and keeps those before them.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dpo_jax import checks
+from dpo_jax.toy.exact import kl_to_reference
+from dpo_jax.toy.interaction import check_preference
+from dpo_jax.toy.world import preference_probability
+from dpo_jax.types import Scalar
+
+
+def preference_table(
+    rewards: Float[Array, "*n responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+) -> Float[Array, "*n responses responses"]:
+    """The preference of people who judge by rewards (`preference_probability`)."""
+    return preference_probability(
+        rewards[..., :, None], rewards[..., None, :], temperature=temperature, flip_probability=flip_probability
+    )
+
+
+def nash_equilibrium(preference: Float[np.ndarray, "responses responses"]) -> Float[np.ndarray, " responses"]:
+    """Probabilities of a policy to which none is preferred, by linear programming.
+
+    Args:
+      preference: of one prompt. There may be many equilibria; one of them is returned.
+    """
+    from scipy import optimize
+
+    check_preference(jnp.asarray(preference))
+    size = len(preference)
+    no_worse = -(np.asarray(preference, np.float64).T - 0.5)  # against each response it wins half the time or more
+    solution = optimize.linprog(
+        np.zeros(size), A_ub=no_worse, b_ub=np.full(size, 1e-12), A_eq=np.ones((1, size)), b_eq=[1.0]
+    )
+    if not solution.success:
+        raise ValueError(f"no equilibrium found: {solution.message}")
+    return solution.x
+
+
+def exploitability(
+    log_probs: Float[Array, "*n responses"], preference: Float[Array, "*n responses responses"]
+) -> Float[Array, "*n"]:
+    r"""How often the best answer to a policy is preferred to it, beyond half: zero at the equilibrium.
+
+    .. math:: \max_y P(y \succ \pi) - \frac{1}{2}
+    """
+    return jnp.max(_against(log_probs, preference), axis=-1) - 0.5
+
+
+def regularized_exploitability(
+    log_probs: Float[Array, "*n responses"],
+    reference: Float[Array, "*n responses"],
+    preference: Float[Array, "*n responses responses"],
+    *,
+    tau: Scalar,
+) -> Float[Array, "*n"]:
+    r"""How much the best answer to a policy gains, where straying from the reference has a price.
+
+    .. math::
+        \max_{\pi'} \left[ P(\pi' \succ \pi) - \tau\, KL(\pi' \| \pi_{ref}) \right] - \frac{1}{2} + \tau\, KL(\pi \|
+        \pi_{ref})
+
+    Zero at the regularised equilibrium, and there only. Source: the preference of Munos et al. 2023, "Nash Learning
+    from Human Feedback", arXiv 2312.00886, Eq. 3.
+
+    Args:
+      log_probs: table of the policy (nats).
+      reference: table of the reference policy.
+      preference: who is preferred to whom.
+      tau: price of a nat; positive.
+    """
+    checks.positive("tau", tau)
+    best = tau * jax.nn.logsumexp(reference + _against(log_probs, preference) / tau, axis=-1)
+    return best - 0.5 + tau * kl_to_reference(log_probs, reference)
+
+
+def nash_md_step(
+    log_probs: Float[Array, "*n responses"],
+    reference: Float[Array, "*n responses"],
+    preference: Float[Array, "*n responses responses"],
+    *,
+    tau: Scalar,
+    learning_rate: Scalar,
+) -> Float[Array, "*n responses"]:
+    r"""One step of Nash mirror descent: an answer to the policy mixed with the reference, near that mixture.
+
+    .. math::
+        \pi_{mix} \propto \pi^{1 - \eta \tau} \pi_{ref}^{\eta \tau}, \qquad
+        \pi' \propto \pi_{mix}\, e^{\eta P(\cdot \succ \pi_{mix})}
+
+    Source: Munos et al. 2023, arXiv 2312.00886, Sec. 6.
+
+    Args:
+      log_probs, reference, preference, tau: see `regularized_exploitability`.
+      learning_rate: :math:`\eta`; positive, at most 1 / tau.
+    """
+    checks.positive("learning_rate", learning_rate)
+    share = learning_rate * tau
+    mixed = jax.nn.log_softmax((1 - share) * log_probs + share * reference)
+    return jax.nn.log_softmax(mixed + learning_rate * _against(mixed, preference))
+
+
+def nash_md(
+    reference: Float[Array, "*n responses"],
+    preference: Float[Array, "*n responses responses"],
+    *,
+    tau: Scalar,
+    num_steps: int,
+) -> Float[Array, "*n responses"]:
+    r"""Nash mirror descent from the reference: log-probabilities near the regularised equilibrium.
+
+    Step `t` has the learning rate :math:`2 / (\tau (t + 2))`; then
+    :math:`KL(\pi^* \| \pi_T) \leq 8 / (\tau^2 (T + 1))`. Source: Munos et al. 2023, arXiv 2312.00886, Theorem 1.
+
+    Args:
+      reference, preference, tau: see `regularized_exploitability`.
+      num_steps: static.
+    """
+    checks.positive("tau", tau)
+    checks.size("num_steps", num_steps)
+    check_preference(preference)
+    step = partial(nash_md_step, reference=reference, preference=preference, tau=tau)
+    rates = 2 / (tau * (jnp.arange(num_steps) + 2.0))
+    return jax.lax.scan(lambda log_probs, rate: (step(log_probs, learning_rate=rate), None), reference, rates)[0]
+
+
+def _against(
+    log_probs: Float[Array, "*n responses"], preference: Float[Array, "*n responses responses"]
+) -> Float[Array, "*n responses"]:
+    """How probable it is that each response is preferred to that of a policy."""
+    return jnp.sum(preference * jnp.exp(log_probs)[..., None, :], axis=-1)

@@ -1,0 +1,108 @@
+"""`fit_online`: one scan over rounds of collecting data with the current policy and training on them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from dpo_jax import checks
+from dpo_jax.shuffle import permutation
+from dpo_jax.train.fit import NonFiniteError, TrainState, check_learning_rate, init_state, run_epoch, run_epochs
+from dpo_jax.types import Learner, Metrics, Params, Scalar
+
+
+def fit_online(
+    key: Key[Array, ""],
+    params: Params,
+    learner: Learner,
+    *,
+    learning_rate: Scalar | optax.Schedule,
+    num_epochs: int,
+    rounds_per_epoch: int = 1,
+    passes_per_round: int = 1,
+    batch_size: int | None = None,
+    optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam,
+    evaluate: Callable[[Params], Metrics] | None = None,
+    report: Callable[[int, Metrics], None] | None = None,
+    epochs_per_report: int = 10,
+) -> tuple[Params, Metrics]:
+    """Trains a policy on what it does itself, in rounds: collect data, then pass over them, in one compiled scan.
+
+    A pure function, to be used inside `jit` and `vmap` or on its own, like `fit`. Whatever the learner closes over may
+    be traced (beta, clip, the world, a reward model), and so may `learning_rate`.
+
+    Args:
+      key: typed PRNG key; each round has its own part of it.
+      params: where to start.
+      learner: how to collect, and what to minimise; `dpo_jax.rlhf` has them.
+      learning_rate: positive; a number, or an Optax schedule.
+      num_epochs: how many entries the history shall have; static.
+      rounds_per_epoch: rounds of collecting and training for each entry; static.
+      passes_per_round: how often to pass over the data of a round, shuffled each time; static. PPO takes several.
+      batch_size: rows per optimizer step; static. `None` takes all data of a round at once.
+      optimizer, evaluate, report, epochs_per_report: see `fit`.
+
+    Returns:
+      The trained parameters, and the history: for each metric an array `[num_epochs]` of means over batches; `loss` and
+      `step`, the optimizer steps applied by the end of the epoch, are always among them.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described.
+      NonFiniteError: as for `fit`; a reward that is NaN counts, too.
+    """
+    checks.key(key)
+    for name, size in {
+        "num_epochs": num_epochs,
+        "rounds_per_epoch": rounds_per_epoch,
+        "passes_per_round": passes_per_round,
+    }.items():
+        checks.size(name, size)
+    check_learning_rate(learning_rate)
+    memory = jax.tree.map(jnp.asarray, learner.memory)
+    num_rows = checks.rows("collected data", jax.eval_shape(learner.collect, key, params, memory)[0])
+    size = num_rows if batch_size is None else min(batch_size, num_rows)
+    checks.size("batch_size", size)
+    transformation = optimizer(learning_rate)
+
+    def one_pass(state: TrainState, pass_key: Key[Array, ""], data: Any) -> tuple[TrainState, Metrics]:
+        order = jnp.arange(num_rows) if size == num_rows else permutation(pass_key, num_rows)
+        return run_epoch(state, data, order, objective=learner.objective, optimizer=transformation, batch_size=size)
+
+    def one_round(state: TrainState, round_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        collect_key, train_key = jax.random.split(round_key)
+        objective_memory, memory = state.memory
+        data, new_memory = learner.collect(collect_key, state.params, memory)
+        data = jax.lax.stop_gradient(data)
+        state, metrics = jax.lax.scan(
+            lambda state, pass_key: one_pass(state, pass_key, data),
+            state._replace(memory=objective_memory),
+            jax.random.split(train_key, passes_per_round),
+        )
+        memory = jax.tree.map(lambda old, new: jnp.where(state.finite, new, old), memory, new_memory)
+        return state._replace(memory=(state.memory, memory)), _means(metrics)
+
+    def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+        state, metrics = jax.lax.scan(one_round, state, jax.random.split(epoch_key, rounds_per_epoch))
+        return state, _means(metrics)
+
+    state = init_state(params, objective=learner.objective, optimizer=transformation)
+    state, history = run_epochs(
+        key,
+        epoch,
+        state._replace(memory=(state.memory, memory)),
+        num_epochs=num_epochs,
+        evaluate=evaluate,
+        report=report,
+        epochs_per_report=epochs_per_report,
+    )
+    if not checks.is_traced(state) and not state.finite:
+        steps_per_epoch = rounds_per_epoch * passes_per_round * -(-num_rows // size)
+        raise NonFiniteError(int(state.step), steps_per_epoch, state.params, history)
+    return state.params, history
+
+
+def _means(metrics: Metrics) -> Metrics:
+    return {name: jnp.mean(metric, axis=0) for name, metric in metrics.items()}
