@@ -151,17 +151,10 @@ def measure(start: Start, log_probs: Float[Array, "prompts responses"]) -> dict[
     return {
         **toy.evaluate(log_probs, start.log_probs, world.rewards),
         "regret": jnp.mean(toy.regret(log_probs, start.log_probs, world.rewards, beta=BETA)),
-        "accuracy": accuracy(log_probs, world.rewards),
-        "implicit_accuracy": accuracy(log_probs - start.log_probs, world.rewards),
+        "accuracy": jnp.mean(toy.ranking_accuracy(log_probs, world.rewards)),
+        "implicit_accuracy": jnp.mean(toy.ranking_accuracy(log_probs - start.log_probs, world.rewards)),
         "chosen_logp_change": jnp.mean(toy.lookup(log_probs - start.log_probs, pairs.prompts, pairs.responses.chosen)),
     }
-
-
-def accuracy(score: Float[Array, "prompts responses"], rewards: Float[Array, "prompts responses"]) -> Float[Array, ""]:
-    """The share of pairs of distinct responses that a score orders as the true rewards do; ties count half."""
-    said, true = (values[:, :, None] - values[:, None, :] for values in (score, rewards))
-    right = jnp.where(said == 0, 0.5, said * true > 0)
-    return jnp.mean(right[:, ~np.eye(rewards.shape[-1], dtype=bool)])
 
 
 def baseline(start: Start) -> dict[str, Any]:

@@ -74,18 +74,18 @@ class Runner:
 
     def compiled(self, run: Callable[[Any, Any], Any], example: Hyperparameters) -> harness.Program:
         """The program for `RUNS_PER_CHUNK` runs of `run(start, hyperparameters)`."""
-        chunk = self._arguments(Task(next(iter(self.starts)), np.zeros(1, int), [example]), 0)
+        chunk = self.arguments(Task(next(iter(self.starts)), np.zeros(1, int), [example]), 0)
         return self.watch.compiled(jax.vmap(run), *chunk)
 
     def __call__(self, program: harness.Program, task: Task) -> dict[str, np.ndarray]:
         """What was measured, one number for each run of a task."""
         results = []
         for first in range(0, len(task.rows), RUNS_PER_CHUNK):
-            results.append(program(*self._arguments(task, first)))
+            results.append(program(*self.arguments(task, first)))
             self.report(min(RUNS_PER_CHUNK, len(task.rows) - first))
         return {name: np.concatenate([part[name] for part in results])[: len(task.rows)] for name in results[0]}
 
-    def _arguments(self, task: Task, first: int) -> tuple[Any, dict[str, np.ndarray]]:
+    def arguments(self, task: Task, first: int) -> tuple[Any, dict[str, np.ndarray]]:
         """The arguments of a chunk; the last run fills up a chunk that is short."""
         runs = np.minimum(np.arange(first, first + RUNS_PER_CHUNK), len(task.rows) - 1)
         start = jax.tree.map(lambda leaf: leaf[task.rows[runs]], self.starts[task.where])

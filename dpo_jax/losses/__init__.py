@@ -27,6 +27,7 @@ from dpo_jax.losses.divergences import forward_kl as forward_kl
 from dpo_jax.losses.divergences import jensen_shannon as jensen_shannon
 from dpo_jax.losses.divergences import reverse_kl as reverse_kl
 from dpo_jax.losses.divergences import with_divergence as with_divergence
+from dpo_jax.losses.exploration import xpo_loss as xpo_loss
 from dpo_jax.losses.margin import discopop_loss as discopop_loss
 from dpo_jax.losses.margin import dpo_loss as dpo_loss
 from dpo_jax.losses.margin import exo_loss as exo_loss
@@ -39,7 +40,6 @@ from dpo_jax.losses.margin import robust_dpo_loss as robust_dpo_loss
 from dpo_jax.losses.margin import savage_loss as savage_loss
 from dpo_jax.losses.margin import squared_loss as squared_loss
 from dpo_jax.losses.margin import truncated_quadratic_loss as truncated_quadratic_loss
-from dpo_jax.losses.online import xpo_loss as xpo_loss
 from dpo_jax.losses.pairwise import apo_down_loss as apo_down_loss
 from dpo_jax.losses.pairwise import apo_zero_loss as apo_zero_loss
 from dpo_jax.losses.pairwise import bco_pair_loss as bco_pair_loss

@@ -7,11 +7,11 @@ from dpo_jax.rlhf.groups import best_of_n as best_of_n
 from dpo_jax.rlhf.groups import collect_groups as collect_groups
 from dpo_jax.rlhf.kl_control import AdaptiveKL as AdaptiveKL
 from dpo_jax.rlhf.kl_control import update_coefficient as update_coefficient
-from dpo_jax.rlhf.policy_gradient import ActorCritic as ActorCritic
-from dpo_jax.rlhf.policy_gradient import grpo as grpo
-from dpo_jax.rlhf.policy_gradient import ppo as ppo
-from dpo_jax.rlhf.policy_gradient import reinforce as reinforce
-from dpo_jax.rlhf.policy_gradient import rloo as rloo
 from dpo_jax.rlhf.preferences import nash_md as nash_md
 from dpo_jax.rlhf.preferences import online_dpo as online_dpo
 from dpo_jax.rlhf.preferences import xpo as xpo
+from dpo_jax.rlhf.reinforcement import ActorCritic as ActorCritic
+from dpo_jax.rlhf.reinforcement import grpo as grpo
+from dpo_jax.rlhf.reinforcement import ppo as ppo
+from dpo_jax.rlhf.reinforcement import reinforce as reinforce
+from dpo_jax.rlhf.reinforcement import rloo as rloo

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.rlhf.policy_gradient import Advantages
+from dpo_jax.rlhf.reinforcement import Advantages
 
 
 def policy_gradient(
@@ -50,7 +50,7 @@ def estimate_moments(
     groups = np.indices((num_responses,) * group_size).reshape(group_size, -1).T
     log_probs = jax.nn.log_softmax(logits)
     probability = jnp.exp(jnp.sum(log_probs[groups], axis=-1))
-    score = jnp.eye(num_responses, dtype=logits.dtype) - jnp.exp(log_probs)
+    score = jnp.eye(num_responses, dtype=logits.dtype) - jnp.exp(log_probs)[None]
     estimate = jnp.mean(advantages(rewards[groups], None)[..., None] * score[groups], axis=-2)
     mean = probability @ estimate
-    return mean, probability @ (estimate - mean) ** 2
+    return mean, probability @ (estimate - mean[None]) ** 2

@@ -1,4 +1,4 @@
-"""A price of KL that finds itself: it rises where the policy strays further than wanted, and falls where it does not."""
+"""A price of KL that finds itself: it rises where the policy strays too far, and falls where it stays too near."""
 
 from typing import NamedTuple
 

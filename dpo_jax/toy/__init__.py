@@ -15,8 +15,10 @@ from dpo_jax.toy.exact import implicit_reward as implicit_reward
 from dpo_jax.toy.exact import kl_to_reference as kl_to_reference
 from dpo_jax.toy.exact import log_partition as log_partition
 from dpo_jax.toy.exact import optimal_policy as optimal_policy
+from dpo_jax.toy.exact import ranking_accuracy as ranking_accuracy
 from dpo_jax.toy.exact import recovered_reward as recovered_reward
 from dpo_jax.toy.exact import regret as regret
+from dpo_jax.toy.exact import reward_error as reward_error
 from dpo_jax.toy.exact import win_rate as win_rate
 from dpo_jax.toy.feedback import all_labels as all_labels
 from dpo_jax.toy.feedback import all_rankings as all_rankings

@@ -193,6 +193,30 @@ def bayes_prediction(
     }
 
 
+def ranking_accuracy(scores: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]) -> Float[Array, "*n"]:
+    """The share of pairs of distinct responses that a score orders as the true rewards do; ties count half.
+
+    Args:
+      scores: rewards of a reward model, implicit rewards, or log-probabilities.
+      rewards: the true ones.
+    """
+    checks.same_shape(scores=scores, rewards=rewards)
+    said, true = (values[..., :, None] - values[..., None, :] for values in (scores, rewards))
+    right = jnp.where(said == 0, 0.5, said * true > 0)
+    return jnp.mean(right[..., ~np.eye(rewards.shape[-1], dtype=bool)], axis=-1)
+
+
+def reward_error(scores: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]) -> Float[Array, "*n"]:
+    """The root mean squared error of a reward model, whatever its level: comparisons do not tell the level.
+
+    Args:
+      scores: rewards of the model, in the units of the true ones.
+      rewards: the true ones.
+    """
+    checks.same_shape(scores=scores, rewards=rewards)
+    return jnp.std(scores - rewards, axis=-1)
+
+
 def frontier(
     reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], betas: Float[Array, " betas"]
 ) -> Metrics:

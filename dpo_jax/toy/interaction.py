@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
@@ -121,5 +122,6 @@ def check_preference(preference: Float[Array, "*n responses responses"]) -> None
     checks.probability("preference", preference)
     if checks.is_traced(preference):
         return
-    if not jnp.allclose(preference + jnp.swapaxes(preference, -1, -2), 1.0, rtol=0, atol=1e-5):
+    table = np.asarray(preference)
+    if not np.allclose(table + np.swapaxes(table, -1, -2), 1.0, rtol=0, atol=1e-5):
         raise ValueError("preference[..., i, j] + preference[..., j, i] must be 1 for all i and j")

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
-from dpo_jax.losses import aot_loss, aot_unpaired_loss, beta_dpo_loss
+from dpo_jax.losses import aot_loss, aot_unpaired_loss, beta_dpo_loss, bradley_terry_loss
 from dpo_jax.types import (
     Demonstrations,
     Labels,
@@ -135,6 +135,35 @@ def reference_free_objective(
         return loss(Pair(*logps), **arguments), {**metrics, "accuracy": _share(chosen - rejected)}
 
     return _objective(log_prob, Preferences, evaluate, hyperparameters)
+
+
+def reward_objective(
+    reward: LogProbFn, loss: Callable[..., Array] = bradley_terry_loss, **hyperparameters: Hyperparameter
+) -> Objective:
+    """The mean loss of a reward model on comparisons.
+
+    Args:
+      reward: the rewards of responses, `(params, prompts, responses) -> rewards` (`toy.score_fn`).
+      loss: of a pair of rewards.
+      **hyperparameters: what the loss takes: `margin` and `centring`.
+
+    Returns:
+      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
+      `chosen_reward` and `rejected_reward`; `reward_margin`, their difference; and `accuracy`, the share of
+      comparisons whose chosen response has the higher reward.
+
+    Raises:
+      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions).
+    """
+    _refuse_now(lambda rewards, **h: loss(Pair(rewards, rewards), **h), **hyperparameters)
+
+    def evaluate(rewards: Any, _: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+        checks.pair("the rewards", rewards)
+        chosen, rejected = rewards
+        metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
+        return loss(Pair(*rewards), **arguments), {**metrics, "accuracy": _share(chosen - rejected)}
+
+    return _objective(reward, Preferences, evaluate, hyperparameters)
 
 
 def unpaired_objective(

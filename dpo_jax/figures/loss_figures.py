@@ -1,4 +1,4 @@
-"""Results as Matplotlib figures. Colours are those of Okabe and Ito (2008), told apart by the colour-blind too."""
+"""The family of losses, and what each of them does."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,121 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy import ndarray
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
-PALETTE = (VERMILION, GREEN, BLUE, PURPLE, ORANGE, SKY)
-GREY = "#666666"
-LINE_STYLES = (
-    "-",
-    (0, (5, 1.5)),
-    (0, (1, 1)),
-    (0, (5, 1.5, 1, 1.5)),
-    (0, (3, 1)),
-    (0, (4, 1, 1, 1, 1, 1)),
-    (0, (9, 2)),
+from dpo_jax.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    LINE_STYLES,
+    ORANGE,
+    PALETTE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    label_points,
 )
-
-
-def training(history: Mapping[str, Float[ndarray, " epochs"]], *, bayes: Mapping[str, Any] | None = None) -> Figure:
-    """How preference training went: loss, accuracy and reward margin over epochs.
-
-    Args:
-      history: `loss` (nats), `accuracy` and `reward_margin`; where it also has `held_out_loss` or the like, that is
-        drawn beside it.
-      bayes: `loss` and `accuracy` of the true rewards on new comparisons, if known (`toy.bayes_prediction`).
-    """
-    figure, panels = _panels(13.0, 3.8, columns=3)
-    titles = {"loss": "Training loss (nats) ↓", "accuracy": "Training accuracy ↑", "reward_margin": "Reward margin ↑"}
-    if "held_out_loss" in history:
-        titles |= {"loss": "Loss (nats) ↓", "accuracy": "Preference accuracy ↑"}
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        epochs = range(1, len(history[name]) + 1)
-        held_out = history.get(f"held_out_{name}")
-        axes.plot(epochs, history[name], color=BLUE, label=None if held_out is None else "training")
-        if held_out is not None:
-            axes.plot(epochs, held_out, color=VERMILION, label="held out")
-        axes.set(xlabel="Epoch", ylabel=title[:-2], title=title)
-        axes.grid(alpha=0.3)
-    panels[0].axhline(np.log(2), color=GREY, linestyle="--", label="no preference: log 2")
-    panels[1].axhline(0.5, color=GREY, linestyle="--", label="coin toss")
-    for axes, name in zip(panels, ("loss", "accuracy"), strict=False):
-        if bayes is not None:
-            axes.axhline(bayes[name], color="black", linestyle=":", label="true rewards, new pairs")
-    for axes in panels:
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(loc="best")
-    return figure
-
-
-def beta_ablation(
-    betas: Sequence[float],
-    losses: Float[ndarray, "betas epochs"],
-    rewards: Float[ndarray, " betas"],
-    *,
-    optimal_rewards: Float[ndarray, " betas"],
-    sft_reward: float,
-    stderr: Float[ndarray, " betas"] | None = None,
-) -> Figure:
-    """What beta does: the loss over epochs, and the reward that the policies earn in the end.
-
-    Args:
-      betas: the values tried.
-      losses: mean loss (nats) of each epoch, for each beta.
-      rewards: expected true reward of the trained policies, for each beta.
-      optimal_rewards: that of the closed-form optimum, for each beta.
-      sft_reward: that of the policy which training started from.
-      stderr: standard errors of `rewards`, drawn as error bars.
-    """
-    figure, (left, right) = _panels(12.0, 4.4, columns=2)
-    labels, colours = [f"β = {beta:g}" for beta in betas], [PALETTE[i % len(PALETTE)] for i in range(len(betas))]
-    for loss, label, colour in zip(losses, labels, colours, strict=True):
-        left.plot(range(1, len(loss) + 1), loss, color=colour, label=label)
-    left.set(xlabel="Epoch", ylabel="Training loss (nats)", title="DPO loss by β")
-    left.legend(loc="best")
-    left.grid(alpha=0.3)
-
-    bars = right.bar(labels, rewards, yerr=stderr, capsize=4, color=colours, width=0.6)
-    right.bar_label(bars, fmt="%.3f", label_type="center", color="white", fontweight="bold")
-    right.plot(labels, optimal_rewards, "D", color="black", label="closed-form optimum")
-    right.axhline(sft_reward, color=GREY, linestyle="--", label=f"SFT: {sft_reward:.3f}")
-    right.set(ylabel="Expected true reward", title="Final reward by β", ylim=(0, 1.35 * float(max(optimal_rewards))))
-    right.legend(loc="upper right", ncols=2)
-    right.grid(alpha=0.3, axis="y")
-    right.set_axisbelow(True)
-    return figure
-
-
-def frontier(
-    curve: Mapping[str, Float[ndarray, " points"]],
-    learned: Mapping[str, Float[ndarray, " betas"]],
-    betas: Sequence[float],
-    optima: Mapping[str, Float[ndarray, " betas"]],
-    *,
-    sft_reward: float,
-) -> Figure:
-    """Reward against KL to the reference: the best that can be had, and what was learnt.
-
-    Each mapping has `kl_to_reference` (nats) and `expected_reward`, means over prompts.
-
-    Args:
-      curve: the exact frontier.
-      learned: the trained policies, one for each beta.
-      betas: the values of beta.
-      optima: the closed-form optimum for each beta.
-      sft_reward: the expected reward of the reference policy.
-    """
-    figure, (axes,) = _panels(7.5, 4.8, columns=1, legend_width=2.0)
-    axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
-    axes.plot(0.0, sft_reward, "s", color=GREY, label="SFT, the reference")
-    for i, beta in enumerate(betas):
-        colour = PALETTE[i % len(PALETTE)]
-        start, end = ((points["kl_to_reference"][i], points["expected_reward"][i]) for points in (optima, learned))
-        axes.plot(*zip(start, end, strict=True), color=colour, linestyle=":")
-        axes.plot(*start, "D", color=colour, markerfacecolor="white", label=f"optimum, β = {beta:g}")
-        axes.plot(*end, "o", color=colour, label=f"learnt, β = {beta:g}")
-    axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward", title="Reward against KL")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes.grid(alpha=0.3)
-    return figure
 
 
 class LossFamily(NamedTuple):
@@ -277,24 +174,7 @@ def _draw_frontier(
         axes.plot(*known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, linestyle="none", label=family)
     axes.margins(x=0.22, y=0.15)
     axes.grid(alpha=0.3)
-    _label(axes, {name: points[name] for name in labelled if name in points})
-
-
-def _label(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
-    """Writes names to the right of their points, from the highest down, none over another."""
-    low, high = axes.get_ylim()
-    free = high
-    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        height = min(y, free)
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(x + 0.03 * (axes.get_xlim()[1] - axes.get_xlim()[0]), height),
-            fontsize=8,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
-        )
-        free = height - 0.055 * (high - low)
+    label_points(axes, {name: points[name] for name in labelled if name in points})
 
 
 def _draw_family(family: LossFamily, upper: Axes, lower: Axes) -> None:
@@ -309,11 +189,3 @@ def _draw_family(family: LossFamily, upper: Axes, lower: Axes) -> None:
         axes.grid(alpha=0.3)
     upper.tick_params(labelbottom=False)
     lower.set_xlabel(family.xlabel)
-
-
-def _panels(width: float, height: float, *, columns: int, legend_width: float = 0.0) -> tuple[Figure, Sequence[Axes]]:
-    """A row of axes with margins set by hand (in inches): Matplotlib's layout engines are slow."""
-    figure = Figure(figsize=(width, height))
-    margins = {"left": 0.9 / width, "right": 1 - (0.15 + legend_width) / width, "bottom": 0.55 / height}
-    axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={**margins, "top": 1 - 0.35 / height, "wspace": 0.25})
-    return figure, list(axes[0])

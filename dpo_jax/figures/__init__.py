@@ -1,0 +1,15 @@
+"""Results as Matplotlib figures."""
+
+from dpo_jax.figures.loss_figures import LossFamily as LossFamily
+from dpo_jax.figures.loss_figures import loss_family as loss_family
+from dpo_jax.figures.loss_figures import loss_frontiers as loss_frontiers
+from dpo_jax.figures.loss_figures import loss_gains as loss_gains
+from dpo_jax.figures.rlhf_figures import Measured as Measured
+from dpo_jax.figures.rlhf_figures import Points as Points
+from dpo_jax.figures.rlhf_figures import claim as claim
+from dpo_jax.figures.rlhf_figures import learning_rates as learning_rates
+from dpo_jax.figures.rlhf_figures import overoptimisation as overoptimisation
+from dpo_jax.figures.rlhf_figures import rlhf_frontier as rlhf_frontier
+from dpo_jax.figures.training_figures import beta_ablation as beta_ablation
+from dpo_jax.figures.training_figures import frontier as frontier
+from dpo_jax.figures.training_figures import training as training

@@ -1,0 +1,193 @@
+"""RLHF beside DPO: reward against KL, overoptimisation, learning rates; and one claim, measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy import ndarray
+
+from dpo_jax.figures.style import BLUE, GREEN, GREY, LINE_STYLES, ORANGE, PURPLE, SKY, VERMILION
+
+COLOURS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY, GREY, "#7F4F24")
+MARKERS = "osD^vPX*"
+
+
+class Points(NamedTuple):
+    """Policies in the plane of reward and distance.
+
+    Attributes:
+      kl: KL to the reference (nats).
+      gain: expected true reward, beyond that of the reference.
+      learned_gain: what a reward model makes of that, if there is one.
+    """
+
+    kl: Float[ndarray, " points"]
+    gain: Float[ndarray, " points"]
+    learned_gain: Float[ndarray, " points"] | None = None
+
+
+def rlhf_frontier(
+    judges: Mapping[str, Mapping[str, Points]], bounds: Mapping[str, Points], *, limits: tuple[float, float]
+) -> Figure:
+    """Reward against KL, a panel for each judge, a line for each method.
+
+    Args:
+      judges: for each judge its methods by name, and the points of each, one for each strength of the pull.
+      bounds: what limits them all, by name: the exact frontier first, drawn in black in every panel.
+      limits: the largest KL to show, and the smallest gain.
+    """
+    figure, panels = _row(len(judges), height=5.0, below=1.5, above=0.75)
+    for axes, (judge, methods) in zip(panels, judges.items(), strict=True):
+        for i, (name, points) in enumerate(bounds.items()):
+            axes.plot(points.kl, points.gain, color="black", linestyle=("-", "--", ":")[i], label=name)
+        for i, (name, points) in enumerate(methods.items()):
+            axes.plot(
+                points.kl,
+                points.gain,
+                linewidth=1,
+                markersize=5,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)] if len(points.kl) <= 10 else None,
+                label=name,
+            )
+        axes.axhline(0.0, color=GREY, linewidth=0.8)
+        axes.set(xlabel="KL to the reference (nats)", title=judge, xlim=(-0.03, limits[0]), ylim=(limits[1], None))
+        handles, names = axes.get_legend_handles_labels()
+        own = slice(len(bounds), None)
+        axes.legend(
+            handles[own],
+            names[own],
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.15),
+            ncols=2,
+            frameon=False,
+            fontsize=9,
+        )
+    panels[0].set_ylabel("Gain in true reward over SFT")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles[: len(bounds)], names[: len(bounds)], loc="upper center", ncols=2, frameon=False)
+    return figure
+
+
+def overoptimisation(courses: Mapping[str, Points], *, largest_kl: float) -> Figure:
+    """What the reward model says of a policy, and what is true, while training carries it away from the reference.
+
+    Args:
+      courses: for each method its policies, from the start on.
+      largest_kl: the largest KL to show.
+    """
+    figure, (axes,) = _row(1, height=4.6, below=0.6, width=6.6, right=2.4)
+    for i, (name, points) in enumerate(courses.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(points.kl, points.gain, color=colour, label=name, linewidth=1.8)
+        if points.learned_gain is not None:
+            axes.plot(points.kl, points.learned_gain, color=colour, linestyle="--", linewidth=1.2)
+    axes.plot([], [], color="black", label="true reward", linewidth=1.8)
+    axes.plot([], [], color="black", linestyle="--", label="by the reward model", linewidth=1.2)
+    axes.axhline(0.0, color=GREY, linewidth=0.8)
+    axes.set(xlabel="KL to the reference (nats)", ylabel="Gain in reward over SFT", xlim=(-0.03, largest_kl))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def learning_rates(
+    rates: Sequence[float],
+    gains: Mapping[str, Float[ndarray, " rates"]],
+    worse: Mapping[str, Float[ndarray, " rates"]],
+) -> Figure:
+    """What a learning rate does to each method.
+
+    Args:
+      rates: the learning rates.
+      gains: mean gain in true reward over SFT, for each method.
+      worse: share of runs that end worse than SFT, for each method.
+    """
+    figure, panels = _row(2, height=4.4, below=0.6, width=8.2, right=2.2)
+    content = ((gains, "Gain in true reward over SFT"), (worse, "Share of runs worse than SFT"))
+    for axes, (curves, label) in zip(panels, content, strict=True):
+        for i, (name, values) in enumerate(curves.items()):
+            style = LINE_STYLES[(i // len(COLOURS)) % len(LINE_STYLES)]
+            axes.plot(
+                rates,
+                values,
+                linestyle=style,
+                linewidth=1.2,
+                markersize=4,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                label=name,
+            )
+        axes.axhline(0.0, color=GREY, linewidth=0.8)
+        axes.set(xscale="log", xlabel="Learning rate", title=label)
+    panels[0].set_ylabel("Gain")
+    panels[1].set_ylabel("Share")
+    panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5)
+    return figure
+
+
+class Measured(NamedTuple):
+    """Means with their intervals, as a line over numbers or as marks over names.
+
+    Attributes:
+      x: numbers, or names.
+      mean: one for each.
+      half: half the width of its 95 % interval.
+    """
+
+    x: Sequence[Any]
+    mean: Sequence[float]
+    half: Sequence[float]
+
+
+def claim(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, log: bool = False) -> Figure:
+    """What was measured to judge a claim: a panel for each quantity, a series for each label.
+
+    Args:
+      panels: for each quantity, whose name is the label of the y axis, its series.
+      xlabel: what they are measured over.
+      log: whether that is best shown by its logarithm.
+    """
+    figure, all_axes = _row(len(panels), height=3.6, below=0.6, width=4.6 * len(panels) + 0.6)
+    for axes, (quantity, series) in zip(all_axes, panels.items(), strict=True):
+        for i, (name, measured) in enumerate(series.items()):
+            by_name = isinstance(measured.x[0], str)
+            places = np.arange(len(measured.x)) + (0.12 * (i - (len(series) - 1) / 2) if by_name else 0)
+            axes.errorbar(
+                places if by_name else measured.x,
+                measured.mean,
+                yerr=measured.half,
+                capsize=3,
+                markersize=5,
+                linestyle="none" if by_name else "-",
+                linewidth=1.3,
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                label=name,
+            )
+            if by_name:
+                axes.set_xticks(range(len(measured.x)), measured.x)
+                axes.set_xlim(-0.6, len(measured.x) - 0.4)
+        axes.axhline(0.0, color=GREY, linewidth=0.8)
+        axes.set(xlabel=xlabel, ylabel=quantity)
+        axes.margins(y=0.12)
+        if log:
+            axes.set_xscale("log")
+        if len(series) > 1:
+            axes.legend(loc="best", fontsize=8.5)
+    return figure
+
+
+def _row(
+    columns: int, *, height: float, below: float, above: float = 0.35, width: float = 12.0, right: float = 0.15
+) -> tuple[Figure, list[Axes]]:
+    """Axes side by side with room (in inches) below, above and to the right of them, and a grid."""
+    full = width + (right if right > 0.2 else 0)
+    figure = Figure(figsize=(full, height))
+    margins = {"left": 0.9 / full, "right": 1 - right / full, "bottom": below / height, "top": 1 - above / height}
+    axes = figure.subplots(1, columns, squeeze=False, gridspec_kw={**margins, "wspace": 0.24})[0]
+    for each in axes:
+        each.grid(alpha=0.3)
+    return figure, list(axes)

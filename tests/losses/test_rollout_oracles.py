@@ -1,0 +1,44 @@
+"""Values and gradients are those of TRL's trainers (`tests/golden/rollouts_in_*.py`)."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.losses.oracles import deviation
+from tests.losses.rollout_oracles import ENTRIES, NOT_OURS, OURS, compare, kind
+
+COMPARED = [entry for entry in ENTRIES if kind(entry) in OURS]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_values_and_gradients_are_those_of_trl(name):
+    for entry in COMPARED:
+        if kind(entry) == name:
+            for ours, theirs in compare(entry, jnp.float32):
+                assert deviation(ours, theirs) < 1e-5, entry
+            with jax.enable_x64(True):
+                for ours, theirs in compare(entry, jnp.float64):
+                    assert deviation(ours, theirs) < 1e-12, entry
+
+
+def test_every_entry_is_compared_or_named_as_not_ours():
+    assert {kind(entry) for entry in ENTRIES} == OURS.keys() | NOT_OURS.keys()
+    assert not OURS.keys() & NOT_OURS.keys()
+
+
+def test_trl_was_asked_enough():
+    """So that an empty file cannot pass, nor one without gradients."""
+    assert Counter(entry["oracle"] for entry in COMPARED) == {"TRL 1.16.0": 69, "TRL 0.28.0": 26}
+    assert Counter(entry["oracle"] for entry in ENTRIES) == {"TRL 1.16.0": 75, "TRL 0.28.0": 42}
+    without = {entry["loss"] for entry in COMPARED if not entry["gradients"]}
+    assert without == {"grpo_advantages", "rloo_advantages", "whiten", "ppo_kl", "ppo_rewards"}
+
+
+@pytest.mark.parametrize("name", ["epsilon", "beta"])
+def test_a_wrong_number_would_show(name):
+    entry = next(entry for entry in COMPARED if kind(entry) == "grpo_loss, grpo" and entry["hyperparameters"]["beta"])
+    hyperparameters = entry["hyperparameters"]
+    wrong = {**entry, "hyperparameters": {**hyperparameters, name: 1.001 * hyperparameters[name]}}
+    assert max(deviation(*numbers) for numbers in compare(wrong, jnp.float32)) > 1e-5
