@@ -216,7 +216,7 @@ def unlikelihood(setup: Setup, alpha: Scalar, learning_rate: Scalar) -> Trained:
     return fit(setup, objective, learning_rate)
 
 
-def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar) -> Trained:
+def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar, *, clip: Scalar = 0.2) -> Trained:
     """Four passes over four batches of each round."""
     embeddings = setup.scene.world.embeddings
     init_key, train_key = jax.random.split(setup.key)
@@ -226,6 +226,7 @@ def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar) -> Tra
         toy.reward_fn(rewards(setup)),
         reference=setup.scene.params,
         beta=beta,
+        clip=clip,
     )
     return fit_online(
         setup._replace(key=train_key),

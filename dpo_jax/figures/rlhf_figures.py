@@ -170,9 +170,11 @@ def claim(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, log: boo
             if by_name:
                 axes.set_xticks(range(len(measured.x)), measured.x)
                 axes.set_xlim(-0.6, len(measured.x) - 0.4)
-        axes.axhline(0.0, color=GREY, linewidth=0.8)
         axes.set(xlabel=xlabel, ylabel=quantity)
         axes.margins(y=0.12)
+        low, high = axes.get_ylim()
+        if low < 0.3 * (high - low):
+            axes.axhline(0.0, color=GREY, linewidth=0.8)
         if log:
             axes.set_xscale("log")
         if len(series) > 1:

@@ -1,0 +1,116 @@
+from functools import partial
+
+import chex
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dpo_jax.losses import mean_of_responses, mean_of_tokens, mean_per_length
+
+SHAPE = 4, 5
+
+
+def by_responses(values, lengths):
+    return np.mean([row[:length].mean() if length else 0 for row, length in zip(values, lengths, strict=True)])
+
+
+def by_tokens(values, lengths):
+    tokens = np.concatenate([row[:length] for row, length in zip(values, lengths, strict=True)])
+    return tokens.mean() if tokens.size else 0.0
+
+
+def by_length(values, lengths):
+    return np.mean([row[:length].sum() / 7 for row, length in zip(values, lengths, strict=True)])
+
+
+EQUATIONS = {
+    "mean_of_responses": (mean_of_responses, by_responses),
+    "mean_of_tokens": (mean_of_tokens, by_tokens),
+    "mean_per_length": (partial(mean_per_length, max_length=7), by_length),
+}
+every_one = pytest.mark.parametrize(("aggregate", "equation"), EQUATIONS.values(), ids=EQUATIONS)
+
+
+def mask_of(lengths):
+    return np.arange(SHAPE[1]) < np.asarray(lengths)[:, None]
+
+
+@every_one
+@given(
+    values=hnp.arrays(float, SHAPE, elements=st.floats(-10, 10)),
+    lengths=hnp.arrays(int, SHAPE[0], elements=st.integers(0, SHAPE[1])),
+)
+@settings(deadline=None, max_examples=15)
+def test_it_is_as_in_plain_loops(aggregate, equation, values, lengths):
+    expected = np.float64(equation(np.asarray(values, np.longdouble), lengths))
+    with jax.enable_x64(True):
+        for dtype in (bool, int, float):
+            total = aggregate(jnp.asarray(values), jnp.asarray(mask_of(lengths), dtype))
+            np.testing.assert_allclose(total, expected, rtol=1e-12, atol=1e-13)
+
+
+@every_one
+def test_its_gradient_is_how_much_a_token_counts(aggregate, equation):
+    lengths = [3, 5, 0, 1]
+    gradient = jax.jit(jax.grad(aggregate))(jnp.zeros(SHAPE), jnp.asarray(mask_of(lengths)))
+    tokens = np.eye(SHAPE[0] * SHAPE[1]).reshape(-1, *SHAPE)
+    np.testing.assert_allclose(gradient.ravel(), [equation(token, lengths) for token in tokens], rtol=1e-6)
+
+
+@every_one
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("mask_dtype", [bool, int, jnp.float32])
+def test_what_stands_behind_the_end_does_not_count(aggregate, equation, rubbish, mask_dtype):
+    mask = jnp.asarray(mask_of([3, 5, 0, 1]), mask_dtype)
+    values = jnp.arange(20.0).reshape(SHAPE)
+    spoilt = jnp.where(mask > 0, values, rubbish)
+    clean, polluted = (jax.value_and_grad(aggregate)(x, mask) for x in (values, spoilt))
+    chex.assert_trees_all_equal(clean, polluted)
+
+
+def test_all_agree_where_all_responses_have_one_token():
+    values, mask = np.random.default_rng(0).normal(size=SHAPE), jnp.asarray(mask_of([1, 1, 1, 1]))
+    for aggregate in (mean_of_responses, mean_of_tokens, partial(mean_per_length, max_length=1)):
+        np.testing.assert_allclose(aggregate(jnp.asarray(values, jnp.float32), mask), values[:, 0].mean(), rtol=1e-6)
+
+
+@every_one
+def test_dtypes_stay_and_vmap_is_a_loop(aggregate, equation):
+    values = jax.random.normal(jax.random.key(0), (3, *SHAPE), jnp.bfloat16)
+    mask = jnp.asarray([mask_of(lengths) for lengths in ([3, 5, 0, 1], [1, 2, 3, 4], [5, 5, 5, 5])])
+    totals = jax.jit(jax.vmap(aggregate))(values, mask)
+    assert totals.dtype == jnp.bfloat16
+    for total, *batch in zip(totals, values, mask, strict=True):
+        np.testing.assert_allclose(np.float32(total), aggregate(batch[0].astype(jnp.float32), batch[1]), atol=0.02)
+
+
+@every_one
+def test_nothing_at_all_counts_as_zero(aggregate, equation):
+    empty = jnp.zeros(SHAPE, bool)
+    total, gradient = jax.value_and_grad(aggregate)(jnp.ones(SHAPE), empty)
+    assert total == 0
+    np.testing.assert_array_equal(gradient, 0)
+
+
+# Bad input
+
+
+@every_one
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_mask_of_another_shape_is_refused(aggregate, equation):
+    for shape in ((4, 1), (5, 4), (4,)):
+        with pytest.raises(ValueError, match=r"shapes must be equal, got values \(4, 5\), mask"):
+            aggregate(jnp.ones(SHAPE), jnp.ones(shape, bool))
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_the_longest_length_is_a_size():
+    values, mask = jnp.ones(SHAPE), jnp.ones(SHAPE, bool)
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        mean_per_length(values, mask, max_length=0)
+    with pytest.raises(TypeError, match="max_length must be a whole number"):
+        mean_per_length(values, mask, max_length=5.0)
