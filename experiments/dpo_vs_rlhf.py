@@ -356,7 +356,12 @@ def print_results(summary: dict[str, Any]) -> None:
         "Without training",
         ["policy", "gain over SFT", "KL", "model's gain"],
         [
-            [name, interval(e["gain"]), f"{e['kl_to_reference']['mean']:.3f}", f"{e['learned_gain']['mean']:.3f}"]
+            [
+                name,
+                harness.interval(e["gain"]),
+                f"{e['kl_to_reference']['mean']:.3f}",
+                f"{e['learned_gain']['mean']:.3f}",
+            ]
             for name, e in untrained.items()
         ],
     )
@@ -372,17 +377,12 @@ def row_of(entry: dict[str, Any]) -> list[str]:
         f"{1000 * entry['seconds']['run']:.0f}",
         f"{entry['learning_rate']:g}",
         f"{entry['expected_reward']['mean']:.3f}",
-        interval(entry["gain"]),
+        harness.interval(entry["gain"]),
         f"{entry['spread_of_gain']:.3f}",
         f"{entry['kl_to_reference']['mean']:.3f}",
         f"{entry['learned_gain']['mean']:.3f}",
         f"{entry['worse_than_sft']['mean']:.0%}",
     ]
-
-
-def interval(numbers: dict[str, Any]) -> str:
-    """A mean and half the width of its 95 % confidence interval."""
-    return f"{numbers['mean']:.3f} ± {1.96 * numbers['stderr']:.3f}"
 
 
 def save_figures(summary: dict[str, Any], out: Path) -> None:

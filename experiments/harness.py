@@ -212,6 +212,11 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
     return {"mean": values.mean(axis=0), "stderr": spread / np.sqrt(len(values))}
 
 
+def interval(statistics: dict[str, Any], digits: int = 3) -> str:
+    """A mean and half the width of its 95 % confidence interval, from `mean_and_stderr`."""
+    return f"{statistics['mean']:.{digits}f} ± {1.96 * statistics['stderr']:.{digits}f}"
+
+
 def on_terminal() -> bool:
     """Whether somebody watches who would like to see things move."""
     return console.is_terminal and not in_jupyter()

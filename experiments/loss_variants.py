@@ -286,7 +286,7 @@ def print_results(summary: dict[str, Any]) -> None:
         harness.print_table(
             f"{setting} labels, mean and 95% interval",
             ["loss", *(columns[name] for name in shown)],
-            [[entry["name"], *(interval(entry[name]) for name in shown)] for entry in entries],
+            [[entry["name"], *(harness.interval(entry[name]) for name in shown)] for entry in entries],
         )
 
 
@@ -316,11 +316,6 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         for setting, baseline in summary["baselines"].items()
     }
     harness.save_figure(figures.loss_frontiers(panels, families, labelled=LABELLED), out / "frontiers.png")
-
-
-def interval(statistics: dict[str, Any]) -> str:
-    """A mean and half the width of its 95 % confidence interval."""
-    return f"{statistics['mean']:.3f} ± {1.96 * statistics['stderr']:.3f}"
 
 
 def chosen_methods(names: Sequence[str]) -> list[Method]:

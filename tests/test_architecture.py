@@ -11,7 +11,7 @@ import pytest
 import dpo_jax
 
 ROOT = Path(dpo_jax.__file__).parent
-FLOORS = {"types": 0, "checks": 0, "shuffle": 1, "toy": 2, "losses": 2, "train": 3, "figures": 5}
+FLOORS = {"types": 0, "checks": 0, "shuffle": 1, "toy": 2, "losses": 2, "train": 3, "rlhf": 4, "figures": 5}
 MODULES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
 
 
@@ -48,7 +48,7 @@ def test_every_room_has_a_floor():
     assert {room(path) for path in MODULES} == FLOORS.keys()
 
 
-@pytest.mark.parametrize(("where", "stranger"), [("losses", "flax"), ("losses", "optax"), ("train", "flax")])
+@pytest.mark.parametrize(("where", "stranger"), [("losses", "flax"), ("losses", "optax"), ("train", "flax"), ("rlhf", "flax")])
 def test_some_rooms_have_never_heard_of_some_libraries(where, stranger):
     names = [name.split(".")[0] for path in MODULES if room(path) == where for name in imported(path)]
     assert names

@@ -19,6 +19,9 @@ from dpo_jax import checks
         (lambda: checks.ids("x", np.array([[0, 3]]), 3), r"x must be between 0 and 2, got 3 in row \(0, 1\)"),
         (lambda: checks.rows("x", {"a": jnp.zeros(())}), r"x\['a'\] has no rows"),
         (lambda: checks.inside("x", [0.1, 0.5], 0.0, 0.5), "x must be above 0.0 and below 0.5, got 0.5 in row 1"),
+        (lambda: checks.at_least("x", [2.0, 0.9], 1.0), "x must be at least 1.0 and finite, got 0.9 in row 1"),
+        (lambda: checks.at_least("x", np.inf, 1.0), "x must be at least 1.0 and finite, got inf"),
+        (lambda: checks.at_least("x", jnp.float32(np.nan), 1.0), "x must be at least 1.0 and finite, got nan"),
         (lambda: checks.positive_fraction("x", 1.5), "x must be above 0 and at most 1, got 1.5"),
         (lambda: checks.positive_or_infinite("x", 0.0), "x must be positive, got 0.0"),
         (lambda: checks.reference(None), "reference is missing: .*train.with_reference"),
@@ -73,6 +76,7 @@ def test_good_values_pass():
     checks.positive("x", [1, 2.5])
     checks.positive("x", jnp.bfloat16(1))
     checks.not_negative("x", 0)
+    checks.at_least("x", [1, 2.5], 1.0)
     checks.choices("x", jnp.array([[0.0, 1.0]]))
     checks.broadcasts("x", 1.0, (3,))
     checks.distinct("x", [1, 2], [2, 1])
@@ -83,6 +87,7 @@ def test_traced_values_pass_and_traced_shapes_do_not():
     @jax.jit
     def traced(x):
         checks.positive("x", x)
+        checks.at_least("x", x, 1.0)
         checks.ids("i", x.astype(int), 1)
         checks.distinct("x", x, x)
         with pytest.raises(ValueError, match="shapes must be equal"):

@@ -7,8 +7,10 @@ from dpo_jax.figures.loss_figures import loss_gains as loss_gains
 from dpo_jax.figures.rlhf_figures import Measured as Measured
 from dpo_jax.figures.rlhf_figures import Points as Points
 from dpo_jax.figures.rlhf_figures import claim as claim
+from dpo_jax.figures.rlhf_figures import learned_rewards as learned_rewards
 from dpo_jax.figures.rlhf_figures import learning_rates as learning_rates
 from dpo_jax.figures.rlhf_figures import overoptimisation as overoptimisation
+from dpo_jax.figures.rlhf_figures import reinforcement as reinforcement
 from dpo_jax.figures.rlhf_figures import rlhf_frontier as rlhf_frontier
 from dpo_jax.figures.training_figures import beta_ablation as beta_ablation
 from dpo_jax.figures.training_figures import frontier as frontier

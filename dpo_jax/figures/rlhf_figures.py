@@ -39,7 +39,7 @@ def rlhf_frontier(
       bounds: what limits them all, by name: the exact frontier first, drawn in black in every panel.
       limits: the largest KL to show, and the smallest gain.
     """
-    figure, panels = _row(len(judges), height=5.0, below=1.5, above=0.75)
+    figure, panels = _row(len(judges), height=5.0, below=1.5, above=0.75, width=max(6.5, 4.0 * len(judges)))
     for axes, (judge, methods) in zip(panels, judges.items(), strict=True):
         for i, (name, points) in enumerate(bounds.items()):
             axes.plot(points.kl, points.gain, color="black", linestyle=("-", "--", ":")[i], label=name)
@@ -125,6 +125,62 @@ def learning_rates(
     panels[0].set_ylabel("Gain")
     panels[1].set_ylabel("Share")
     panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5)
+    return figure
+
+
+def learned_rewards(true: Float[ndarray, "prompts responses"], learned: Float[ndarray, "prompts responses"]) -> Figure:
+    """What a reward model makes of each response, against its true reward; both relative to the mean of their prompt.
+
+    Args:
+      true: the true rewards.
+      learned: those of the model.
+    """
+    figure, (axes,) = _row(1, height=4.4, below=0.6, width=5.6, right=1.4)
+    x, y = (table - table.mean(axis=-1, keepdims=True) for table in (np.asarray(true), np.asarray(learned)))
+    for prompt in range(len(x)):
+        axes.plot(
+            x[prompt],
+            y[prompt],
+            linestyle="none",
+            markersize=6,
+            alpha=0.85,
+            color=COLOURS[prompt % len(COLOURS)],
+            marker=MARKERS[prompt % len(MARKERS)],
+            label=f"prompt {prompt}",
+        )
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    axes.plot(ends, ends, color=GREY, linestyle="--", label="no error")
+    axes.set(xlabel="True reward, less the mean of the prompt", ylabel="Learned reward, likewise")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return figure
+
+
+def reinforcement(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
+    """How reinforcement learning went, over optimizer steps.
+
+    Args:
+      history: `step`, `sampled_reward`, `learned_reward` and `expected_reward`, `sampled_kl` and `kl_to_reference`,
+        `ratio_change`.
+    """
+    content: dict[str, dict[str, str]] = {
+        "Reward": {
+            "sampled_reward": "score of its samples",
+            "learned_reward": "score, exact",
+            "expected_reward": "true reward, exact",
+        },
+        "KL to the reference (nats)": {"sampled_kl": "of its samples", "kl_to_reference": "exact"},
+    }
+    if np.any(np.asarray(history["ratio_change"]) > 0):
+        content["Mean |ratio - 1| within a round"] = {"ratio_change": ""}
+    figure, panels = _row(len(content), height=3.9, below=0.6, width=4.0 * len(content))
+    for axes, (title, lines) in zip(panels, content.items(), strict=True):
+        for i, (name, label) in enumerate(lines.items()):
+            sampled = name.startswith("sampled")
+            colour = GREY if sampled else (BLUE, ORANGE, VERMILION)[i]
+            axes.plot(history["step"], history[name], color=colour, linewidth=1.0 if sampled else 1.8, label=label)
+        axes.set(xlabel="Optimizer step", title=title)
+        if len(lines) > 1:
+            axes.legend(loc="best")
     return figure
 
 

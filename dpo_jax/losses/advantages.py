@@ -80,6 +80,9 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
       weights: of the responses; `None` means equally.
     """
     checks.floating("advantages", advantages)
+    checks.size("the number of advantages", advantages.size, at_least=2)
+    if weights is not None:
+        checks.same_shape(advantages=advantages, weights=weights)
     flat = advantages.ravel()[None]
     weights = None if weights is None else weights.ravel()[None]
     centred = flat - _mean(flat, weights)

@@ -1,7 +1,8 @@
 """From a loss per token to one number: where GRPO, DAPO and Dr. GRPO differ.
 
 `values` has a row for each response and a column for each token, and `mask` is 1 where a response has a token, 0 behind
-its end. Where all responses have one token the three are the same.
+its end. Where all responses have one token the three are the same. What `values` hold behind the end does not count; but
+log-probabilities there must be finite, or their own gradients are NaN.
 """
 
 import jax.numpy as jnp
@@ -47,4 +48,4 @@ def mean_per_length(values: Float[Array, "responses tokens"], mask: Mask, *, max
 
 def _sums(values: Array, mask: Array) -> Array:
     """Sums over tokens; what stands behind the end does not count, whatever it is."""
-    return jnp.sum(jnp.where(mask > 0, values * mask, 0), axis=-1)
+    return jnp.sum(jnp.where(mask > 0, values, 0), axis=-1)

@@ -398,7 +398,7 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 OF_RLHF = {"bradley_terry_loss", "reinforce_loss", "ppo_loss", "grpo_loss", "value_loss", "xpo_loss"}
-"""These eat rewards, advantages or values, or fresh comparisons: they have a menu and tests of their own (`rlhf_menu`)."""
+"""These have a menu and tests of their own: `rlhf_menu`."""
 
 
 @dataclass(frozen=True)

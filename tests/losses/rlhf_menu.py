@@ -67,9 +67,10 @@ def squared_error(x, clip):
 
 
 def bradley_terry(x, h):
-    return nls(x.rewards_chosen - x.rewards_rejected - h.margin) + h.centring * (
-        x.rewards_chosen + x.rewards_rejected
-    ) ** 2
+    return (
+        nls(x.rewards_chosen - x.rewards_rejected - h.margin)
+        + h.centring * (x.rewards_chosen + x.rewards_rejected) ** 2
+    )
 
 
 def xpo(x, h):
@@ -99,9 +100,7 @@ SAMPLES = ("logps", "old_logps", "advantages")
 PAIRS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 VALUES = ("values", "old_values", "returns")
 CASES = [
-    Case(
-        "bradley_terry_loss", of_pair, bradley_terry, ("rewards_chosen", "rewards_rejected"), ("margin", "centring")
-    ),
+    Case("bradley_terry_loss", of_pair, bradley_terry, ("rewards_chosen", "rewards_rejected"), ("margin", "centring")),
     Case("reinforce_loss", losses.reinforce_loss, lambda x, h: -x.advantages * x.logps, ("logps", "advantages")),
     Case("ppo_loss", losses.ppo_loss, lambda x, h: surrogate(x, h.clip, h.clip), SAMPLES, ("clip",)),
     Case(

@@ -1,4 +1,4 @@
-"""The policy gradients of TRL (`tests/golden/rollouts_in_*.py`), each composed of our functions, or named as not ours."""
+"""The policy gradients of TRL (`tests/golden/rollouts_in_*.py`): composed of our functions, or named as not ours."""
 
 import json
 from functools import partial
@@ -82,11 +82,9 @@ def grpo(
         "dr_grpo": partial(losses.mean_per_length, max_length=max_completion_length),
         "luspo": partial(losses.mean_per_length, max_length=1),
     }.get(loss_type, losses.mean_of_tokens)
-    if loss_type in ("dapo", "cispo"):
-        share = jnp.sum(x.mask) / NUM_TOKENS * steps_per_generation
-    else:
-        share = 1.0
-    return aggregate(tokens, x.mask) * share / accumulation_steps
+    if loss_type in ("dapo", "cispo"):  # divided by the tokens of all parts of a batch
+        tokens *= jnp.sum(x.mask) / NUM_TOKENS * steps_per_generation
+    return aggregate(tokens, x.mask) / accumulation_steps
 
 
 def _kl(x, logps, old, weighted):
@@ -151,9 +149,9 @@ def whiten(x, *, shift_mean):
 
 def _whitened(values, mask, shift_mean):
     """Zero where TRL has numbers that it does not use: behind the mask."""
-    masked = values[mask]
-    whitened = losses.whitened(masked) + (0 if shift_mean else jnp.mean(masked))
-    return jnp.zeros_like(values).at[mask].set(whitened)
+    masked, everywhere = jnp.asarray(np.asarray(values)[mask]), np.zeros_like(values)
+    everywhere[mask] = losses.whitened(masked) + (0 if shift_mean else jnp.mean(masked))
+    return jnp.asarray(everywhere)
 
 
 def ppo_kl(x, *, kl_estimator):

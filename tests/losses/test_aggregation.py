@@ -72,6 +72,11 @@ def test_what_stands_behind_the_end_does_not_count(aggregate, equation, rubbish,
     chex.assert_trees_all_equal(clean, polluted)
 
 
+@every_one
+def test_a_token_that_is_not_a_number_shows(aggregate, equation):
+    assert jnp.isnan(aggregate(jnp.ones(SHAPE).at[0, 2].set(jnp.nan), jnp.asarray(mask_of([3, 5, 0, 1]))))
+
+
 def test_all_agree_where_all_responses_have_one_token():
     values, mask = np.random.default_rng(0).normal(size=SHAPE), jnp.asarray(mask_of([1, 1, 1, 1]))
     for aggregate in (mean_of_responses, mean_of_tokens, partial(mean_per_length, max_length=1)):

@@ -1,8 +1,13 @@
+from itertools import product
+
 import chex
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from scipy import optimize
 
 from dpo_jax import toy
@@ -57,6 +62,95 @@ def test_the_limits_of_beta(world, reference):
     np.testing.assert_allclose(toy.optimal_policy(reference, world.rewards, beta=1e6), reference, atol=1e-5)
     greedy = toy.greedy(toy.optimal_policy(reference, world.rewards, beta=1e-4))
     assert greedy.tolist() == jnp.argmax(world.rewards, axis=-1).tolist()
+
+
+best_of_n_policy = jax.jit(toy.best_of_n_policy)
+
+
+def best_of_n_by_enumeration(probs, scores, num):
+    """Every way to draw the samples, and every one of the best among them."""
+    found = np.zeros(len(probs))
+    for samples in product(range(len(probs)), repeat=num):
+        best = [sample for sample in samples if scores[sample] == max(scores[list(samples)])]
+        for sample in best:
+            found[sample] += np.prod(probs[list(samples)]) / len(best)
+    return found
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("probs", "scores"),
+    [
+        ([0.1, 0.2, 0.3, 0.4], [0.3, -1.0, 2.0, 0.5]),
+        ([0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 1.0, 0.0]),
+        ([0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.0, 0.0]),
+        ([0.0, 0.5, 0.2, 0.3], [2.0, 1.0, 0.0, 1.0]),
+        ([0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 1.0, 0.5]),
+        ([0.0, 0.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]),
+    ],
+    ids=["distinct", "ties", "all tied", "best impossible", "tied with impossible", "certain"],
+)
+def test_best_of_n_by_enumeration(probs, scores, num):
+    log_probs, scores = jnp.log(jnp.array(probs)), np.array(scores, np.float32)
+    found = best_of_n_policy(log_probs, jnp.asarray(scores), num=num)
+    np.testing.assert_allclose(jnp.exp(found), best_of_n_by_enumeration(np.array(probs), scores, num), atol=1e-6)
+    assert jnp.all(jnp.isneginf(found) == jnp.isneginf(log_probs))
+
+
+def test_best_of_one_is_the_policy_itself(world, policy):
+    np.testing.assert_allclose(toy.best_of_n_policy(policy, world.rewards, num=1), policy, rtol=1e-5, atol=1e-6)
+
+
+def test_best_of_n_for_numbers_in_between(world, policy):
+    found = jax.jit(jax.vmap(lambda num: toy.best_of_n_policy(policy, world.rewards, num=num)))(
+        jnp.array([1.0, 1.5, 2.0, 2.5, 3.0])
+    )
+    np.testing.assert_allclose(jnp.exp(found).sum(-1), 1, rtol=1e-5)
+    best = jnp.exp(found)[:, np.arange(5), jnp.argmax(world.rewards, axis=-1)]
+    assert jnp.all(jnp.diff(best, axis=0) > 0)
+    np.testing.assert_allclose(found[2], toy.best_of_n_policy(policy, world.rewards, num=2), rtol=1e-4, atol=1e-5)
+
+
+@given(
+    hnp.arrays(float, 5, elements=st.floats(-10, 0)),
+    hnp.arrays(float, 5, elements=st.integers(-3, 3).map(float)),
+    st.floats(1, 100),
+)
+@settings(max_examples=50, deadline=None)
+def test_divergence_of_best_of_n_is_bounded(logits, scores, num):
+    with jax.enable_x64(True):
+        log_probs = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
+        best = np.asarray(best_of_n_policy(jnp.asarray(log_probs), jnp.asarray(scores), num=num))
+    np.testing.assert_allclose(np.exp(best).sum(), 1, rtol=1e-10)
+    assert -1e-10 <= np.sum(np.exp(best) * (best - log_probs)) <= np.log(num) - (num - 1) / num + 1e-10
+
+
+def test_divergence_of_best_of_n_reaches_its_bound_where_responses_are_many():
+    log_probs, num = jnp.full(1000, -np.log(1000)), 4
+    best = best_of_n_policy(log_probs, jnp.arange(1000.0), num=num)
+    np.testing.assert_allclose(toy.kl_to_reference(best, log_probs), np.log(num) - (num - 1) / num, rtol=1e-2)
+
+
+def test_best_of_very_many_is_the_best_possible_response(world, policy):
+    best = jnp.argmax(world.rewards, axis=-1)
+    impossible = policy.at[np.arange(5), best].set(-jnp.inf)
+    second = jnp.argmax(world.rewards.at[np.arange(5), best].set(-jnp.inf), axis=-1)
+    for log_probs, expected in ((policy, best), (jax.nn.log_softmax(impossible), second)):
+        found = best_of_n_policy(log_probs, world.rewards, num=1000)
+        assert jnp.all(jnp.isfinite(found) == jnp.isfinite(log_probs))
+        np.testing.assert_allclose(jnp.exp(found), jax.nn.one_hot(expected, 10), atol=1e-3)
+
+
+def test_best_of_n_has_a_finite_gradient():
+    @jax.jit
+    def best(logits):
+        return toy.best_of_n_policy(jax.nn.log_softmax(logits), jnp.array([0.0, 1.0, 1.0, 2.0]), num=3.0)
+
+    logits = jnp.array([0.5, -0.5, 0.0, 1.0])
+    slopes = jax.jit(jax.jacobian(best))(logits)
+    for step in 1e-2 * np.eye(4, dtype=np.float32):
+        numeric = (best(logits + step) - best(logits - step)) / 2e-2
+        np.testing.assert_allclose(slopes @ step / 1e-2, numeric, atol=1e-2)
 
 
 def test_the_reward_is_recovered_from_its_optimum(world, reference, beta):
@@ -128,6 +222,52 @@ def test_bayes_prediction_is_what_no_predictor_exceeds(world, temperature, flip)
     np.testing.assert_allclose(found["accuracy"], np.mean(hits), rtol=1e-5)
 
 
+SCORES = np.random.default_rng(0).integers(-2, 3, size=(4, 6)).astype(np.float32)
+TRUTH = np.random.default_rng(1).integers(-3, 4, size=(4, 6)).astype(np.float32)
+
+
+def test_ranking_accuracy_is_the_share_of_pairs_in_the_right_order():
+    expected = np.zeros(4)
+    for row in range(4):
+        pairs = [(i, j) for i in range(6) for j in range(6) if i < j]
+        for i, j in pairs:
+            said, true = SCORES[row, i] - SCORES[row, j], TRUTH[row, i] - TRUTH[row, j]
+            expected[row] += (0.5 if said == 0 or true == 0 else (said > 0) == (true > 0)) / len(pairs)
+    found = toy.ranking_accuracy(jnp.asarray(SCORES), jnp.asarray(TRUTH))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(toy.ranking_accuracy)(SCORES, TRUTH), expected, rtol=1e-6)
+
+
+def test_ranking_accuracy_by_hand():
+    truth = np.array([1.0, 2.0, 4.0])
+    scores = np.array([[-3.0, 0.0, 9.0], [3.0, 2.0, 1.0], [5.0, 5.0, 5.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0]])
+    found = jax.jit(toy.ranking_accuracy)(scores, np.tile(truth, (5, 1)))
+    np.testing.assert_allclose(found, [1, 0, 0.5, 5 / 6, 0.5], rtol=1e-6)
+    assert toy.ranking_accuracy(jnp.array([1.0, 2.0]), jnp.array([3.0, 3.0])) == 0.5
+
+
+def test_ranking_accuracy_of_the_very_close_and_of_the_impossible():
+    assert toy.ranking_accuracy(jnp.array([1e-25, 3e-25]), jnp.array([1e-25, 2e-25])) == 1.0
+    assert toy.ranking_accuracy(jnp.array([-jnp.inf, 0.0]), jnp.array([1.0, 2.0])) == 1.0
+    assert toy.ranking_accuracy(jnp.array([-jnp.inf, -jnp.inf]), jnp.array([1.0, 2.0])) == 0.5
+
+
+def test_reward_error_is_that_of_the_differences_from_the_mean():
+    error = SCORES - np.float64(TRUTH)
+    expected = [np.sqrt(np.mean([(value - sum(row) / 6) ** 2 for value in row])) for row in error]
+    np.testing.assert_allclose(toy.reward_error(jnp.asarray(SCORES), jnp.asarray(TRUTH)), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(toy.reward_error)(SCORES, TRUTH), expected, rtol=1e-5)
+    np.testing.assert_allclose(toy.reward_error(jnp.asarray(TRUTH), jnp.asarray(TRUTH)), 0, atol=1e-7)
+
+
+def test_level_of_a_score_does_not_matter():
+    shifted = jnp.asarray(SCORES + np.array([[4.0], [-8.0], [0.0], [16.0]], np.float32))
+    for function in (toy.ranking_accuracy, toy.reward_error):
+        np.testing.assert_allclose(
+            function(shifted, jnp.asarray(TRUTH)), function(jnp.asarray(SCORES), jnp.asarray(TRUTH)), rtol=1e-6
+        )
+
+
 def test_frontier_rises_and_no_policy_lies_above_it(world, reference, policy):
     betas = jnp.geomspace(0.003, 100.0, 200)
     curve = toy.frontier(reference, world.rewards, betas)
@@ -153,3 +293,15 @@ def test_bad_beta_is_refused(world, reference):
             function(reference, world.rewards, beta=0)
     with pytest.raises(ValueError, match="betas must be positive and finite, got -1.0 in row 1"):
         toy.frontier(reference, world.rewards, jnp.array([1.0, -1.0]))
+
+
+def test_bad_numbers_of_samples_are_refused(world, policy):
+    for num, shown in ((0, "0"), (0.5, "0.5"), (np.inf, "inf"), (np.nan, "nan")):
+        with pytest.raises(ValueError, match=f"num must be at least 1.0 and finite, got {shown}"):
+            toy.best_of_n_policy(policy, world.rewards, num=num)
+
+
+def test_scores_of_another_shape_are_refused(as_users_have_it, world, policy):
+    for function in (lambda *tables: toy.best_of_n_policy(*tables, num=2), toy.ranking_accuracy, toy.reward_error):
+        with pytest.raises(ValueError, match=r"shapes must be equal, got .* \(5, 10\), .* \(5, 9\)"):
+            function(policy, world.rewards[:, 1:])

@@ -51,7 +51,7 @@ def test_each_key_asks_anew_and_the_same_key_the_same(key, world):
     ask = toy.ask_uniformly(world, num=50)
     keys = jax.random.split(key, 2)
     first, second = jax.jit(jax.vmap(ask))(keys)
-    assert first.tolist() == ask(keys[0]).tolist() != second.tolist()
+    assert first.tolist() == jax.jit(ask)(keys[0]).tolist() != second.tolist()
 
 
 def test_everything_is_asked_once_whatever_the_key(key, world):
@@ -69,7 +69,7 @@ def test_number_of_prompts_is_checked(as_users_have_it, world):
 # Responses
 
 
-@pytest.mark.parametrize("mix", [None, 0.0, 0.25, 0.7, 1.0])
+@pytest.mark.parametrize("mix", [None, 0.0, 0.25, 1.0])
 def test_responses_follow_the_policy_mixed_with_the_reference(key, mix):
     mixture = {} if mix is None else {"reference": jnp.log(jnp.asarray(REFERENCE)), "mix": mix}
     respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, **mixture)
@@ -85,9 +85,10 @@ def test_responses_follow_the_policy_mixed_with_the_reference(key, mix):
 
 def test_reference_is_not_mixed_in_unless_told(key):
     prompts = jnp.arange(3)
-    plain = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100)(key, PARAMS, prompts)
+    plain = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100)
     mixed = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100, reference=jnp.log(jnp.asarray(REFERENCE)))
-    assert jnp.mean(plain.responses == mixed(key, PARAMS, prompts).responses) > 0.99
+    plain, mixed = (jax.jit(respond)(key, PARAMS, prompts).responses for respond in (plain, mixed))
+    assert np.mean(plain == mixed) > 0.99
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_reference_is_not_mixed_in_unless_told(key):
 def test_what_the_reference_never_says_is_said_only_if_it_has_no_share(key, mix, expected):
     reference = jnp.log(jnp.array([[0.5, 0.5, 0.0, 0.0]] * 3))
     respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference=reference, mix=mix)
-    assert_distributed(respond(key, PARAMS, jnp.array([0])).responses, expected)
+    assert_distributed(jax.jit(respond)(key, PARAMS, jnp.array([0])).responses, expected)
 
 
 def test_members_of_a_group_are_independent(key):
@@ -108,17 +109,21 @@ def test_members_of_a_group_are_independent(key):
     assert_distributed(4 * responses[::2, 0] + responses[1::2, 0], pairs)
 
 
-def test_responses_under_vmap_are_those_one_by_one(key):
-    keys, prompts = jax.random.split(key, 3), jnp.array([0, 2])
-    many = jax.tree.map(lambda logits: jnp.stack([logits, -logits, 0 * logits]), PARAMS)
-    for respond in (
+@pytest.mark.parametrize(
+    "respond",
+    [
         toy.respond_fn(POLICY, EMBEDDINGS, group_size=5, reference=jnp.log(jnp.asarray(REFERENCE)), mix=0.5),
         toy.enumerate_fn(POLICY, EMBEDDINGS),
-    ):
-        together = jax.jit(jax.vmap(respond, in_axes=(0, 0, None)))(keys, many, prompts)
-        for i in range(3):
-            alone = respond(keys[i], jax.tree.map(lambda leaf: leaf[i], many), prompts)  # noqa: B023
-            chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[i], together), alone, rtol=1e-6)  # noqa: B023
+    ],
+    ids=["samples", "all"],
+)
+def test_responses_under_vmap_are_those_one_by_one(key, respond):
+    keys, prompts = jax.random.split(key, 2), jnp.array([0, 2])
+    policies = PARAMS, jax.tree.map(jnp.negative, PARAMS)
+    many = jax.tree.map(lambda *leaves: jnp.stack(leaves), *policies)
+    together = jax.jit(jax.vmap(respond, in_axes=(0, 0, None)))(keys, many, prompts)
+    alone = [jax.jit(respond)(*each, prompts) for each in zip(keys, policies, strict=True)]
+    chex.assert_trees_all_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone), rtol=1e-6)
 
 
 def test_share_of_the_reference_can_be_swept(key):
@@ -169,7 +174,8 @@ def test_every_response_is_given_with_the_weight_that_makes_means_exact(key):
 
 def test_no_gradient_flows_through_the_weights(key):
     enumerate_all = toy.enumerate_fn(POLICY, EMBEDDINGS)
-    slope = jax.grad(lambda params: jnp.sum(enumerate_all(key, params, jnp.arange(3)).weights * REWARDS))(PARAMS)
+    weigh = lambda params: jnp.sum(enumerate_all(key, params, jnp.arange(3)).weights * REWARDS)  # noqa: E731
+    slope = jax.jit(jax.grad(weigh))(PARAMS)
     chex.assert_trees_all_equal(slope, jax.tree.map(jnp.zeros_like, PARAMS))
 
 
@@ -186,7 +192,7 @@ def test_the_policy_gradient_of_all_responses_is_that_of_the_expected_reward(key
         log_probs = toy.log_prob_table(POLICY, EMBEDDINGS)(params)
         return jnp.mean(toy.expected_reward(log_probs, jnp.asarray(REWARDS))[prompts])
 
-    chex.assert_trees_all_close(jax.jit(jax.grad(surrogate))(PARAMS), jax.grad(expected)(PARAMS), atol=1e-6)
+    chex.assert_trees_all_close(*(jax.jit(jax.grad(f))(PARAMS) for f in (surrogate, expected)), atol=1e-6)
 
 
 def test_unknown_prompts_have_no_weights(key):
@@ -203,8 +209,8 @@ def test_unknown_prompts_have_no_weights(key):
 def test_rewards_are_those_of_the_table():
     reward = toy.reward_fn(jnp.asarray(REWARDS))
     expected = REWARDS[PROMPTS, RESPONSES].tolist()
-    assert reward(PROMPTS, RESPONSES).tolist() == jax.jit(reward)(PROMPTS, RESPONSES).tolist() == expected
-    assert jax.vmap(reward)(PROMPTS, RESPONSES).tolist() == expected
+    for run in (reward, jax.jit(jax.vmap(reward))):
+        assert run(PROMPTS, RESPONSES).tolist() == expected
 
 
 @pytest.mark.parametrize("flip", [0.0, 0.25])
@@ -214,7 +220,7 @@ def test_people_who_judge_by_rewards(temperature, flip):
     margin = np.float64(REWARDS[PROMPTS, RESPONSES]) - REWARDS[PROMPTS, OTHERS]
     wins = 1 / (1 + np.exp(-margin / temperature)) if temperature else (1 + np.sign(margin)) / 2
     expected = (1 - flip) * wins + flip * (1 - wins)
-    for run in (judge, jax.jit(judge), jax.vmap(judge)):
+    for run in (judge, jax.jit(jax.vmap(judge))):
         np.testing.assert_allclose(run(PROMPTS, RESPONSES, OTHERS), expected, rtol=1e-6)
     table = toy.preference_table(jnp.asarray(REWARDS), temperature=temperature, flip_probability=flip)
     np.testing.assert_allclose(
@@ -226,7 +232,7 @@ def test_a_preference_may_be_cyclic():
     table = cyclic()
     judge = toy.general_preference_fn(jnp.asarray(table))
     prompts, responses, others = jnp.indices(table.shape).reshape(3, -1)
-    for run in (judge, jax.jit(judge), jax.vmap(judge)):
+    for run in (judge, jax.jit(jax.vmap(judge))):
         np.testing.assert_allclose(run(prompts, responses, others), table.ravel(), rtol=1e-6)
 
 

@@ -63,6 +63,51 @@ def test_network_runs_once_for_each_prompt_and_not_for_each_pair(key, world):
     assert [product.outvars[0].aval.shape for product in products] == [(5, 32), (5, 10)]
 
 
+def test_scores_are_the_outputs_of_the_network(key, world):
+    network = toy.ToyLM(num_responses=10)
+    params = network.init(key, world.embeddings)
+    table = network.apply(params, world.embeddings)
+    chex.assert_trees_all_equal(toy.score_table(network, world.embeddings)(params), table)
+    score = toy.score_fn(network, world.embeddings)
+    prompts, responses = jnp.array([0, 3, 3]), Pair(jnp.array([1, 2, 9]), jnp.array([0, 0, 0]))
+    scores = score(params, prompts, responses)
+    assert isinstance(scores, Pair)
+    assert scores.chosen.tolist() == [table[0, 1], table[3, 2], table[3, 9]]
+    assert scores.rejected.tolist() == [table[0, 0], table[3, 0], table[3, 0]]
+    chex.assert_shape(score(params, prompts[:, None], prompts[:, None]), (3, 1))
+
+
+def test_values_are_the_one_output_of_the_network(key, world):
+    network = toy.ToyLM(num_responses=1)
+    params = network.init(key, world.embeddings)
+    value, table = toy.value_fn(network, world.embeddings), network.apply(params, world.embeddings)
+    prompts = jnp.array([4, 0, 4, 2])
+    assert value(params, prompts).tolist() == table[prompts, 0].tolist()
+    np.testing.assert_allclose(jax.jit(value)(params, prompts), table[prompts, 0], rtol=1e-6)
+    chex.assert_shape(value(params, prompts[:, None]), (4, 1))
+
+
+@pytest.mark.parametrize("prompt", [-1, 5])
+def test_unknown_prompts_have_neither_score_nor_value(key, world, prompt):
+    ids = jnp.array([0, prompt])
+    message = f"prompts must be between 0 and 4, got {prompt} in row 1"
+    for make, num_responses, rest in ((toy.score_fn, 4, (jnp.array([0, 0]),)), (toy.value_fn, 1, ())):
+        network = toy.TablePolicy(num_responses=num_responses)
+        params, function = network.init(key, world.embeddings), make(network, world.embeddings)
+        with pytest.raises(ValueError, match=message):
+            function(params, ids, *rest)
+        assert jnp.isnan(jax.jit(function)(params, ids, *rest)).tolist() == [False, True]
+
+
+def test_unknown_responses_have_no_score(key, world):
+    network = toy.TablePolicy(num_responses=4)
+    score, params = toy.score_fn(network, world.embeddings), network.init(key, world.embeddings)
+    prompts, responses = jnp.array([0, 0, 0]), jnp.array([0, 4, -1])
+    with pytest.raises(ValueError, match="responses must be between 0 and 3, got 4 in row 1"):
+        score(params, prompts, responses)
+    assert jnp.isnan(jax.jit(score)(params, prompts, responses)).tolist() == [False, True, True]
+
+
 def test_generation_follows_the_table(key):
     probs = np.array([[0.5, 0.0, 0.2, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4, 0.0]])
     with np.errstate(divide="ignore"):

@@ -1,0 +1,64 @@
+"""What the page of RLHF says is true: its code runs, its table is the reported one, its links lead somewhere."""
+
+import json
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from dpo_jax import losses, rlhf, toy
+
+PAGE = Path(rlhf.__file__).parent / "README.md"
+TEXT = PAGE.read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+SUMMARY = json.loads((PAGE.parents[2] / "experiments/reported/dpo_vs_rlhf/summary.json").read_text())
+
+
+def estimators_table(estimators):
+    """The table of bias and noise."""
+    rows = ["| estimate | alignment | length | noise |", "|---|---|---|---|"]
+    for name, quality in estimators.items():
+        cells = (f"{quality[column]['mean']:.{digits}f}" for column, digits in (("alignment", 3), ("scale", 2)))
+        noise = f"{quality['noise']['mean']:.1f} ± {1.96 * quality['noise']['stderr']:.1f}"
+        rows.append("| " + " | ".join([name, *cells, noise]) + " |")
+    return "\n".join(rows)
+
+
+def test_all_code_runs_and_every_training_earns_reward():
+    scope = {}
+    for block in BLOCKS:
+        exec(block, scope)
+        if "tuned" in scope:
+            params = scope.pop("tuned")
+            log_probs = scope["log_probs"](getattr(params, "policy", params))
+            before, after = (
+                toy.expected_reward(table, scope["world"].rewards).mean()
+                for table in (scope["log_probs"](scope["reference"]), log_probs)
+            )
+            assert jnp.isfinite(after)
+            assert after > before, block
+
+
+def test_its_table_is_that_of_the_reported_results():
+    assert estimators_table(SUMMARY["gradient_estimators"]) in TEXT
+    assert f"At the SFT policies of {SUMMARY['num_seeds']} worlds" in " ".join(TEXT.split())
+
+
+def test_it_names_what_there_is():
+    public = {name for name in dir(rlhf) if name.islower() and callable(getattr(rlhf, name))}
+    helpers = {"collect_groups", "policy_gradient", "update_coefficient", "estimate_moments"}
+    assert {f"rlhf.{name}" for name in public - helpers} <= set(re.findall(r"`(rlhf\.\w+)`", TEXT))
+    for name in re.findall(r"`(\w+_(?:loss|estimate|advantages))`", TEXT):
+        assert hasattr(losses, name), name
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (PAGE.parent / link).exists(), link
+
+
+def test_rows_have_as_many_cells_as_their_headings():
+    for block in re.findall(r"(?:^\|.*\n)+", TEXT, flags=re.MULTILINE):
+        assert len({line.count("|") for line in block.splitlines()}) == 1, block
