@@ -1,7 +1,7 @@
 """The notebook's claims about DPO, RLHF and their variants, each as a measured statement over a thousand worlds.
 
 A claim is judged by an effect with a 95 % interval over worlds. It fails if the interval ends below the smallest effect
-worth speaking of, 0.005 in reward; it holds if the interval begins above zero; in between, neither is shown. Where
+worth speaking of, 0.01 in reward; it holds if the interval begins above zero; in between, neither is shown. Where
 conditions disagree, it depends. `experiments/evidence.py` does the measuring.
 """
 
@@ -23,8 +23,9 @@ from experiments.notebook import BETA, BETAS
 
 SMALLEST, LARGEST = MANY_BETAS.index(BETAS[0]), MANY_BETAS.index(BETAS[-1])
 USUAL = MANY_BETAS.index(BETA)
-NOTHING = 0.005
-"""A difference in reward that is nothing to speak of: what the luck of tuning is worth."""
+NOTHING = 0.01
+"""A difference in reward that is nothing to speak of. The luck of tuning alone is worth 0.007: so much lie two losses
+apart that are one in other units (`experiments/loss_variants.py`)."""
 HOLDS, FAILS, OPEN = "holds", "fails", "not shown"
 
 
@@ -141,7 +142,7 @@ def same_policy(evidence: dict[str, Any]) -> Claim:
         "DPO skips the reward model by showing that the optimal policy has a closed form.",
         "reward of DPO minus that of RLHF with perfect reinforcement learning, from the same comparisons, at β = 0.1",
         effect,
-        HOLDS if max(map(abs, effect.interval)) < 2 * NOTHING else FAILS,
+        HOLDS if max(map(abs, effect.interval)) < NOTHING else FAILS,
         {
             "Expected true reward": {
                 "DPO": series(MANY_BETAS, dpo["expected_reward"]),
@@ -319,15 +320,20 @@ def reward_model_exploited(evidence: dict[str, Any]) -> Claim:
 def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
     """Section 5: DPO has none to hack."""
     dpo, exact = evidence["dpo"], evidence["exact"]["maximised"]
-    by_dpo = dpo["gain"][USUAL] - dpo["gain"][SMALLEST]
-    by_rlhf = exact["gain"].T[USUAL] - exact["gain"].T[SMALLEST]
-    effect = estimate(by_rlhf - by_dpo)
+
+    def lost(gain: np.ndarray, beta: float) -> np.ndarray:
+        return gain[USUAL] - gain[MANY_BETAS.index(beta)]
+
+    def spared(beta: float) -> Estimate:
+        return estimate(lost(exact["gain"].T, beta) - lost(dpo["gain"], beta))
+
+    effects = {f"{beta:g}": spared(beta) for beta in MANY_BETAS[:2]}
     return Claim(
         "dpo_not_exploited",
         "DPO: reward hacking is less likely, as there is no explicit reward model.",
-        "true reward lost from β = 0.1 to β = 0.01, by RLHF whose reinforcement learning is perfect minus by DPO",
-        effect,
-        verdict(effect, smallest=NOTHING),
+        "true reward lost from β = 0.1 to β = 0.01, by RLHF with perfect reinforcement learning minus by DPO",
+        spared(BETAS[0]),
+        by_condition(effects, "β"),
         {
             "Gain in true reward over SFT": {
                 "DPO": series(MANY_BETAS, dpo["gain"]),
@@ -340,8 +346,9 @@ def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
         },
         "β",
         {
-            "lost by DPO": estimate(by_dpo),
-            "lost by RLHF": estimate(by_rlhf),
+            **{f"lost by DPO, beta {beta:g}": estimate(lost(dpo["gain"], beta)) for beta in MANY_BETAS[:2]},
+            **{f"lost by RLHF, beta {beta:g}": estimate(lost(exact["gain"].T, beta)) for beta in MANY_BETAS[:2]},
+            **{f"lost less by DPO, beta {beta}": effect for beta, effect in effects.items()},
             "DPO overrated at beta 0.1": estimate(dpo["overestimate"][USUAL]),
             "RLHF overrated at beta 0.1": estimate(exact["overestimate"].T[USUAL]),
         },
@@ -356,15 +363,13 @@ def ppo_sensitive_to_learning_rate(evidence: dict[str, Any]) -> Claim:
     worse = {name: ~(gain > 0) for name, gain in gains.items()}
     share = {name: lost.mean(axis=0) for name, lost in worse.items()}
     effects = {name: estimate(share[name] - share["DPO"]) for name in RATED if name != "DPO"}
-    verdicts = {name: verdict(effect) for name, effect in effects.items()}
+    algorithms = {name.removesuffix(", reward model"): effect for name, effect in effects.items()}
     return Claim(
         "ppo_sensitive_to_learning_rate",
         "RLHF (PPO) is sensitive to hyperparameters, DPO is more stable.",
         "share of runs that end worse than SFT, over eight learning rates from 3e-5 to 0.1: PPO minus DPO",
         effects["PPO, reward model"],
-        verdicts["PPO, reward model"]
-        if len(set(verdicts.values())) == 1
-        else "depends on the algorithm: " + ", ".join(f"{name.split(',')[0]} {v}" for name, v in verdicts.items()),
+        by_condition(algorithms, "the algorithm", smallest=0.0),
         {
             "Gain in true reward over SFT": {name: series(LEARNING_RATES, gain) for name, gain in gains.items()},
             "Share of runs worse than SFT": {name: series(LEARNING_RATES, lost) for name, lost in worse.items()},
@@ -479,14 +484,16 @@ def gains_panel(evidence: dict[str, Any], names: Mapping[str, str]) -> dict[str,
     }
 
 
-def by_setting(effects: Mapping[str, Estimate], *, beyond: float = 0.0, smallest: float = NOTHING) -> str:
-    """A verdict if all settings agree; otherwise which say what."""
-    verdicts = {setting: verdict(effect, beyond=beyond, smallest=smallest) for setting, effect in effects.items()}
+def by_condition(
+    effects: Mapping[str, Estimate], condition: str = "the labels", *, beyond: float = 0.0, smallest: float = NOTHING
+) -> str:
+    """A verdict if all conditions agree; otherwise which say what."""
+    verdicts = {name: verdict(effect, beyond=beyond, smallest=smallest) for name, effect in effects.items()}
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values()))
     if HOLDS not in verdicts.values():
         return FAILS
-    return "depends on the labels: " + ", ".join(f"{setting} {found}" for setting, found in verdicts.items())
+    return f"depends on {condition}: " + ", ".join(f"{name} {found}" for name, found in verdicts.items())
 
 
 def ipo_robust(evidence: dict[str, Any]) -> Claim:
@@ -497,7 +504,7 @@ def ipo_robust(evidence: dict[str, Any]) -> Claim:
         "IPO is more robust.",
         "true reward of IPO minus that of DPO, both tuned, where a fifth of the labels is flipped",
         effects["noisy"],
-        by_setting(effects),
+        by_condition(effects),
         gains_panel(evidence, {"dpo": "DPO", "ipo": "IPO"}),
         "Labels",
         {f"IPO minus DPO, {setting}": effect for setting, effect in effects.items()},
@@ -516,7 +523,7 @@ def kto_unpaired(evidence: dict[str, Any]) -> Claim:
         "KTO works with just good and bad labels, no pairs needed.",
         "true reward of KTO on 3,600 labels minus that of SFT, clean labels",
         over_sft["clean"],
-        by_setting(over_sft),
+        by_condition(over_sft),
         gains_panel(
             evidence, {"dpo": "DPO, 1,800 pairs", "kto": "KTO, the same pairs split", "kto, labels": "KTO, labels"}
         ),
@@ -545,7 +552,7 @@ def orpo_without_sft(evidence: dict[str, Any]) -> Claim:
         "ORPO combines SFT and preference in one loss.",
         "true reward of ORPO from a fresh network, on comparisons alone, minus that of SFT, clean labels",
         over_sft["clean"],
-        by_setting(over_sft),
+        by_condition(over_sft),
         panels,
         "Labels",
         {
@@ -563,7 +570,7 @@ def simpo_without_reference(evidence: dict[str, Any]) -> Claim:
         "SimPO is reference-free.",
         "true reward of SimPO minus that of DPO, both tuned, clean labels",
         effects["clean"],
-        by_setting(effects, beyond=-2 * NOTHING, smallest=0.0),
+        by_condition(effects, beyond=-NOTHING, smallest=0.0),
         gains_panel(evidence, {"dpo": "DPO", "simpo": "SimPO"}),
         "Labels",
         {f"SimPO minus DPO, {setting}": effect for setting, effect in effects.items()},

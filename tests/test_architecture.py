@@ -48,7 +48,9 @@ def test_every_room_has_a_floor():
     assert {room(path) for path in MODULES} == FLOORS.keys()
 
 
-@pytest.mark.parametrize(("where", "stranger"), [("losses", "flax"), ("losses", "optax"), ("train", "flax"), ("rlhf", "flax")])
+@pytest.mark.parametrize(
+    ("where", "stranger"), [("losses", "flax"), ("losses", "optax"), ("train", "flax"), ("rlhf", "flax")]
+)
 def test_some_rooms_have_never_heard_of_some_libraries(where, stranger):
     names = [name.split(".")[0] for path in MODULES if room(path) == where for name in imported(path)]
     assert names

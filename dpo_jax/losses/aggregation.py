@@ -1,8 +1,8 @@
 """From a loss per token to one number: where GRPO, DAPO and Dr. GRPO differ.
 
 `values` has a row for each response and a column for each token, and `mask` is 1 where a response has a token, 0 behind
-its end. Where all responses have one token the three are the same. What `values` hold behind the end does not count; but
-log-probabilities there must be finite, or their own gradients are NaN.
+its end. Where all responses have one token the three are the same. What `values` hold behind the end does not count;
+but log-probabilities there must be finite, or their own gradients are NaN.
 """
 
 import jax.numpy as jnp

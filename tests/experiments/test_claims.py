@@ -34,9 +34,9 @@ def test_estimates_leave_out_what_did_not_finish():
 
 def test_settings_that_disagree_are_named():
     yes, no = Estimate(0.1, 0.01), Estimate(-0.1, 0.01)
-    assert claims.by_setting({"clean": yes, "noisy": yes}) == HOLDS
-    assert claims.by_setting({"clean": no, "noisy": Estimate(0.0, 0.1)}) == FAILS
-    assert claims.by_setting({"clean": yes, "noisy": no}) == "depends on the labels: clean holds, noisy fails"
+    assert claims.by_condition({"clean": yes, "noisy": yes}) == HOLDS
+    assert claims.by_condition({"clean": no, "noisy": Estimate(0.0, 0.1)}) == FAILS
+    assert claims.by_condition({"clean": yes, "noisy": no}) == "depends on the labels: clean holds, noisy fails"
 
 
 @pytest.fixture(scope="module")

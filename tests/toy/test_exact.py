@@ -141,6 +141,13 @@ def test_best_of_very_many_is_the_best_possible_response(world, policy):
         np.testing.assert_allclose(jnp.exp(found), jax.nn.one_hot(expected, 10), atol=1e-3)
 
 
+def test_best_of_n_knows_how_rare_a_rare_response_is():
+    rare = -30.0
+    for scores, expected in (([1.0, 0.0], [rare + np.log(5), 0.0]), ([0.0, 1.0], [5 * rare, 0.0])):
+        found = best_of_n_policy(jnp.array([rare, 0.0]), jnp.array(scores), num=5)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_best_of_n_has_a_finite_gradient():
     @jax.jit
     def best(logits):
@@ -151,6 +158,10 @@ def test_best_of_n_has_a_finite_gradient():
     for step in 1e-2 * np.eye(4, dtype=np.float32):
         numeric = (best(logits + step) - best(logits - step)) / 2e-2
         np.testing.assert_allclose(slopes @ step / 1e-2, numeric, atol=1e-2)
+    for impossible in range(4):
+        chex.assert_tree_all_finite(
+            jax.jit(jax.grad(lambda x: jnp.sum(jnp.exp(best(x)))))(logits.at[impossible].set(-jnp.inf))
+        )
 
 
 def test_the_reward_is_recovered_from_its_optimum(world, reference, beta):

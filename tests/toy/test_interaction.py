@@ -276,7 +276,7 @@ def test_ids_that_do_not_match_are_refused(as_users_have_it):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ((0, 0, 0, 0.6), "preference.* must be 1 for all i and j"),
+        ((0, 0, 0, 0.5001), "preference.* must be 1 for all i and j"),
         ((1, 0, 1, 0.4), "preference.* must be 1 for all i and j"),
         ((2, 1, 0, 1.5), r"preference must be between 0 and 1, got 1.5 in row \(2, 1, 0\)"),
         ((2, 1, 0, -0.5), r"preference must be between 0 and 1, got -0.5 in row \(2, 1, 0\)"),

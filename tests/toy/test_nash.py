@@ -323,7 +323,7 @@ def test_price_can_be_swept_and_the_game_known_while_tracing():
     ("change", "message"),
     [
         ({(0, 1): 0.4}, "preference.* must be 1 for all i and j"),
-        ({(0, 0): 0.4}, "preference.* must be 1 for all i and j"),
+        ({(0, 0): 0.4999}, "preference.* must be 1 for all i and j"),
         ({(0, 1): 1.5, (1, 0): -0.5}, r"preference must be between 0 and 1, got 1.5 in row \(0, 1\)"),
         ({(2, 0): np.nan}, r"preference must be between 0 and 1, got nan in row \(2, 0\)"),
     ],
