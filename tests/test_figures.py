@@ -75,3 +75,60 @@ def test_names_beside_points_do_not_overlap():
     assert min(np.diff(heights)) > 0.01
     assert [axes.get_visible() for axes in panels] == [True, False]
     assert panels[0].get_title() == "Clean"
+
+
+POINTS = figures.Points(np.array([0.0, 0.5]), np.array([0.0, 0.1]), np.array([0.0, 0.3]))
+
+
+def labels_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_rlhf_frontier_shows_bounds_in_every_panel_and_methods_in_their_own():
+    judges = {"comparisons": {"DPO": POINTS}, "reward model": {"PPO": POINTS, "RLOO": POINTS}}
+    left, right = drawn(figures.rlhf_frontier(judges, {"frontier": POINTS}, limits=(1.0, -0.1)))
+    for axes, methods in ((left, ["DPO"]), (right, ["PPO", "RLOO"])):
+        assert labels_of(axes) == methods
+        assert [line.get_label() for line in axes.lines[: 1 + len(methods)]] == ["frontier", *methods]
+        assert axes.lines[0].get_ydata().tolist() == [0.0, 0.1]
+
+
+def test_overoptimisation_shows_truth_and_score():
+    (axes,) = drawn(figures.overoptimisation({"PPO": POINTS}, largest_kl=1.0))
+    assert [line.get_ydata().tolist() for line in axes.lines[:2]] == [[0.0, 0.1], [0.0, 0.3]]
+    assert labels_of(axes) == ["PPO", "true reward", "by the reward model"]
+    without_score = drawn(figures.overoptimisation({"PPO": POINTS._replace(learned_gain=None)}, largest_kl=1.0))[0]
+    assert len(without_score.lines) == len(axes.lines) - 1
+
+
+def test_learning_rates_are_drawn_for_every_method():
+    curves = {f"method {i}": np.array([0.1, i]) for i in range(10)}
+    left, right = drawn(figures.learning_rates([1e-3, 1e-2], curves, curves))
+    assert labels_of(right) == list(curves)
+    assert left.get_xscale() == "log"
+    styles = {(line.get_color(), line.get_linestyle()) for line in left.lines[:10]}
+    assert len(styles) == 10
+
+
+def test_learned_rewards_are_relative_to_their_prompts():
+    true = np.array([[0.0, 1.0], [5.0, 5.0]])
+    (axes,) = drawn(figures.learned_rewards(true, true + np.array([[3.0], [4.0]])))
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[-0.5, -0.5], [0.5, 0.5]])
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), 0)
+
+
+def test_reinforcement_shows_ratios_only_where_they_change():
+    names = ("sampled_reward", "learned_reward", "expected_reward", "sampled_kl", "kl_to_reference", "ratio_change")
+    history = {"step": np.array([1.0, 2.0]), **{name: np.array([0.1, 0.2]) for name in names}}
+    assert len(drawn(figures.reinforcement(history))) == 3
+    assert len(drawn(figures.reinforcement({**history, "ratio_change": np.zeros(2)}))) == 2
+
+
+def test_claims_are_drawn_over_numbers_and_over_names():
+    line = figures.Measured([0.1, 1.0], [1.0, 2.0], [0.1, 0.2])
+    marks = figures.Measured(["clean", "noisy"], [1.0, 2.0], [0.1, 0.2])
+    over_numbers, over_names = drawn(figures.claim({"reward": {"a": line, "b": line}, "KL": {"a": marks}}, xlabel="x"))
+    assert labels_of(over_numbers) == ["a", "b"]
+    assert [tick.get_text() for tick in over_names.get_xticklabels()] == ["clean", "noisy"]
+    assert over_numbers.get_ylabel() == "reward"
+    assert over_numbers.get_xlabel() == "x"

@@ -67,7 +67,10 @@ def best_of_n_policy(
     possible = equal > 0
     equal = jnp.where(possible, equal, 1)
     up_to = jnp.minimum(below + equal, 1)
-    log_share = num * jnp.log(up_to) + jnp.log(-jnp.expm1(num * jnp.log1p(-jnp.minimum(equal / up_to, 1))))
+    share = equal / up_to
+    worst = share >= 1
+    won = jnp.log(-jnp.expm1(num * jnp.log1p(-jnp.where(worst, 0.5, share))))
+    log_share = num * jnp.log(up_to) + jnp.where(worst, 0, won)
     return log_probs + jnp.where(possible, log_share - jnp.log(equal), 0)
 
 
@@ -194,15 +197,18 @@ def bayes_prediction(
 
 
 def ranking_accuracy(scores: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]) -> Float[Array, "*n"]:
-    """The share of pairs of distinct responses that a score orders as the true rewards do; ties count half.
+    """The share of pairs of distinct responses that a score orders as the true rewards do; ties of either count half.
 
     Args:
       scores: rewards of a reward model, implicit rewards, or log-probabilities.
       rewards: the true ones.
     """
     checks.same_shape(scores=scores, rewards=rewards)
-    said, true = (values[..., :, None] - values[..., None, :] for values in (scores, rewards))
-    right = jnp.where(said == 0, 0.5, said * true > 0)
+    said, true = (
+        (values[..., :, None] > values[..., None, :]) * 1.0 - (values[..., :, None] < values[..., None, :])
+        for values in (scores, rewards)
+    )
+    right = (1 + said * true) / 2
     return jnp.mean(right[..., ~np.eye(rewards.shape[-1], dtype=bool)], axis=-1)
 
 

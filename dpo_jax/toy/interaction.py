@@ -41,15 +41,20 @@ def respond_fn(
       group_size: how many responses to each prompt; static.
       reference: table of a reference policy, to be mixed in; `None` if there is none.
       mix: :math:`m`, its share, between 0 and 1.
+
+    Raises:
+      TypeError, ValueError: an argument is not as described, or there is a mix and no reference.
     """
     checks.size("group_size", group_size)
     checks.probability("mix", mix)
+    if reference is None and (checks.is_traced(mix) or mix):
+        raise ValueError("mix needs a reference to mix in")
     log_probs = log_prob_table(policy, embeddings)
 
     def respond(key: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
         table = log_probs(params)
         if reference is not None:
-            table = jax.nn.log_softmax((1 - mix) * table + mix * reference)
+            table = geometric_mixture(table, reference, mix)
         groups = jnp.broadcast_to(prompts[:, None], (*prompts.shape, group_size))
         return Responses(generate(key, table, groups))
 
@@ -65,9 +70,11 @@ def enumerate_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]
 
     def respond(_: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
         table = log_probs(params)
-        num_responses = table.shape[-1]
+        num_prompts, num_responses = table.shape
+        checks.ids("prompts", prompts, num_prompts)
         every = jnp.broadcast_to(jnp.arange(num_responses), (*prompts.shape, num_responses))
-        return Responses(every, jax.lax.stop_gradient(num_responses * jnp.exp(table[prompts])))
+        weighed = table.at[prompts].get(mode="fill", wrap_negative_indices=False)
+        return Responses(every, jax.lax.stop_gradient(num_responses * jnp.exp(weighed)))
 
     return respond
 
@@ -106,15 +113,32 @@ def general_preference_fn(preference: Float[Array, "prompts responses responses"
       ValueError: they do not (checked unless traced).
     """
     check_preference(preference)
+    preference = jnp.asarray(preference)
     num_prompts, num_responses, _ = preference.shape
 
     def prefer(prompts: Array, responses: Array, others: Array) -> Array:
         checks.ids("prompts", prompts, num_prompts)
         checks.ids("responses", responses, num_responses)
         checks.ids("others", others, num_responses)
+        checks.same_shape(prompts=prompts, responses=responses, others=others)
         return preference.at[prompts, responses, others].get(mode="fill", wrap_negative_indices=False)
 
     return prefer
+
+
+def geometric_mixture(
+    log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"], share: Scalar
+) -> Float[Array, "*n responses"]:
+    r"""Log-probabilities of :math:`\pi^{1 - m} \pi_{ref}^m / Z`; who has no share cannot rule out a response.
+
+    Args:
+      log_probs: table of a policy (nats).
+      reference: table of the policy that is mixed in.
+      share: :math:`m`, between 0 and 1.
+    """
+    own = jnp.where(share == 1, 0.0, (1 - share) * log_probs)
+    other = jnp.where(share == 0, 0.0, share * reference)
+    return jax.nn.log_softmax(own + other)
 
 
 def check_preference(preference: Float[Array, "*n responses responses"]) -> None:

@@ -2,8 +2,8 @@ r"""Preferences without a reward: games between responses, their equilibria, and
 
 A preference is a table whose entry :math:`P(y \succ y')` says how probable it is that the response of the row is
 preferred to that of the column. It may be cyclic, as in rock, paper, scissors; then no reward explains it, and the best
-policy is the one that no other is preferred to: the Nash equilibrium of the game. Every function works on the last axes
-and keeps those before them.
+policy is the one that no other is preferred to: the Nash equilibrium of the game. Every function but
+`nash_equilibrium` works on the last axes and keeps those before them.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.toy.exact import kl_to_reference
-from dpo_jax.toy.interaction import check_preference
+from dpo_jax.toy.interaction import check_preference, geometric_mixture
 from dpo_jax.toy.world import preference_probability
 from dpo_jax.types import Scalar
 
@@ -39,13 +39,15 @@ def nash_equilibrium(preference: Float[np.ndarray, "responses responses"]) -> Fl
 
     check_preference(jnp.asarray(preference))
     size = len(preference)
-    no_worse = -(np.asarray(preference, np.float64).T - 0.5)  # against each response it wins half the time or more
+    table = np.asarray(preference, np.float64)
+    no_worse = (table - table.T) / 2  # against each response it wins half the time or more
     solution = optimize.linprog(
         np.zeros(size), A_ub=no_worse, b_ub=np.full(size, 1e-12), A_eq=np.ones((1, size)), b_eq=[1.0]
     )
     if not solution.success:
         raise ValueError(f"no equilibrium found: {solution.message}")
-    return solution.x
+    probs = np.maximum(solution.x, 0)
+    return probs / probs.sum()
 
 
 def exploitability(
@@ -105,9 +107,13 @@ def nash_md_step(
       log_probs, reference, preference, tau: see `regularized_exploitability`.
       learning_rate: :math:`\eta`; positive, at most 1 / tau.
     """
+    checks.positive("tau", tau)
     checks.positive("learning_rate", learning_rate)
     share = learning_rate * tau
-    mixed = jax.nn.log_softmax((1 - share) * log_probs + share * reference)
+    if not checks.is_traced(share) and np.any(np.asarray(share) > 1 + 1e-5):
+        raise ValueError(f"learning_rate must be at most 1 / tau, got {learning_rate}")
+    share = jnp.minimum(share, 1.0)
+    mixed = geometric_mixture(log_probs, reference, share)
     return jax.nn.log_softmax(mixed + learning_rate * _against(mixed, preference))
 
 

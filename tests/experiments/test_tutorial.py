@@ -2,23 +2,16 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
-import jupytext
-import nbclient
-import nbformat
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "experiments" / "tutorial.py"
+from tests.experiments import walks
+
+SCRIPT = walks.ROOT / "experiments" / "tutorial.py"
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
-
-
-def run(*arguments, module="experiments.tutorial"):
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+run = partial(walks.run, "experiments.tutorial")
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +91,14 @@ def test_bad_options_end_in_one_line(arguments, message):
 
 
 def test_script_and_notebook_are_the_same_walk():
-    script, notebook = jupytext.read(SCRIPT), nbformat.read(NOTEBOOK, as_version=4)
-    assert [(cell.cell_type, cell.source) for cell in script.cells] == [
-        (cell.cell_type, cell.source) for cell in notebook.cells
-    ]
+    assert walks.cells_of(SCRIPT) == walks.cells_of(NOTEBOOK)
 
 
 def test_the_notebook_comes_with_its_outputs():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    kinds = {kind for cell in cells for output in cell.outputs for kind in output.get("data", {})}
-    assert {"image/png", "text/html"} <= kinds
-    assert not any(output.output_type in ("error", "stream") for cell in cells for output in cell.outputs)
+    outputs = walks.outputs_of(NOTEBOOK)
+    assert {"image/png", "text/html"} <= {kind for output in outputs for kind in output.get("data", {})}
+    assert not any(output.output_type in ("error", "stream") for output in outputs)
 
 
 def test_the_notebook_runs(tmp_path):
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    (folder := tmp_path / "notebooks").mkdir()
-    nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}).execute()
-    assert (folder / "results" / "tutorial" / "summary.json").exists()
+    assert (walks.run_notebook(NOTEBOOK, tmp_path) / "summary.json").exists()
