@@ -7,7 +7,7 @@ Every policy is measured exactly.
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -242,27 +242,27 @@ def seconds_per_run(
     function: Any, scenes: Scene, watch: harness.Stopwatch, *, strength: float = BETA
 ) -> dict[str, float]:
     """Seconds to compile, and to run one of 64 that run together: the median of five times, nothing beside it."""
-    own = harness.Stopwatch()
-    runner = Runner({"worlds": scenes}, own, lambda _: None)
     start = time.perf_counter()
-    program = runner.compiled(function, point(strength, WATCHED_RATE))
-    program.wait()
+    once = timed(function, scenes, watch, strength=strength)
     compiled = time.perf_counter() - start
-    scene, hyperparameters = runner.arguments(
-        Task(
-            "worlds",
-            np.resize(np.arange(len(scenes.log_probs)), RUNS_PER_CHUNK),
-            [point(strength, WATCHED_RATE)] * RUNS_PER_CHUNK,
-        ),
-        0,
-    )
-    times = []
-    for _ in range(5):
-        before = own.run
-        program(scene, hyperparameters)
-        times.append(own.run - before)
-    watch.run, watch.compile = watch.run + own.run, watch.compile + own.compile
-    return {"compile": compiled, "run": statistics.median(times) / RUNS_PER_CHUNK}
+    return {"compile": compiled, "run": statistics.median(once() for _ in range(5))}
+
+
+def timed(function: Any, scenes: Scene, watch: harness.Stopwatch, *, strength: float = BETA) -> Callable[[], float]:
+    """Compiles `function(scene, hyperparameters)`; what it returns runs 64 together and says how long one took."""
+    runner = Runner({"worlds": scenes}, watch, lambda _: None)
+    usual = point(strength, WATCHED_RATE)
+    program = runner.compiled(function, usual)
+    program.wait()
+    rows = np.resize(np.arange(len(scenes.log_probs)), RUNS_PER_CHUNK)
+    arguments = runner.arguments(Task("worlds", rows, [usual] * RUNS_PER_CHUNK), 0)
+
+    def once() -> float:
+        start = time.perf_counter()
+        program(*arguments)
+        return (time.perf_counter() - start) / RUNS_PER_CHUNK
+
+    return once
 
 
 def summarise(results: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,9 @@ NOTEBOOK_RATE = 1e-3
 MANY_BETAS = (0.003, BETAS[0], 0.03, BETAS[1], BETAS[2], BETAS[3])
 RATED = ("DPO", "PPO, reward model", "RLOO, reward model", "GRPO, reward model")
 """Methods whose sensitivity to the learning rate is measured."""
+COMPARED = ("DPO", "PPO, reward model")
+NUM_TIMES = 9
+"""Methods whose seconds are compared, and how often."""
 CLIPS = (0.02, 0.05, 0.2, 0.5, 2.0)
 VARIANTS = ("dpo", "ipo", "kto", "kto, labels", "simpo", "orpo")
 """Losses that the notebook speaks of, compared by `loss_variants`."""
@@ -209,13 +212,10 @@ def exact(scene: Scene) -> dict[str, Any]:
 
 
 def cost(scenes: Scene, watch: harness.Stopwatch) -> dict[str, np.ndarray]:
-    """Seconds per run of DPO, and of reward model and PPO, measured in turn."""
-    model = partial(dpo_vs_rlhf.seconds_per_run, lambda scene, _: dpo_vs_rlhf.fit_rewards(scene), scenes, watch)
-    by_dpo, by_ppo = (
-        partial(dpo_vs_rlhf.seconds_per_run, partial(dpo_vs_rlhf.run, contender(name)), scenes, watch)
-        for name in ("DPO", "PPO, reward model")
-    )
-    times = np.array([[by_dpo()["run"], model()["run"] + by_ppo()["run"]] for _ in range(5)])
+    """Seconds per run of DPO, and of reward model and PPO, in turn."""
+    dpo, ppo = (dpo_vs_rlhf.timed(partial(dpo_vs_rlhf.run, contender(name)), scenes, watch) for name in COMPARED)
+    model = dpo_vs_rlhf.timed(lambda scene, _: dpo_vs_rlhf.fit_rewards(scene), scenes, watch)
+    times = np.array([[dpo(), model() + ppo()] for _ in range(NUM_TIMES)])
     return {"dpo": times[:, 0], "rlhf": times[:, 1]}
 
 
