@@ -1,8 +1,8 @@
 """The notebook's claims about DPO, RLHF and their variants, each as a measured statement over a thousand worlds.
 
-A claim is judged by an effect with a 95 % interval over worlds. It fails if the interval ends below the smallest effect
-worth speaking of, 0.01 in reward; it holds if the interval begins above zero; in between, neither is shown. Where
-conditions disagree, it depends. `experiments/evidence.py` does the measuring.
+A claim is judged by an effect with a 95 % interval over worlds. It holds if the interval lies above the smallest effect
+worth speaking of (0.01 in reward), fails if it lies below, and otherwise neither is shown. Where it holds under some
+conditions only, it depends. `experiments/evidence.py` does the measuring.
 """
 
 import time
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from dpo_jax import checks, figures
 from dpo_jax.figures import Measured
 from experiments import harness
 from experiments.dpo_vs_rlhf import LEARNING_RATES
-from experiments.evidence import CLIPS, EXPLORERS, MANY_BETAS, RATED, gather
+from experiments.evidence import CLIP_RATES, CLIPS, EXPLORERS, HACKED_BETAS, MANY_BETAS, POWERS, RATED, gather
 from experiments.loss_variants import SETTINGS
 from experiments.notebook import BETA, BETAS
 
@@ -84,20 +85,29 @@ class Claim:
 
 
 def estimate(values: Any) -> Estimate:
-    """Over the last axis, worlds; training that came to a halt counts as missing."""
+    """Over the last axis, worlds; NaN if any training came to a halt."""
     values = np.asarray(values, np.float64)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return Estimate(float(np.mean(values)) if len(values) else float("nan"), float("nan"))
-    return Estimate(float(values.mean()), float(1.96 * values.std(ddof=1) / np.sqrt(len(values))))
+    num = len(values)
+    if num < 2:
+        return Estimate(float(np.mean(values)), float("nan"))
+    half = stats.t.ppf(0.975, num - 1) * values.std(ddof=1) / np.sqrt(num)
+    return Estimate(float(values.mean()), float(half))
 
 
-def verdict(effect: Estimate, *, beyond: float = 0.0, smallest: float = 0.0) -> str:
-    """Fails if the effect is surely too small to speak of; holds if it is surely there; otherwise neither is shown."""
+def verdict(effect: Estimate, *, beyond: float = 0.0) -> str:
+    """Whether the interval lies above or below what counts."""
     low, high = effect.interval
-    if high <= beyond + smallest:
-        return FAILS
-    return HOLDS if low > beyond else OPEN
+    if low > beyond:
+        return HOLDS
+    return FAILS if high <= beyond else OPEN
+
+
+def equivalence(effect: Estimate) -> str:
+    """Whether a difference is nothing to speak of."""
+    low, high = effect.interval
+    if low > -NOTHING and high < NOTHING:
+        return HOLDS
+    return FAILS if low > NOTHING or high < -NOTHING else OPEN
 
 
 def series(x: Any, rows: Any) -> Measured:
@@ -142,7 +152,7 @@ def same_policy(evidence: dict[str, Any]) -> Claim:
         "DPO skips the reward model by showing that the optimal policy has a closed form.",
         "reward of DPO minus that of RLHF with perfect reinforcement learning, from the same comparisons, at β = 0.1",
         effect,
-        HOLDS if max(map(abs, effect.interval)) < NOTHING else FAILS,
+        equivalence(effect),
         {
             "Expected true reward": {
                 "DPO": series(MANY_BETAS, dpo["expected_reward"]),
@@ -250,7 +260,7 @@ def small_beta_overfits(evidence: dict[str, Any]) -> Claim:
         "Small β can overfit to the preferences.",
         "true reward at β = 0.1 minus that at β = 0.01",
         effect,
-        verdict(effect, smallest=NOTHING),
+        verdict(effect, beyond=NOTHING),
         {
             "Expected true reward": {
                 "DPO": series(MANY_BETAS, reward),
@@ -298,13 +308,13 @@ def reward_model_exploited(evidence: dict[str, Any]) -> Claim:
     """Section 5: RLHF hacks its reward model."""
     exact = evidence["exact"]["maximised"]
     gain, excess = exact["gain"].T, exact["overestimate"].T
-    fall = estimate(gain[USUAL] - gain[SMALLEST])
+    effect = estimate(gain[USUAL] - gain[SMALLEST])
     return Claim(
         "reward_model_exploited",
         "RLHF: reward hacking is possible.",
-        "by how much the reward model overrates the policy that maximises it at β = 0.01 (in units of true reward)",
-        estimate(excess[SMALLEST]),
-        verdict(fall, smallest=NOTHING),
+        "true reward lost where the reward model is maximised at β = 0.01 instead of 0.1, and scores higher",
+        effect,
+        verdict(effect, beyond=NOTHING),
         {
             "Gain over SFT, reward model maximised": {
                 "true reward": series(MANY_BETAS, gain),
@@ -312,7 +322,10 @@ def reward_model_exploited(evidence: dict[str, Any]) -> Claim:
             },
         },
         "β",
-        {"true reward lost from beta 0.1 to 0.01": fall},
+        {
+            "score gained from beta 0.1 to 0.01": estimate((gain + excess)[SMALLEST] - (gain + excess)[USUAL]),
+            "overrated at beta 0.01": estimate(excess[SMALLEST]),
+        },
         log=True,
     )
 
@@ -320,36 +333,39 @@ def reward_model_exploited(evidence: dict[str, Any]) -> Claim:
 def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
     """Section 5: DPO has none to hack."""
     dpo, exact = evidence["dpo"], evidence["exact"]["maximised"]
-
-    def lost(gain: np.ndarray, beta: float) -> np.ndarray:
-        return gain[USUAL] - gain[MANY_BETAS.index(beta)]
-
-    def spared(beta: float) -> Estimate:
-        return estimate(lost(exact["gain"].T, beta) - lost(dpo["gain"], beta))
-
-    effects = {f"{beta:g}": spared(beta) for beta in MANY_BETAS[:2]}
+    ends = evidence["dpo to the end"]["expected_reward"]
+    lost = {
+        "DPO": dpo["gain"][USUAL] - dpo["gain"][SMALLEST],
+        "PPO, as many steps": evidence["ppo"]["expected_reward"][1] - evidence["ppo"]["expected_reward"][0],
+        "DPO, trained to the end": ends[1] - ends[0],
+        "reward model, maximised exactly": exact["gain"].T[USUAL] - exact["gain"].T[SMALLEST],
+    }
+    as_trained = estimate(lost["PPO, as many steps"] - lost["DPO"])
+    at_rest = estimate(lost["reward model, maximised exactly"] - lost["DPO, trained to the end"])
     return Claim(
         "dpo_not_exploited",
         "DPO: reward hacking is less likely, as there is no explicit reward model.",
-        "true reward lost from β = 0.1 to β = 0.01, by RLHF with perfect reinforcement learning minus by DPO",
-        spared(BETAS[0]),
-        by_condition(effects, "β"),
+        "true reward lost from β = 0.1 to β = 0.01, by PPO minus by DPO, in equally many steps",
+        as_trained,
+        by_condition({"as many steps": as_trained, "both at rest": at_rest}, "how long they train"),
         {
             "Gain in true reward over SFT": {
                 "DPO": series(MANY_BETAS, dpo["gain"]),
                 "reward model, maximised exactly": series(MANY_BETAS, exact["gain"].T),
+                "DPO, trained to the end": series(HACKED_BETAS, ends - evidence["exact"]["sft_reward"]),
             },
             "Overrated by its own reward": {
                 "DPO, by its implicit reward": series(MANY_BETAS, dpo["overestimate"]),
                 "RLHF, by the reward model": series(MANY_BETAS, exact["overestimate"].T),
+                "DPO, trained to the end": series(HACKED_BETAS, evidence["dpo to the end"]["overestimate"]),
             },
         },
         "β",
         {
-            **{f"lost by DPO, beta {beta:g}": estimate(lost(dpo["gain"], beta)) for beta in MANY_BETAS[:2]},
-            **{f"lost by RLHF, beta {beta:g}": estimate(lost(exact["gain"].T, beta)) for beta in MANY_BETAS[:2]},
-            **{f"lost less by DPO, beta {beta}": effect for beta, effect in effects.items()},
+            **{f"lost by {name}": estimate(values) for name, values in lost.items()},
+            "at rest, lost by RLHF minus by DPO": at_rest,
             "DPO overrated at beta 0.1": estimate(dpo["overestimate"][USUAL]),
+            "DPO overrated at beta 0.1, trained to the end": estimate(evidence["dpo to the end"]["overestimate"][1]),
             "RLHF overrated at beta 0.1": estimate(exact["overestimate"].T[USUAL]),
         },
         log=True,
@@ -369,7 +385,7 @@ def ppo_sensitive_to_learning_rate(evidence: dict[str, Any]) -> Claim:
         "RLHF (PPO) is sensitive to hyperparameters, DPO is more stable.",
         "share of runs that end worse than SFT, over eight learning rates from 3e-5 to 0.1: PPO minus DPO",
         effects["PPO, reward model"],
-        by_condition(algorithms, "the algorithm", smallest=0.0),
+        by_condition(algorithms, "the algorithm", beyond=0.0),
         {
             "Gain in true reward over SFT": {name: series(LEARNING_RATES, gain) for name, gain in gains.items()},
             "Share of runs worse than SFT": {name: series(LEARNING_RATES, lost) for name, lost in worse.items()},
@@ -392,17 +408,27 @@ def near_best(gains: np.ndarray) -> float:
 
 def ppo_sensitive_to_clip(evidence: dict[str, Any]) -> Claim:
     """Section 5: and with its clip, too."""
-    gain = evidence["by_clip"]["expected_reward"] - evidence["exact"]["sft_reward"]
-    best, worst = np.argmax(gain.mean(axis=1)), np.argmin(gain.mean(axis=1))
-    effect = estimate(gain[best] - gain[worst])
+    gains = evidence["by_clip"] - evidence["exact"]["sft_reward"]
+
+    def spread(gain: np.ndarray) -> Estimate:
+        means = gain.mean(axis=1)
+        return estimate(gain[np.nanargmax(means)] - gain[np.nanargmin(means)])
+
+    labels = [f"learning rate {rate:g}" for rate in CLIP_RATES]
+    spreads = {label: spread(gain) for label, gain in zip(labels, gains, strict=True)}
     return Claim(
         "ppo_sensitive_to_clip",
         "RLHF (PPO) is sensitive to hyperparameters: its clip.",
-        "true reward with the best clip minus that with the worst, of five from 0.02 to 2",
-        effect,
-        verdict(effect, beyond=NOTHING),
-        {"Gain in true reward over SFT": {"PPO": series(CLIPS, gain)}},
+        f"true reward with the best clip minus that with the worst, of five from 0.02 to 2, at a {labels[0]}",
+        spreads[labels[0]],
+        by_condition(spreads, "the learning rate"),
+        {
+            "Gain in true reward over SFT": {
+                label: series(CLIPS, gain) for label, gain in zip(labels, gains, strict=True)
+            }
+        },
         "Clip",
+        {f"best minus worst, {label}": effect for label, effect in spreads.items()},
         log=True,
     )
 
@@ -414,7 +440,7 @@ def dpo_cheaper(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "dpo_cheaper",
         "Compute: RLHF high (rollouts), DPO lower (just forward and backward).",
-        "seconds of reward model and PPO divided by seconds of DPO, as many optimizer steps for each of the three",
+        "seconds of reward model and PPO divided by seconds of DPO, as many steps for each of the three; nine timings",
         effect,
         verdict(effect, beyond=1.0),
         {
@@ -436,17 +462,13 @@ def exploration_helps(evidence: dict[str, Any]) -> Claim:
     coverage = [float(np.mean(values)) for values in found["offline"]["log_coverage"]]
     reward = {name: found[name]["expected_reward"] for name in EXPLORERS}
     help_ = [estimate(on - off) for on, off in zip(reward["online"], reward["offline"], strict=True)]
-    largest = int(np.argmax([e.mean for e in help_]))
-    everywhere = all(e.interval[0] > 0 for e in help_)
+    by_coverage = by_condition({f"{power:g}": e for power, e in zip(POWERS, help_, strict=True)})
     return Claim(
         "exploration_helps",
         "RLHF can explore online, DPO is offline: a trade-off.",
-        "true reward of online DPO minus that of DPO on the reference's responses, equally many labels, "
-        f"where that is largest (a log coverage of {coverage[largest]:.1f})",
-        help_[largest],
-        verdict(help_[largest], smallest=NOTHING)
-        if everywhere
-        else "depends on how well the reference covers good responses",
+        "true reward of online DPO minus that of DPO on a uniform reference's responses, as many labels",
+        help_[POWERS.index(0.0)],
+        "depends on how well the reference covers good responses" if "depends" in by_coverage else by_coverage,
         {
             "Expected true reward": {
                 label: series(coverage, reward[name])
@@ -484,15 +506,13 @@ def gains_panel(evidence: dict[str, Any], names: Mapping[str, str]) -> dict[str,
     }
 
 
-def by_condition(
-    effects: Mapping[str, Estimate], condition: str = "the labels", *, beyond: float = 0.0, smallest: float = NOTHING
-) -> str:
+def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels", *, beyond: float = NOTHING) -> str:
     """A verdict if all conditions agree; otherwise which say what."""
-    verdicts = {name: verdict(effect, beyond=beyond, smallest=smallest) for name, effect in effects.items()}
+    verdicts = {name: verdict(effect, beyond=beyond) for name, effect in effects.items()}
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values()))
     if HOLDS not in verdicts.values():
-        return FAILS
+        return OPEN
     return f"depends on {condition}: " + ", ".join(f"{name} {found}" for name, found in verdicts.items())
 
 
@@ -570,7 +590,7 @@ def simpo_without_reference(evidence: dict[str, Any]) -> Claim:
         "SimPO is reference-free.",
         "true reward of SimPO minus that of DPO, both tuned, clean labels",
         effects["clean"],
-        by_condition(effects, beyond=-NOTHING, smallest=0.0),
+        by_condition(effects, beyond=-NOTHING),
         gains_panel(evidence, {"dpo": "DPO", "simpo": "SimPO"}),
         "Labels",
         {f"SimPO minus DPO, {setting}": effect for setting, effect in effects.items()},

@@ -1,8 +1,8 @@
 """RLHF and DPO side by side: every way from the same SFT policy and the same comparisons to a better policy.
 
-All take equally many optimizer steps on 64 responses or comparisons each. What they differ in is who judges (1,800
-comparisons made beforehand, a reward model fitted to them, people asked during training, or the true reward), what they
-sample, and how.
+All train their policy for about as many optimizer steps (1,450; PPO 1,440), on 64 comparisons made beforehand or on 64
+fresh responses, which may be 32 comparisons. What they differ in is who judges (1,800 comparisons made beforehand, a
+reward model fitted to them, people asked during training, or the true reward), what they sample, and how.
 """
 
 from collections.abc import Callable
@@ -108,8 +108,9 @@ def prepare(seed: Int[Array, ""]) -> Scene:
 def train_reward_model(
     key: Key[Array, ""], world: toy.World, preferences: Preferences, *, margin: Scalar = 0.0, centring: Scalar = 0.01
 ) -> tuple[Float[Array, "prompts responses"], Metrics]:
-    """Fits a fresh network to the comparisons, as long and as fast as DPO trains; returns its table of rewards.
+    """Fits a fresh network to the comparisons, as long as DPO trains; returns its table of rewards.
 
+    Its learning rate is the one that suits DPO best; from 3e-4 on, it hardly matters.
     Fresh, because the outputs of the SFT policy are no neutral start: its logits already know which responses
     demonstrators show more often.
     """
@@ -137,7 +138,8 @@ class Contender:
       stages: what is trained, one after the other.
       train: `(setup, strength, learning rate) -> (parameters, history)`.
       judge: who says what is good.
-      samples: how many responses the policy gives during training.
+      samples: how many responses are sampled during training.
+      steps: how many optimizer steps the policy takes.
       labels: how many judgements of people it takes.
       strength: what is swept: beta, mostly.
       strengths: its values.
@@ -149,6 +151,7 @@ class Contender:
     train: Callable[[Setup, Scalar, Scalar], Trained]
     judge: str
     samples: int = 0
+    steps: int = NUM_STEPS
     labels: int = NUM_PREFERENCES
     strength: str = "beta"
     strengths: tuple[float, ...] = BETAS
@@ -169,15 +172,15 @@ def policy_of(params: Params) -> Params:
     return params.policy if isinstance(params, rlhf.ActorCritic) else params
 
 
-def fit(setup: Setup, objective: Any, learning_rate: Scalar) -> Trained:
-    """Trains on the comparisons that there are."""
+def fit(setup: Setup, objective: Any, learning_rate: Scalar, *, num_epochs: int | None = None) -> Trained:
+    """Trains on the comparisons that there are; for `NUM_EPOCHS` unless told otherwise."""
     return train.fit(
         setup.key,
         setup.scene.params,
         setup.scene.preferences,
         objective=objective,
         learning_rate=learning_rate,
-        num_epochs=NUM_EPOCHS,
+        num_epochs=num_epochs or NUM_EPOCHS,
         batch_size=BATCH_SIZE,
         evaluate=partial(evaluate, setup),
     )
@@ -222,8 +225,8 @@ def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar, *, cli
     init_key, train_key = jax.random.split(setup.key)
     learner = rlhf.ppo(
         *setup.exchange(1, PPO_BATCHES * BATCH_SIZE),
-        toy.value_fn(VALUE, embeddings),
         toy.reward_fn(rewards(setup)),
+        value=toy.value_fn(VALUE, embeddings),
         reference=setup.scene.params,
         beta=beta,
         clip=clip,
@@ -242,7 +245,7 @@ def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar, *, cli
 
 def adaptive_ppo(rewards: Rewards, setup: Setup, target: Scalar, learning_rate: Scalar) -> Trained:
     """PPO whose price of KL is controlled so that the KL stays on target."""
-    return ppo(rewards, setup, rlhf.AdaptiveKL(initial=BETA, target=target), learning_rate)
+    return ppo(rewards, setup, rlhf.AdaptiveKL(initial=BETA, target=target, gain=1.0), learning_rate)
 
 
 def reinforced(
@@ -291,15 +294,19 @@ PPO_SAMPLES = PPO_ROUNDS * PPO_BATCHES * BATCH_SIZE
 SAMPLES = NUM_STEPS * BATCH_SIZE
 
 
-def by_model(name: str, method: Any, samples: int = SAMPLES, **options: Any) -> Contender:
+PPO_NEEDS = {"samples": PPO_SAMPLES, "steps": PPO_ROUNDS * PPO_PASSES * PPO_BATCHES}
+
+
+def by_model(name: str, method: Any, *, samples: int = SAMPLES, **options: Any) -> Contender:
     """A method that is judged by the reward model."""
     stages = (SFT, FIT_REWARDS, name)
     return Contender(f"{name}, reward model", stages, partial(method, LEARNED), MODEL, samples, **options)
 
 
-def by_truth(name: str, method: Any, samples: int = SAMPLES) -> Contender:
+def by_truth(name: str, method: Any, *, samples: int = SAMPLES, **options: Any) -> Contender:
     """A method that sees the true reward of each response: what is possible without errors of judgement."""
-    return Contender(f"{name}, true reward", (SFT, name), partial(method, TRUE), TRUTH, samples, labels=samples)
+    stages = (SFT, name)
+    return Contender(f"{name}, true reward", stages, partial(method, TRUE), TRUTH, samples, labels=samples, **options)
 
 
 def drgrpo(*args: Any, **options: Any) -> Any:
@@ -326,11 +333,11 @@ CONTENDERS = (
         strengths=(0.05, 0.1, 0.5, 0.9, 1.0),
         usual=0.9,
     ),
-    by_model("PPO", ppo, PPO_SAMPLES),
+    by_model("PPO", ppo, **PPO_NEEDS),
     by_model(
         "PPO, KL held",
         adaptive_ppo,
-        PPO_SAMPLES,
+        **PPO_NEEDS,
         strength="target KL",
         strengths=(0.02, 0.1, 0.4, 0.8, 1.2),
         usual=0.4,
@@ -353,7 +360,7 @@ CONTENDERS = (
         strengths=tuple(beta / 4 for beta in BETAS),
         usual=BETA / 4,
     ),
-    by_truth("PPO", ppo, PPO_SAMPLES),
+    by_truth("PPO", ppo, **PPO_NEEDS),
     by_truth("RLOO", partial(reinforced, rlhf.rloo, 4)),
 )
 """All of them. Tau is a quarter of beta, since a difference in reward moves a preference by at most a quarter of it."""

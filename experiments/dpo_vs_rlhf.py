@@ -301,7 +301,7 @@ def summarise_contender(
         "judge": contender.judge,
         "labels": contender.labels,
         "samples": contender.samples,
-        "steps": NUM_STEPS if contender.judge != contenders.MODEL else 2 * NUM_STEPS,
+        "steps": contender.steps + (NUM_STEPS if contender.judge == contenders.MODEL else 0),
         "seconds": seconds,
         "strength": contender.strength,
         "usual": contender.usual,

@@ -31,6 +31,10 @@ RATED = ("DPO", "PPO, reward model", "RLOO, reward model", "GRPO, reward model")
 COMPARED = ("DPO", "PPO, reward model")
 NUM_TIMES = 9
 """Methods whose seconds are compared, and how often."""
+LONG = 600
+"""Epochs after which DPO has come to rest."""
+HACKED_BETAS = (BETAS[0], BETA)
+CLIP_RATES = (NOTEBOOK_RATE, 10 * NOTEBOOK_RATE)
 CLIPS = (0.02, 0.05, 0.2, 0.5, 2.0)
 VARIANTS = ("dpo", "ipo", "kto", "kto, labels", "simpo", "orpo")
 """Losses that the notebook speaks of, compared by `loss_variants`."""
@@ -51,27 +55,26 @@ def gather(seeds: np.ndarray, tuning: np.ndarray, num_candidates: int, watch: ha
     """
     scenes = dpo_vs_rlhf.prepare_all(seeds, watch)
     num, rows = len(seeds), np.arange(len(seeds))
-    sizes = (len(MANY_BETAS), len(RATED) * len(LEARNING_RATES), len(CLIPS), len(EXPLORERS) * len(POWERS))
-    with harness.progress("runs", num * sum(sizes)) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    parts = {
+        "dpo": (dpo_by_beta, betas_of(MANY_BETAS)),
+        "dpo to the end": (partial(dpo_by_beta, num_epochs=LONG), betas_of(HACKED_BETAS)),
+        "ppo": (partial(dpo_vs_rlhf.run, contender(COMPARED[1])), [point(b, NOTEBOOK_RATE) for b in HACKED_BETAS]),
+        **{
+            name: (partial(dpo_vs_rlhf.run, contender(name)), [point(BETA, rate) for rate in LEARNING_RATES])
+            for name in RATED
+        },
+        "clip": (ppo_by_clip, [point(clip, rate) for rate in CLIP_RATES for clip in CLIPS]),
+        **{name: (partial(explore, name), [point(power, NOTEBOOK_RATE) for power in POWERS]) for name in EXPLORERS},
+    }
+    num_runs = num * sum(len(points) for _, points in parts.values())
+    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(THREADS) as threads:
         runner = Runner({"worlds": scenes}, watch, Counter(show_done))
         everywhere = partial(run_everywhere, runner, rows)
-        parts = {
-            "dpo": (
-                dpo_by_beta,
-                [{"beta": np.float32(b), "learning_rate": np.float32(NOTEBOOK_RATE)} for b in MANY_BETAS],
-            ),
-            **{
-                name: (partial(dpo_vs_rlhf.run, contender(name)), [point(BETA, rate) for rate in LEARNING_RATES])
-                for name in RATED
-            },
-            "clip": (ppo_by_clip, [point(clip, NOTEBOOK_RATE) for clip in CLIPS]),
-            **{name: (partial(explore, name), [point(power, NOTEBOOK_RATE) for power in POWERS]) for name in EXPLORERS},
-        }
         found = dict(zip(parts, threads.map(lambda part: everywhere(*part), parts.values()), strict=True))
     return {
-        "dpo": found["dpo"],
+        **{name: found[name] for name in ("dpo", "dpo to the end", "ppo")},
         "by_rate": {name: found[name] for name in RATED},
-        "by_clip": found["clip"],
+        "by_clip": found["clip"]["expected_reward"].reshape(len(CLIP_RATES), len(CLIPS), num),
         "exploration": {name: found[name] for name in EXPLORERS},
         "exact": jax.device_get(jax.jit(partial(jax.lax.map, exact))(scenes)),
         "cost": cost(scenes, watch),
@@ -93,10 +96,21 @@ def run_everywhere(
     return {name: values.reshape(len(points), -1) for name, values in runner(program, task).items()}
 
 
-def dpo_by_beta(scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
-    """The notebook's DPO at one beta, with everything that claims are made about."""
+def betas_of(betas: Sequence[float]) -> list[Hyperparameters]:
+    """Each beta with the notebook's learning rate."""
+    return [{"beta": np.float32(beta), "learning_rate": np.float32(NOTEBOOK_RATE)} for beta in betas]
+
+
+def dpo_by_beta(scene: Scene, hyperparameters: dict[str, Scalar], *, num_epochs: int | None = None) -> dict[str, Array]:
+    """The notebook's DPO at one beta, with everything that claims are made about; perhaps trained for longer."""
     beta = hyperparameters["beta"]
-    log_probs, history = contender("DPO").trained(scene, beta, hyperparameters["learning_rate"])
+
+    def train_longer(setup: contenders.Setup, beta: Scalar, learning_rate: Scalar) -> contenders.Trained:
+        objective = train.preference_objective(setup.log_prob, losses.dpo_loss, beta=beta)
+        return contenders.fit(setup, objective, learning_rate, num_epochs=num_epochs)
+
+    dpo = dataclasses.replace(contender("DPO"), train=train_longer)
+    log_probs, history = dpo.trained(scene, beta, hyperparameters["learning_rate"])
     rewards, reference, pairs = scene.world.rewards, scene.log_probs, scene.preferences
     ratios = log_probs - reference
     chosen, rejected = toy.lookup(ratios, pairs.prompts, pairs.responses)

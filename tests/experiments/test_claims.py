@@ -12,31 +12,62 @@ from experiments.evidence import MANY_BETAS
 
 
 @pytest.mark.parametrize(
-    ("effect", "options", "expected"),
+    ("effect", "beyond", "expected"),
     [
-        (Estimate(0.1, 0.05), {}, HOLDS),
-        (Estimate(0.1, 0.2), {}, OPEN),
-        (Estimate(-0.1, 0.05), {}, FAILS),
-        (Estimate(0.002, 0.001), {"smallest": 0.005}, FAILS),  # there, but nothing to speak of
-        (Estimate(0.004, 0.003), {"smallest": 0.005}, HOLDS),
-        (Estimate(1.5, 0.3), {"beyond": 1.0}, HOLDS),
-        (Estimate(0.8, 0.1), {"beyond": 1.0}, FAILS),
+        (Estimate(0.1, 0.05), 0.0, HOLDS),
+        (Estimate(0.1, 0.2), 0.0, OPEN),
+        (Estimate(-0.1, 0.05), 0.0, FAILS),
+        (Estimate(0.002, 0.001), 0.01, FAILS),  # there, but nothing to speak of
+        (Estimate(0.006, 0.005), 0.01, OPEN),
+        (Estimate(0.02, 0.005), 0.01, HOLDS),
+        (Estimate(np.nan, np.nan), 0.0, OPEN),
     ],
 )
-def test_verdicts(effect, options, expected):
-    assert verdict(effect, **options) == expected
+def test_verdicts(effect, beyond, expected):
+    assert verdict(effect, beyond=beyond) == expected
 
 
-def test_estimates_leave_out_what_did_not_finish():
-    values = np.array([1.0, 2.0, np.nan, 3.0])
-    assert estimate(values) == Estimate(2.0, 1.96 * 1.0 / np.sqrt(3))
+@pytest.mark.parametrize(
+    ("effect", "expected"),
+    [
+        (Estimate(0.004, 0.001), HOLDS),
+        (Estimate(-0.004, 0.001), HOLDS),
+        (Estimate(0.004, 0.03), OPEN),
+        (Estimate(0.05, 0.01), FAILS),
+        (Estimate(-0.05, 0.01), FAILS),
+    ],
+)
+def test_a_difference_that_should_be_nothing(effect, expected):
+    assert claims.equivalence(effect) == expected
 
 
-def test_settings_that_disagree_are_named():
-    yes, no = Estimate(0.1, 0.01), Estimate(-0.1, 0.01)
+def test_estimates_by_hand():
+    found = estimate(np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_allclose(found, [2.0, 4.302653 / np.sqrt(3)], rtol=1e-6)  # Student's t with two degrees
+    assert np.isnan(estimate(np.array([1.0, np.nan])).mean)
+
+
+def test_conditions_that_disagree_are_named():
+    yes, no, perhaps = Estimate(0.1, 0.01), Estimate(-0.1, 0.01), Estimate(0.0, 0.1)
     assert claims.by_condition({"clean": yes, "noisy": yes}) == HOLDS
-    assert claims.by_condition({"clean": no, "noisy": Estimate(0.0, 0.1)}) == FAILS
+    assert claims.by_condition({"clean": no, "noisy": no}) == FAILS
+    assert claims.by_condition({"clean": no, "noisy": perhaps}) == OPEN
     assert claims.by_condition({"clean": yes, "noisy": no}) == "depends on the labels: clean holds, noisy fails"
+
+
+@pytest.mark.parametrize(
+    ("difference", "expected"), [(0.0, FAILS), (-0.1, FAILS), (0.1, HOLDS), (None, "depends on how well")]
+)
+def test_whether_exploration_helps_is_open_before(difference, expected):
+    num = len(evidence.POWERS)
+    offline = np.full((num, 4), 0.4) + 1e-4 * np.arange(4)
+    gain = np.linspace(-0.1, 0.1, num)[:, None] if difference is None else difference
+    measured = {"regret": offline, "log_coverage": offline}
+    found = {
+        name: {"expected_reward": offline + (gain if name == "online" else 0), **measured}
+        for name in evidence.EXPLORERS
+    }
+    assert claims.exploration_helps({"exploration": found}).verdict.startswith(expected)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +122,8 @@ def test_the_script_judges_every_claim(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(module, "NUM_EPOCHS", 1)
     monkeypatch.setattr(contenders, "STEPS_PER_EPOCH", 4)
     monkeypatch.setattr(contenders, "PPO_ROUNDS", 3)
-    monkeypatch.setattr(evidence, "NUM_STEPS", 4)
+    for name, value in (("NUM_STEPS", 4), ("LONG", 2), ("NUM_TIMES", 2)):
+        monkeypatch.setattr(evidence, name, value)
     claims.main(claims.Options(num_seeds=3, num_tuning_seeds=1, num_candidates=1, out=tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["claims"]) >= 15
