@@ -23,10 +23,10 @@ def centred_advantages(
     2503.20783.
 
     Args:
-      rewards: of responses to one prompt each row.
+      rewards: of responses to one prompt each row; two at least, unless they have weights.
       weights: of the responses; `None` means equally.
     """
-    _check(rewards, weights)
+    _check(rewards, weights, at_least=2 if weights is None else 1)
     return rewards - _mean(rewards, weights)
 
 

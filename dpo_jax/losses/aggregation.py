@@ -19,7 +19,7 @@ def mean_of_responses(values: Float[Array, "responses tokens"], mask: Mask) -> F
     Source: Shao et al. 2024, arXiv 2402.03300, Eq. 3. A response without a token counts as zero.
     """
     checks.same_shape(values=values, mask=mask)
-    lengths = jnp.maximum(jnp.sum(mask, axis=-1), 1)
+    lengths = jnp.maximum(jnp.sum(mask > 0, axis=-1), 1)
     return jnp.mean(_sums(values, mask) / lengths)
 
 
@@ -29,7 +29,7 @@ def mean_of_tokens(values: Float[Array, "responses tokens"], mask: Mask) -> Floa
     Source: Yu et al. 2025, "DAPO", arXiv 2503.14476.
     """
     checks.same_shape(values=values, mask=mask)
-    return jnp.sum(_sums(values, mask)) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(_sums(values, mask)) / jnp.maximum(jnp.sum(mask > 0), 1)
 
 
 def mean_per_length(values: Float[Array, "responses tokens"], mask: Mask, *, max_length: int) -> Float[Array, ""]:

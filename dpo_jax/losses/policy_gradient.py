@@ -100,7 +100,7 @@ def grpo_loss(
     Source: Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, Eq. 3 and 4, where :math:`k` is `k3_estimate` of each
     token. Mind what that does: the *value* of :math:`k_3` estimates KL(policy || reference), but its *gradient* is that
     of KL(reference || policy), so GRPO does not come to the optimum of the RLHF objective. With `k2_estimate` and
-    `centred_advantages` it does. Advantages are `grpo_advantages`, or `centred_advantages` in Dr. GRPO.
+    `rloo_advantages` it does. Advantages are `grpo_advantages`, or `centred_advantages` in Dr. GRPO.
 
     >>> import jax.numpy as jnp
     >>> same = jnp.log(jnp.array([0.4]))

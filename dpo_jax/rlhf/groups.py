@@ -76,7 +76,9 @@ def best_of_n(key: Key[Array, ""], params: Params, prompts: Array, *, respond: R
     Returns:
       One response to each prompt.
     """
-    responses = respond(key, params, prompts).responses
+    responses, weights = respond(key, params, prompts)
+    if weights is not None:
+        raise ValueError("respond must sample: the best of all responses is the same whatever their probabilities")
     num, size = responses.shape[:2]
     repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
     best = jnp.argmax(reward(repeated, responses), axis=-1)

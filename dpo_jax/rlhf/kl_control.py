@@ -36,7 +36,12 @@ def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, c
       kl: the KL (nats) measured in this round.
       control: target and gain.
     """
-    for name, value in control._asdict().items():
-        checks.positive(name, value)
+    check_control(control)
     error = jnp.clip(kl / control.target - 1, -0.2, 0.2)
     return coefficient * (1 + control.gain * error)
+
+
+def check_control(control: AdaptiveKL) -> None:
+    """Price, target and gain are positive (checked unless traced)."""
+    for name, value in control._asdict().items():
+        checks.positive(name, value)

@@ -123,6 +123,7 @@ def nash_md(
     Source: Munos et al. 2023, "Nash Learning from Human Feedback", arXiv 2312.00886, Sec. 7. With an opponent that is
     the policy as it is (self-play), it can come to rest only at the regularised equilibrium; one that is mixed with the
     reference (`toy.respond_fn(..., reference=..., mix=...)`) is steadier, and shifts that point a little.
+    Take one optimizer step a round: there is no ratio that would account for further ones.
 
     Args:
       ask, respond, log_prob, prefer, reference: see above.
@@ -162,9 +163,13 @@ def compare(
       first, second: one answer to each prompt, scored.
 
     Returns:
-      Comparisons that carry their reference, and whether the first was preferred.
+      Comparisons that carry their reference, and whether the first was preferred. Where a probability is none, NaN for
+      instance, the reference is NaN, so that training stops.
     """
-    first_won = jax.random.bernoulli(key, prefer(first.prompts, first.responses, second.responses))
+    probability = prefer(first.prompts, first.responses, second.responses)
+    checks.probability("prefer(prompts, responses, others)", probability)
+    first_won = jax.random.bernoulli(key, probability)
+    possible = (probability >= 0) & (probability <= 1)
 
     def winner(wins: Array, one: Array, other: Array) -> Array:
         return jnp.where(wins.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
@@ -172,7 +177,8 @@ def compare(
     def ordered(one: Array, other: Array) -> Pair:
         return Pair(winner(first_won, one, other), winner(~first_won, one, other))
 
-    responses, reference = ordered(first.responses, second.responses), ordered(first.reference, second.reference)
+    responses = ordered(first.responses, second.responses)
+    reference = ordered(*(jnp.where(possible, logps, jnp.nan) for logps in (first.reference, second.reference)))
     return Preferences(first.prompts, responses, reference=reference), first_won
 
 

@@ -10,6 +10,8 @@ reward is compared with, in where the KL enters, and in how far one batch may ca
 - `reward`: any function `(prompts, responses) -> rewards`, the world's truth or a reward model.
 - `reference`: parameters of the policy that is not to be strayed from, usually those that training starts with.
 - `beta`: the price of a nat of KL to it, in units of reward; zero or positive.
+
+All raise TypeError or ValueError where an argument is not as described (values that are traced are not looked at).
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from dpo_jax.losses import (
 )
 from dpo_jax.losses.policy_gradient import KLEstimate
 from dpo_jax.rlhf.groups import Groups, as_rollouts, collect_groups
-from dpo_jax.rlhf.kl_control import AdaptiveKL, update_coefficient
+from dpo_jax.rlhf.kl_control import AdaptiveKL, check_control, update_coefficient
 from dpo_jax.train import policy_gradient_objective
 from dpo_jax.types import (
     AskFn,
@@ -93,8 +95,8 @@ def reinforce(
 
     .. math:: A = r - \beta \log \frac{\pi_{old}}{\pi_{ref}} - b
 
-    Source: Williams 1992. With one pass over the data of a round the gradient is REINFORCE's, and unbiased; further
-    passes are held back by PPO's clip.
+    Source: Williams 1992. With one optimizer step a round the gradient is REINFORCE's, and unbiased; further steps are
+    held back by PPO's clip.
 
     Args:
       ask, respond, log_prob, reward, reference, beta: see above.
@@ -103,6 +105,7 @@ def reinforce(
     """
     checks.not_negative("beta", beta)
     checks.between("momentum", momentum, 0.0, 1.0)
+    _refuse_actor_critic(reference)
 
     def collect(key: Key[Array, ""], params: Params, memory: Baseline) -> tuple[Rollouts, Baseline]:
         groups = collect_groups(key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
@@ -130,14 +133,16 @@ def rloo(
 
     .. math:: A_i = R_i - \frac{1}{K - 1} \sum_{j \neq i} R_j, \qquad R = r - \beta \log \frac{\pi_{old}}{\pi_{ref}}
 
-    Source: Ahmadian et al. 2024, "Back to Basics", arXiv 2402.14740; the clip is TRL's. With one pass over the data of
-    a round the gradient is unbiased.
+    Source: Ahmadian et al. 2024, "Back to Basics", arXiv 2402.14740; the clip is TRL's. With one optimizer step a round
+    the gradient is unbiased. At the optimum all responses to a prompt have the same R, so the noise vanishes there, and
+    samples lead to it exactly.
 
     Args:
       ask, respond, log_prob, reward, reference, beta: see above.
       clip: see `losses.ppo_loss`.
     """
     checks.not_negative("beta", beta)
+    _refuse_actor_critic(reference)
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
         groups = collect_groups(key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
@@ -164,12 +169,14 @@ def grpo(
 
     Source: Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300. As published it does **not** maximise expected reward
     minus beta times KL. The gradient of its KL term is that of the other divergence, KL(reference || policy), and
-    rewards are measured in standard deviations, so it comes to rest where
+    rewards are measured in standard deviations, so with large groups it comes to rest where
 
     .. math:: \pi(y|x) = \frac{\pi_{ref}(y|x)}{1 - A(x, y) / \beta}, \qquad A = \frac{r - E_\pi[r]}{\text{std}_\pi[r]}
 
     (Vojnovic and Yun 2025, "What is the Alignment Objective of GRPO?", arXiv 2502.18548). It maximises the objective of
-    RLHF with `advantages=losses.centred_advantages` (Dr. GRPO) and `kl=losses.k2_estimate`.
+    RLHF with `advantages=losses.rloo_advantages` and `kl=losses.k2_estimate`. With Dr. GRPO's `centred_advantages`
+    instead, groups of K responses maximise that of a beta larger by :math:`K / (K - 1)`: each response counts in its
+    own baseline, which shrinks the gradient of the reward, but not that of the KL.
 
     Args:
       ask, respond, log_prob, reward, reference, beta: see above.
@@ -179,6 +186,9 @@ def grpo(
       kl: `losses.k3_estimate`, or another one.
     """
     checks.not_negative("beta", beta)
+    checks.positive_or_infinite("clip", clip)
+    checks.positive_or_infinite("clip_high", clip if clip_high is None else clip_high)
+    _refuse_actor_critic(reference)
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
         groups = collect_groups(key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
@@ -224,11 +234,17 @@ def ppo(
       value_weight: of the value loss.
       advantages: what is made of the advantages of a round, and the weights of its responses: `losses.whitened`.
     """
-    if not isinstance(beta, AdaptiveKL):
+    if isinstance(beta, AdaptiveKL):
+        check_control(beta)
+    else:
         checks.not_negative("beta", beta)
+    checks.positive_or_infinite("value_clip", value_clip)
     checks.not_negative("value_weight", value_weight)
+    _refuse_actor_critic(reference)
 
     def collect(key: Key[Array, ""], params: ActorCritic, memory: Any) -> tuple[Rollouts, Any]:
+        if not isinstance(params, ActorCritic):
+            raise TypeError(f"ppo trains an ActorCritic(policy, value), got parameters of type {type(params).__name__}")
         groups = collect_groups(key, params.policy, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
         rewards = reward(groups.prompts, groups.responses)
         returns = net_reward(groups, rewards, memory if isinstance(beta, AdaptiveKL) else beta)
@@ -256,3 +272,9 @@ def ppo(
 def net_reward(groups: Groups, rewards: Float[Array, "prompts group"], beta: Scalar) -> Float[Array, "prompts group"]:
     r"""Rewards less the price of their distance from the reference, :math:`r - \beta \log (\pi_{old} / \pi_{ref})`."""
     return rewards - beta * (groups.logps - groups.reference)
+
+
+def _refuse_actor_critic(reference: Params) -> None:
+    """The reference is a policy; where training starts from an `ActorCritic`, that is its part `policy`."""
+    if isinstance(reference, ActorCritic):
+        raise TypeError("reference must be the parameters of a policy, got an ActorCritic: use its attribute policy")

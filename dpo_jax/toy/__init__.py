@@ -35,9 +35,9 @@ from dpo_jax.toy.interaction import respond_fn as respond_fn
 from dpo_jax.toy.interaction import reward_fn as reward_fn
 from dpo_jax.toy.nash import exploitability as exploitability
 from dpo_jax.toy.nash import nash_equilibrium as nash_equilibrium
-from dpo_jax.toy.nash import nash_md as nash_md
 from dpo_jax.toy.nash import nash_md_step as nash_md_step
 from dpo_jax.toy.nash import preference_table as preference_table
+from dpo_jax.toy.nash import regularized_equilibrium as regularized_equilibrium
 from dpo_jax.toy.nash import regularized_exploitability as regularized_exploitability
 from dpo_jax.toy.policy import TablePolicy as TablePolicy
 from dpo_jax.toy.policy import ToyLM as ToyLM

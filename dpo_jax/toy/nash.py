@@ -117,14 +117,14 @@ def nash_md_step(
     return jax.nn.log_softmax(mixed + learning_rate * _against(mixed, preference))
 
 
-def nash_md(
+def regularized_equilibrium(
     reference: Float[Array, "*n responses"],
     preference: Float[Array, "*n responses responses"],
     *,
     tau: Scalar,
     num_steps: int,
 ) -> Float[Array, "*n responses"]:
-    r"""Nash mirror descent from the reference: log-probabilities near the regularised equilibrium.
+    r"""Log-probabilities near the regularised equilibrium, by Nash mirror descent from the reference (Nash-MD).
 
     Step `t` has the learning rate :math:`2 / (\tau (t + 2))`; then
     :math:`KL(\pi^* \| \pi_T) \leq 8 / (\tau^2 (T + 1))`. Source: Munos et al. 2023, arXiv 2312.00886, Theorem 1.

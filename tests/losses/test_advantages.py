@@ -156,11 +156,10 @@ def test_what_is_no_group_is_refused(of):
         of(jnp.ones((2, 3)), jnp.ones(3))
 
 
-@pytest.mark.parametrize("of", [grpo_advantages, rloo_advantages])
+@pytest.mark.parametrize("of", [centred_advantages, grpo_advantages, rloo_advantages])
 def test_a_group_of_one_is_refused(of):
     with pytest.raises(ValueError, match="number of responses in a group must be at least 2, got 1"):
         of(jnp.ones((3, 1)))
-    np.testing.assert_array_equal(centred_advantages(jnp.ones((3, 1))), 0)
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, np.inf, np.nan])

@@ -32,10 +32,9 @@ class Bandit(NamedTuple):
         return ask, toy.respond_fn(POLICY, embeddings, group_size=group_size)
 
     def learner(self, make, *exchange, **hyperparameters):
-        arguments = (*self.exchange(*exchange), self.log_prob)
         if make is rlhf.ppo:
-            arguments = (*arguments, self.value)
-        return make(*arguments, self.reward, reference=self.reference, **hyperparameters)
+            hyperparameters = {"value": self.value, **hyperparameters}
+        return make(*self.exchange(*exchange), self.log_prob, self.reward, reference=self.reference, **hyperparameters)
 
     def start(self, make):
         if make is not rlhf.ppo:

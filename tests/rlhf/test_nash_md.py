@@ -36,14 +36,14 @@ def distance(one, other):
 def test_exact_self_play_finds_the_regularised_equilibrium():
     everything = toy.enumerate_fn(POLICY, WORLD.embeddings)
     found = TABLE(jax.jit(partial(learned, everything, everything, num=1, rounds=5000))())
-    assert distance(found, toy.nash_md(TABLE(SKEWED), GAME, tau=TAU, num_steps=20_000)) < 1e-3
+    assert distance(found, toy.regularized_equilibrium(TABLE(SKEWED), GAME, tau=TAU, num_steps=20_000)) < 1e-3
     assert toy.regularized_exploitability(found, TABLE(SKEWED), GAME, tau=TAU)[0] < 1e-5
 
 
 def test_sampled_self_play_finds_it_too():
     respond = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1)
     found = TABLE(jax.jit(partial(learned, respond, respond, num=512, rounds=5000))())
-    assert distance(found, toy.nash_md(TABLE(SKEWED), GAME, tau=TAU, num_steps=20_000)) < 1e-2
+    assert distance(found, toy.regularized_equilibrium(TABLE(SKEWED), GAME, tau=TAU, num_steps=20_000)) < 1e-2
 
 
 def test_with_a_reference_that_follows_it_finds_the_equilibrium_of_the_game():
@@ -69,7 +69,9 @@ def test_no_reward_can_say_what_it_says():
     np.testing.assert_allclose(rewards, jnp.mean(rewards), atol=1e-4)
     best = toy.optimal_policy(TABLE(SKEWED), rewards, beta=0.05)
     assert toy.exploitability(best, fair)[0] > 0.2
-    assert toy.exploitability(toy.nash_md(TABLE(SKEWED), fair, tau=0.02, num_steps=10_000), fair)[0] < 0.03
+    assert (
+        toy.exploitability(toy.regularized_equilibrium(TABLE(SKEWED), fair, tau=0.02, num_steps=10_000), fair)[0] < 0.03
+    )
 
 
 def test_an_opponent_mixed_with_the_reference_shifts_the_resting_point():

@@ -12,6 +12,8 @@ from scipy import optimize
 
 from dpo_jax import toy
 
+solved = toy.regularized_equilibrium
+
 CYCLE = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]])
 """Rock, paper, scissors: who beats whom."""
 
@@ -239,7 +241,9 @@ def test_descent_is_a_loop_over_steps():
         expected = mixed * np.exp(rate * preference @ mixed)
         expected /= expected.sum()
     np.testing.assert_allclose(
-        np.exp(in_float64(toy.nash_md, reference, preference, tau=0.3, num_steps=30)), expected, rtol=1e-10
+        np.exp(in_float64(solved, reference, preference, tau=0.3, num_steps=30)),
+        expected,
+        rtol=1e-10,
     )
 
 
@@ -247,7 +251,7 @@ def test_descent_is_a_loop_over_steps():
 @pytest.mark.parametrize("tau", [0.3, 1.0, 3.0])
 def test_descent_keeps_the_promise_of_theorem_1(tau, num_steps):
     preference, reference = examples(20)
-    found = in_float64(toy.nash_md, reference, preference, tau=tau, num_steps=num_steps)
+    found = in_float64(solved, reference, preference, tau=tau, num_steps=num_steps)
     for game, start, end in zip(preference, reference, found, strict=True):
         assert kl(regularized_equilibrium(start, game, tau), end) <= 8 / (tau**2 * (num_steps + 1))
 
@@ -255,14 +259,14 @@ def test_descent_keeps_the_promise_of_theorem_1(tau, num_steps):
 @pytest.mark.parametrize("tau", [0.1, 0.3, 1.0])
 def test_descent_arrives_at_the_regularized_equilibrium(tau):
     preference, reference = examples(10)
-    found = in_float64(toy.nash_md, reference, preference, tau=tau, num_steps=20_000)
+    found = in_float64(solved, reference, preference, tau=tau, num_steps=20_000)
     expected = np.stack([regularized_equilibrium(*tables, tau) for tables in zip(reference, preference, strict=True)])
     assert np.abs(np.exp(found) - np.exp(expected)).sum(-1).max() / 2 < 1e-4
 
 
 def test_descent_at_a_small_price_arrives_at_the_equilibrium_without_one():
     preference = game([[0, 0.8, 0.1], [0, 0, 0.7], [0, 0, 0]])
-    found = in_float64(toy.nash_md, SKEWED, preference, tau=0.002, num_steps=200_000)
+    found = in_float64(solved, SKEWED, preference, tau=0.002, num_steps=200_000)
     np.testing.assert_allclose(np.exp(found), toy.nash_equilibrium(preference), atol=1e-2)
 
 
@@ -270,7 +274,7 @@ def test_descent_finds_the_cycle_where_no_reward_does():
     """Comparisons of a symmetric cycle are explained best by equal rewards, and these leave the reference as it is."""
     preference, uniform = 0.5 + 0.4 * CYCLE, np.full(3, 1 / 3)
     np.testing.assert_allclose(toy.nash_equilibrium(preference), uniform, atol=1e-6)
-    found = in_float64(toy.nash_md, SKEWED, preference, tau=0.002, num_steps=200_000)
+    found = in_float64(solved, SKEWED, preference, tau=0.002, num_steps=200_000)
     np.testing.assert_allclose(np.exp(found), uniform, atol=1e-2)
 
     margins = lambda rewards: rewards[:, None] - rewards  # noqa: E731
@@ -286,11 +290,11 @@ def test_descent_finds_the_cycle_where_no_reward_does():
 
 def test_descent_never_says_what_the_reference_never_says():
     reference = np.array([*np.log([0.5, 0.5]), -np.inf])
-    found = np.exp(in_float64(toy.nash_md, reference, 0.5 + 0.4 * CYCLE, tau=1.0, num_steps=10))
+    found = np.exp(in_float64(solved, reference, 0.5 + 0.4 * CYCLE, tau=1.0, num_steps=10))
     assert found[2] == 0
     np.testing.assert_allclose(
         found[:2],
-        np.exp(in_float64(toy.nash_md, reference[:2], 0.5 + 0.4 * CYCLE[:2, :2], tau=1.0, num_steps=10)),
+        np.exp(in_float64(solved, reference[:2], 0.5 + 0.4 * CYCLE[:2, :2], tau=1.0, num_steps=10)),
         rtol=1e-10,
     )
 
@@ -305,7 +309,7 @@ def test_axes_before_the_last_are_kept():
         lambda p, r, w: toy.exploitability(p, w),
         lambda p, r, w: toy.regularized_exploitability(p, r, w, tau=0.5),
         lambda p, r, w: toy.nash_md_step(p, r, w, tau=0.5, learning_rate=1.0),
-        lambda p, r, w: toy.nash_md(r, w, tau=0.5, num_steps=3),
+        lambda p, r, w: solved(r, w, tau=0.5, num_steps=3),
     ):
         together = jax.jit(run)(policy, reference, preference)
         one_by_one = jax.jit(jax.vmap(run))(policy, reference, preference)
@@ -314,7 +318,7 @@ def test_axes_before_the_last_are_kept():
 
 def test_price_can_be_swept_and_the_game_known_while_tracing():
     preference, reference = (jnp.asarray(table) for table in example(0))
-    run = lambda tau: toy.nash_md(reference, preference, tau=tau, num_steps=5)  # noqa: E731
+    run = lambda tau: solved(reference, preference, tau=tau, num_steps=5)  # noqa: E731
     swept = jax.jit(jax.vmap(run))(jnp.array([0.5, 2.0]))
     np.testing.assert_allclose(swept, [run(0.5), run(2.0)], rtol=1e-5)
 
@@ -335,16 +339,28 @@ def test_what_is_no_preference_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         toy.nash_equilibrium(preference)
     with pytest.raises(ValueError, match=message):
-        toy.nash_md(jnp.asarray(SKEWED), jnp.asarray(preference), tau=1.0, num_steps=1)
+        solved(jnp.asarray(SKEWED), jnp.asarray(preference), tau=1.0, num_steps=1)
 
 
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
         (lambda p, r: toy.regularized_exploitability(r, r, p, tau=0.0), ValueError, "tau must be positive"),
-        (lambda p, r: toy.nash_md(r, p, tau=-1.0, num_steps=1), ValueError, "tau must be positive and finite, got -1"),
-        (lambda p, r: toy.nash_md(r, p, tau=1.0, num_steps=0), ValueError, "num_steps must be at least 1, got 0"),
-        (lambda p, r: toy.nash_md(r, p, tau=1.0, num_steps=1.5), TypeError, "num_steps must be a whole number"),
+        (
+            lambda p, r: solved(r, p, tau=-1.0, num_steps=1),
+            ValueError,
+            "tau must be positive and finite, got -1",
+        ),
+        (
+            lambda p, r: solved(r, p, tau=1.0, num_steps=0),
+            ValueError,
+            "num_steps must be at least 1, got 0",
+        ),
+        (
+            lambda p, r: solved(r, p, tau=1.0, num_steps=1.5),
+            TypeError,
+            "num_steps must be a whole number",
+        ),
         (lambda p, r: toy.nash_md_step(r, r, p, tau=1.0, learning_rate=0.0), ValueError, "learning_rate must be posit"),
         (lambda p, r: toy.nash_md_step(r, r, p, tau=-1.0, learning_rate=0.1), ValueError, "tau must be positive"),
         (lambda p, r: toy.nash_md_step(r, r, p, tau=2.0, learning_rate=0.6), ValueError, "learning_rate"),
