@@ -234,8 +234,8 @@ harness.console.print(
 )
 
 # %% [markdown]
-# In this world (seed 42) the score rises and the true reward does not: reward hacking in its purest form. In some worlds
-# it falls below SFT. The leash, β, keeps a policy where the reward model can be trusted.
+# In this world (seed 42) the score rises and the true reward does not: reward hacking in its purest form. In some
+# worlds it falls below SFT. The leash, β, keeps a policy where the reward model can be trusted.
 
 # %% [markdown]
 # ## 5. GRPO
@@ -257,13 +257,13 @@ for label in ("GRPO", "Dr. GRPO"):
 print_policies(f"After GRPO, β = {BETA}", ["SFT", "PPO", "GRPO", "Dr. GRPO", "what PPO is after", "the true optimum"])
 
 # %% [markdown]
-# GRPO goes farther at the same β. That is not better or worse optimisation: **it maximises something else.** In standard
-# deviations, a prompt whose responses differ by little counts as much as any other, and β = 0.1 is then a light price.
-# And the *gradient* of its KL term is that of the other divergence, KL(reference ‖ policy). Both can be worked out. With
-# large groups it comes to rest where $\pi = \pi_{ref} / (1 - A / \beta)$; for a β as small as this, that is close to the
-# response with the best score, where its advantage has fallen below β. Dr. GRPO leaves the standard deviation out, but
-# keeps the KL term. With `advantages=losses.rloo_advantages` and `kl=losses.k2_estimate` GRPO has the goal of RLHF, and
-# comes to its optimum; the tests hold it so.
+# GRPO goes farther at the same β. That is not better or worse optimisation: **it maximises something else.** In
+# standard deviations, a prompt whose responses differ by little counts as much as any other, and β = 0.1 is then a
+# light price. And the *gradient* of its KL term is that of the other divergence, KL(reference ‖ policy). Both can be
+# worked out. With large groups it comes to rest where $\pi = \pi_{ref} / (1 - A / \beta)$; for a β as small as this,
+# that is close to the response with the best score, where its advantage has fallen below β. Dr. GRPO leaves the
+# standard deviation out, but keeps the KL term. With `advantages=losses.rloo_advantages` and `kl=losses.k2_estimate`
+# GRPO has the goal of RLHF, and comes to its optimum; the tests hold it so.
 
 # %% [markdown]
 # ## 6. All in one picture

@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax import losses
 from tests.golden import deviations
+from tests.losses.menu import OF_RLHF
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,17 @@ def variants_row(summary, name):
 
     cells = [cell(setting, "gain") for setting in summary["settings"]]
     return "| " + " | ".join([name, *cells, cell("clean", "gain_from_labels")]) + " |"
+
+
+def rlhf_row(entry):
+    """A row of the table of DPO and RLHF."""
+    gain = f"{entry['gain']['mean']:+.3f} ± {1.96 * entry['gain']['stderr']:.3f}"
+    counts = (f"{entry[name]:,}" for name in ("labels", "samples", "steps"))
+    means = [f"{entry['spread_of_gain']:.3f}"]
+    means += [f"{entry[name]['mean']:.3f}" for name in ("kl_to_reference", "learned_gain")]
+    stages = " → ".join(entry["stages"][1:])
+    seconds, worse = f"{1000 * entry['seconds']['run']:.0f}", f"{entry['worse_than_sft']['mean']:.0%}"
+    return "| " + " | ".join([entry["name"], stages, *counts, seconds, gain, *means, worse]) + " |"
 
 
 def test_it_spells_out_what_dpo_is_in_the_first_line():
@@ -72,7 +84,8 @@ def test_its_table_is_that_of_the_reported_results():
 def test_what_it_says_of_the_losses_is_what_was_measured():
     rows = json.loads((ROOT / "experiments/reported/losses/summary.json").read_text())["losses"]
     words = " ".join(README.split())
-    assert f"{sum(name.endswith('_loss') for name in dir(losses))} losses, and what composes" in words
+    public = {name for name in dir(losses) if name.endswith("_loss")} - OF_RLHF
+    assert f"{len(public)} losses, and what composes" in words
     assert f"for {sum(bool(row['oracles']) for row in rows)} of the rows" in words
     float64, float32 = (
         deviations.rounded_up(max(row["oracle"][dtype] or 0 for row in rows)) for dtype in ("float64", "float32")
@@ -92,6 +105,28 @@ def test_its_table_of_losses_is_that_of_the_reported_results():
     assert f"made in {summary['seconds']['total'] / 60:.0f} minutes on two cores" in words
     at_edge = sum(bool(entry["at_edge"]) for entry in summary["losses"])
     assert f"In {at_edge} of {len(summary['losses'])} cases a hyperparameter was best near" in words
+
+
+def test_its_table_of_rlhf_is_that_of_the_reported_results():
+    summary = json.loads((ROOT / "experiments/reported/dpo_vs_rlhf/summary.json").read_text())
+    for entry in summary["methods"]:
+        assert rlhf_row(entry) in README
+    words = " ".join(README.split())
+    assert f"made in {summary['seconds']['total'] / 60:.0f} minutes on two cores by `python -m experiments.dpo" in words
+    gains = {entry["name"]: entry["gain"]["mean"] for entry in summary["methods"]}
+    learned = [e["gain"]["mean"] for e in summary["methods"] if e["judge"] in ("comparisons", "reward model")]
+    best, known = summary["baseline_gains"]["optimum of the reward model"]["gain"]["mean"], gains["RLOO, true reward"]
+    assert f"gains more than {max(learned):.3f}; perfect reinforcement learning" in words
+    assert f"of the reward model gains {best:.3f}, and the policies that see the truth gain {known:.3f}" in words
+    for name in ("online DPO, people", "XPO, people", "Nash-MD, people"):
+        assert gains[name] > known - 0.01
+
+
+def test_what_it_says_of_claims_is_what_was_measured():
+    summary = json.loads((ROOT / "experiments/reported/claims/summary.json").read_text())
+    words = " ".join(README.split())
+    said = f"{len(summary['claims'])} claims, is measured in {summary['num_seeds']:,} worlds"
+    assert said in words
 
 
 def test_what_it_says_of_kto_is_what_was_measured():

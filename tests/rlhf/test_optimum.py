@@ -57,15 +57,28 @@ def test_samples_lead_to_the_optimum(bandit, make):
     assert bandit.distance(params, optimum(bandit)) < 1e-2
 
 
-def test_with_the_kl_in_the_reward_samples_lead_there_exactly(bandit):
+@pytest.mark.parametrize("make", [rlhf.rloo, partial(rlhf.ppo, advantages=lambda advantages, _: advantages)])
+def test_with_the_kl_in_the_reward_samples_lead_there_exactly(bandit, make):
     """At the optimum all responses to a prompt earn the same, so there is no noise left, however few they are."""
-    learner = bandit.learner(rlhf.rloo, 4, beta=BETA)
-    run = jax.jit(
-        lambda key: train.fit_online(
-            key, bandit.reference, learner, learning_rate=0.02, num_epochs=1, rounds_per_epoch=3000
-        )[0]
+    assert distance_at_a_constant_rate(bandit, make) < 1e-5
+
+
+def test_whitening_keeps_the_noise_alive(bandit):
+    assert distance_at_a_constant_rate(bandit, rlhf.ppo) > 1e-3
+
+
+def distance_at_a_constant_rate(bandit, make):
+    is_ppo = make is not rlhf.rloo
+    hyperparameters = {"value": bandit.value, "value_weight": 1.0} if is_ppo else {}
+    ask, respond = bandit.exchange(4)
+    learner = make(
+        ask, respond, bandit.log_prob, bandit.reward, reference=bandit.reference, beta=BETA, **hyperparameters
     )
-    assert bandit.distance(run(jax.random.key(1)), optimum(bandit)) < 1e-5
+    start = bandit.start(rlhf.ppo if is_ppo else rlhf.rloo)
+    run = jax.jit(
+        lambda key: train.fit_online(key, start, learner, learning_rate=0.02, num_epochs=1, rounds_per_epoch=3000)[0]
+    )
+    return bandit.distance(run(jax.random.key(1)), optimum(bandit))
 
 
 @pytest.mark.parametrize("size", [2, 4])
