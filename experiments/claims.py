@@ -512,7 +512,8 @@ def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels",
     if len(set(verdicts.values())) == 1:
         return next(iter(verdicts.values()))
     if HOLDS not in verdicts.values():
-        return OPEN
+        unclear = " and ".join(name for name, found in verdicts.items() if found == OPEN)
+        return f"{FAILS}, but for {unclear}, where it is {OPEN}"
     return f"depends on {condition}: " + ", ".join(f"{name} {found}" for name, found in verdicts.items())
 
 

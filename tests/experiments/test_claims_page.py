@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments import claims
+
 PAGE = Path(__file__).parents[2] / "experiments" / "CLAIMS.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 SUMMARY = json.loads((PAGE.parent / "reported" / "claims" / "summary.json").read_text())
@@ -20,6 +22,28 @@ def numbers_of(claim):
     for mean, (_, high) in found:
         for digits in (1, 3, 4):
             yield f"{abs(mean):.{digits}f} ± {high - mean:.{digits}f}"
+
+
+CONDITIONS = {  # by which details a verdict goes, and beyond what
+    "ppo_sensitive_to_learning_rate": (r"(\w+), reward model minus DPO", "the algorithm", 0.0),
+    "ppo_sensitive_to_clip": (r"best minus worst, (.*)", "the learning rate", claims.NOTHING),
+    "ipo_robust": (r"IPO minus DPO, (.*)", "the labels", claims.NOTHING),
+    "kto_unpaired": (r"KTO on labels over SFT, (.*)", "the labels", claims.NOTHING),
+    "orpo_without_sft": (r"ORPO alone over SFT, (.*)", "the labels", claims.NOTHING),
+    "simpo_without_reference": (r"SimPO minus DPO, (.*)", "the labels", -claims.NOTHING),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_verdicts_are_what_the_rules_make_of_the_reported_numbers(name):
+    pattern, condition, beyond = CONDITIONS[name]
+    (claim,) = (claim for claim in CLAIMS if claim["id"] == name)
+    effects = {}
+    for detail, value in claim["details"].items():
+        if match := re.fullmatch(pattern, detail):
+            effects[match[1]] = claims.Estimate(value["effect"], value["interval"][1] - value["effect"])
+    assert len(effects) > 1
+    assert claims.by_condition(effects, condition, beyond=beyond) == claim["verdict"]
 
 
 def test_there_is_a_section_for_every_claim():
