@@ -139,8 +139,8 @@ class Contender:
       train: `(setup, strength, learning rate) -> (parameters, history)`.
       judge: who says what is good.
       samples: how many responses are sampled during training.
-      steps: how many optimizer steps the policy takes.
       labels: how many judgements of people it takes.
+      steps: how many optimizer steps the policy takes.
       strength: what is swept: beta, mostly.
       strengths: its values.
       usual: the one of these at which methods are compared.
@@ -151,8 +151,8 @@ class Contender:
     train: Callable[[Setup, Scalar, Scalar], Trained]
     judge: str
     samples: int = 0
-    steps: int = NUM_STEPS
     labels: int = NUM_PREFERENCES
+    steps: int = NUM_STEPS
     strength: str = "beta"
     strengths: tuple[float, ...] = BETAS
     usual: float = BETA

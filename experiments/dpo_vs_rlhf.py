@@ -1,8 +1,9 @@
 """DPO beside RLHF, measured: what each costs, how far it gets, and how it fares with a bad learning rate.
 
 All methods start from the same SFT policies in the same worlds and take equally many optimizer steps. The learning rate
-is chosen in other worlds, for each method and each strength of its pull to the reference, by the exact expected reward.
-Every policy is measured exactly.
+is chosen in other worlds, for each method and each strength of its pull to the reference, by what they are all meant to
+maximise: the exact expected reward less beta times the KL (where the KL itself is set, by the reward alone). Every
+policy is measured exactly.
 """
 
 import statistics
@@ -194,14 +195,19 @@ def tune_and_run(runner: Runner, rows: np.ndarray, tuning: np.ndarray, contender
     chosen = []
     for strength in contender.strengths:
         tried = [point(strength, rate) for rate in LEARNING_RATES]
-        reward = everywhere(tried, tuning)["expected_reward"].mean(axis=1)
-        chosen.append(tried[int(np.argmax(np.nan_to_num(reward, nan=-np.inf)))])
+        score = merit(contender, everywhere(tried, tuning)).mean(axis=1)
+        chosen.append(tried[int(np.argmax(np.nan_to_num(score, nan=-np.inf)))])
     rates = [point(contender.usual, rate) for rate in LEARNING_RATES]
     return {
         "chosen": [float(f"{h['learning_rate']:.6g}") for h in chosen],
         "by_strength": everywhere(chosen, rows),
         "by_rate": everywhere(rates, rows),
     }
+
+
+def merit(contender: Contender, measured: dict[str, np.ndarray]) -> np.ndarray:
+    """What a learning rate is chosen by: the larger, the better."""
+    return measured["expected_reward"] if contender.strength == "target KL" else -measured["regret"]
 
 
 def point(strength: float, learning_rate: float) -> Hyperparameters:

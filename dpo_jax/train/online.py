@@ -75,7 +75,6 @@ def fit_online(
         collect_key, train_key = jax.random.split(round_key)
         objective_memory, memory = state.memory
         data, new_memory = learner.collect(collect_key, state.params, memory)
-        data = jax.lax.stop_gradient(data)
         state, metrics = jax.lax.scan(
             lambda state, pass_key: one_pass(state, pass_key, data),
             state._replace(memory=objective_memory),

@@ -114,7 +114,7 @@ def test_what_is_exact_is_that_of_the_closed_forms(scene):
     np.testing.assert_allclose(found["maximised"]["overestimate"][beta], excess, atol=1e-5)
 
 
-def test_the_script_judges_every_claim(tmp_path, monkeypatch, capsys):
+def test_the_script_judges_every_claim(as_users_have_it, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "enable_compilation_cache", lambda: None)
     for module in (dpo_vs_rlhf, tuning, loss_variants):
         monkeypatch.setattr(module, "RUNS_PER_CHUNK", 4)

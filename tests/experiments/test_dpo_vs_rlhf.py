@@ -48,7 +48,7 @@ def test_runs_that_end_worse_or_not_at_all_are_counted():
     np.testing.assert_allclose(entry["spread_of_gain"], np.std([0.1, 0.3], ddof=1))
 
 
-def test_the_script_writes_table_figures_and_summary(tmp_path, monkeypatch, capsys):
+def test_the_script_writes_table_figures_and_summary(as_users_have_it, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "enable_compilation_cache", lambda: None)
     for module in (dpo_vs_rlhf, tuning):
         monkeypatch.setattr(module, "RUNS_PER_CHUNK", 4)
