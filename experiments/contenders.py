@@ -277,7 +277,10 @@ def xpo(setup: Setup, beta: Scalar, learning_rate: Scalar) -> Trained:
 
 
 def nash_md(setup: Setup, tau: Scalar, learning_rate: Scalar) -> Trained:
-    """The policy's answers against those of a mixture of itself and the reference, by the people's preference."""
+    """The policy's answers against those of a mixture of itself and the reference.
+
+    It is told how probable a preference is, which is more than the one answer that online DPO and XPO get.
+    """
     ask, respond, log_prob = setup.exchange(1)
     scene = setup.scene
     opponent = toy.respond_fn(POLICY, scene.world.embeddings, group_size=1, reference=scene.log_probs, mix=MIX)
@@ -292,8 +295,6 @@ COMPARISONS, MODEL, PEOPLE, TRUTH = "comparisons", "reward model", "people, aske
 SFT, FIT_REWARDS = "SFT", "reward model"
 PPO_SAMPLES = PPO_ROUNDS * PPO_BATCHES * BATCH_SIZE
 SAMPLES = NUM_STEPS * BATCH_SIZE
-
-
 PPO_NEEDS = {"samples": PPO_SAMPLES, "steps": PPO_ROUNDS * PPO_PASSES * PPO_BATCHES}
 
 

@@ -84,8 +84,8 @@ def plackett_luce(x, h):
 
 
 def beta_dpo(x, h):
-    mean = h.moments.mean
-    return nls(h.beta * (1 + h.alpha * (np.mean(x.D) - mean)) * x.D)
+    beta = h.beta * (1 + h.alpha * (np.mean(x.D) - h.moments.mean))
+    return nls(np.maximum(beta, 1e-3) * x.D)  # the authors' floor
 
 
 def labelled(x, good, bad):
