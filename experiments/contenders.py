@@ -110,7 +110,7 @@ def train_reward_model(
 ) -> tuple[Float[Array, "prompts responses"], Metrics]:
     """Fits a fresh network to the comparisons, as long as DPO trains; returns its table of rewards.
 
-    Its learning rate is the one that suits DPO best; from 3e-4 on, it hardly matters.
+    Its learning rate is the notebook's for DPO, and is not tuned.
     Fresh, because the outputs of the SFT policy are no neutral start: its logits already know which responses
     demonstrators show more often.
     """

@@ -122,6 +122,27 @@ def test_its_table_of_rlhf_is_that_of_the_reported_results():
         assert gains[name] > known - 0.01
 
 
+def test_what_it_says_of_learning_rates_and_overoptimisation_is_what_was_measured():
+    summary = json.loads((ROOT / "experiments/reported/dpo_vs_rlhf/summary.json").read_text())
+    methods = {entry["name"]: entry for entry in summary["methods"]}
+    words = " ".join(README.split())
+    erring = [e for e in summary["methods"] if e["judge"] in ("comparisons", "reward model")]
+    assert max(entry["learning_rate"] for entry in erring) == 0.0003
+    for name in ("PPO, true reward", "RLOO, true reward"):
+        gains = [e["gain"]["mean"] for e in methods[name]["by_rate"] if 0.0002 < e["learning_rate"] < 0.02]
+        assert max(gains) - min(gains) < 0.004
+    worse = [e["worse_than_sft"] for e in methods["GRPO, reward model"]["by_rate"] if e["learning_rate"] > 0.0002]
+    assert f"from 0.0003 on, {min(worse):.0%} of runs or more end worse" in words
+    falls = {name: (max(c["gain"]["mean"]), c["gain"]["mean"][-1]) for name, c in summary["courses"].items()}
+    top, end = falls["PPO, reward model"]
+    assert f"PPO falls from a gain of {top:.3f} to {end:.3f}" in words
+    top, end = falls["DPO"]
+    assert f"and falls from {top:.3f} to {end:.3f}" in words
+    for name in ("PPO, reward model", "RLOO, reward model"):
+        scores = np.array(summary["courses"][name]["learned_gain"]["mean"])
+        assert np.all(np.diff(scores) > -0.001)
+
+
 def test_what_it_says_of_claims_is_what_was_measured():
     summary = json.loads((ROOT / "experiments/reported/claims/summary.json").read_text())
     words = " ".join(README.split())
