@@ -88,8 +88,7 @@ def robust_dpo_loss(
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
-    kept, flipped = -jax.nn.log_sigmoid(logits), -jax.nn.log_sigmoid(-logits)
-    return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    return -jax.nn.log_sigmoid(logits) - label_smoothing / (1 - 2 * label_smoothing) * logits
 
 
 def ipo_loss(

@@ -49,7 +49,7 @@ def checked_margin(policy: Any, reference: Any, **hyperparameters: Scalar) -> Fl
 
 def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
     """Minus the log-likelihood (nats) of a label that is flipped with a given probability."""
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
+    return label_smoothing * logits - jax.nn.log_sigmoid(logits)
 
 
 def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

@@ -1,10 +1,13 @@
 import inspect
+from functools import partial
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from scipy import stats
 
 from dpo_jax import toy
@@ -59,8 +62,41 @@ def test_network_runs_once_for_each_prompt_and_not_for_each_pair(key, world):
     log_prob = toy.log_prob_fn(policy, world.embeddings)
     ids = jnp.zeros(1000, jnp.int32)
     jaxpr = jax.make_jaxpr(log_prob)(params, ids, Pair(ids, ids))
-    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
-    assert [product.outvars[0].aval.shape for product in products] == [(5, 32), (5, 10)]
+    assert list(products(jaxpr.jaxpr)) == [(5, 32), (5, 10)]
+
+
+def products(jaxpr):
+    """Shapes of all matrix products, those in nested functions among them."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 5, 40])
+def test_derivatives_are_those_of_a_plain_network(key, num_prompts):
+    class PlainLM(nn.Module):
+        @nn.compact
+        def __call__(self, embeddings):
+            hidden = nn.relu(nn.Dense(32, precision="highest")(embeddings))
+            return nn.Dense(10, precision="highest")(hidden)
+
+    init_key, embedding_key, weight_key = jax.random.split(key, 3)
+    embeddings = jax.random.normal(embedding_key, (num_prompts, 8))
+    params = toy.ToyLM(num_responses=10).init(init_key, embeddings)
+    weights = jax.random.normal(weight_key, (num_prompts, 10))
+
+    def score(network, params, embeddings):
+        return jnp.sum(weights * jax.nn.log_softmax(network.apply(params, embeddings)))
+
+    def curvature(network, params, embeddings):  # forward over reverse, in the direction of the parameters
+        gradient = partial(jax.grad(score, argnums=(1, 2)), network)
+        return jax.jvp(gradient, (params, embeddings), (params, embeddings))
+
+    networks = toy.ToyLM(num_responses=10), PlainLM()
+    ours, plain = (jax.jit(partial(curvature, network))(params, embeddings) for network in networks)
+    chex.assert_trees_all_close(ours, plain, atol=1e-5)
 
 
 def test_scores_are_the_outputs_of_the_network(key, world):
