@@ -1,0 +1,128 @@
+"""Axes: what a sweep varies. Floats are traced, one program for them all; anything else is discrete."""
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Axes(NamedTuple):
+    """The axes of a grid, in the order in which they were given.
+
+    Attributes:
+      traced: values of the axes that may differ within one compiled program: arrays of floats.
+      discrete: values of the axes that decide which program is compiled: names, sizes, functions.
+      names: of all axes.
+    """
+
+    traced: dict[str, np.ndarray]
+    discrete: dict[str, tuple[Any, ...]]
+    names: tuple[str, ...]
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """How many values each axis has."""
+        return {name: len(values) for name, values in self.labels.items()}
+
+    @property
+    def combinations(self) -> list[dict[str, Any]]:
+        """All combinations of discrete values: one program each; the last axis varies fastest."""
+        return [dict(zip(self.discrete, values, strict=True)) for values in itertools.product(*self.discrete.values())]
+
+    @property
+    def points(self) -> dict[str, np.ndarray]:
+        """All combinations of traced values, as one flat array for each axis; the last axis varies fastest."""
+        grids = np.meshgrid(*self.traced.values(), indexing="ij")
+        return {name: grid.ravel() for name, grid in zip(self.traced, grids, strict=True)}
+
+    @property
+    def num_points(self) -> int:
+        """How many combinations of traced values there are."""
+        return int(np.prod([len(values) for values in self.traced.values()], dtype=int))
+
+    @property
+    def labels(self) -> dict[str, list[Any]]:
+        """Each axis's values as they label results: floats, or what discrete values are called."""
+        traced = {name: values.tolist() for name, values in self.traced.items()}
+        discrete = {name: [label(value) for value in values] for name, values in self.discrete.items()}
+        return {name: {**traced, **discrete}[name] for name in self.names}
+
+
+def read_axes(run: Callable[..., Any], axes: Mapping[str, Iterable[Any]]) -> Axes:
+    """Sorts axes into traced and discrete ones.
+
+    Args:
+      run: the function that is to be swept, `run(key, **point)`.
+      axes: by name, the values to try.
+
+    Raises:
+      TypeError: `run` does not take an axis, or needs an argument that is no axis; or an axis is no list of values.
+      ValueError: an axis has no values, or one twice, or one that is not finite.
+    """
+    _check_names(run, tuple(axes))
+    traced: dict[str, np.ndarray] = {}
+    discrete: dict[str, tuple[Any, ...]] = {}
+    for name, values in axes.items():
+        listed = _listed(name, values)
+        if all(_is_number(value) for value in listed) and any(_is_float(value) for value in listed):
+            traced[name] = _floats(name, listed)
+        else:
+            discrete[name] = listed
+        _check_distinct(name, [label(value) for value in (*traced.get(name, ()), *discrete.get(name, ()))])
+    return Axes(traced, discrete, tuple(axes))
+
+
+def label(value: Any) -> str | int | float | bool:
+    """What a value is called in results."""
+    if isinstance(value, str | int | float | bool):
+        return value
+    if _is_number(value):
+        return value.item()
+    return str(getattr(value, "__name__", value))
+
+
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+        raise TypeError(f"axis {name} must be a list of values, got {values!r}")
+    if getattr(values, "ndim", 1) > 1:
+        raise ValueError(f"axis {name} must have one dimension, got {values!r}")
+    listed = tuple(np.asarray(values) if hasattr(values, "dtype") else values)
+    if not listed:
+        raise ValueError(f"axis {name} has no values")
+    return listed
+
+
+def _floats(name: str, values: tuple[Any, ...]) -> np.ndarray:
+    floats = np.array(values, np.float64)
+    if not np.isfinite(floats).all():
+        raise ValueError(f"axis {name} must be finite, got {floats[~np.isfinite(floats)][0]}")
+    return floats
+
+
+def _check_distinct(name: str, labels: list[Any]) -> None:
+    for i, value in enumerate(labels):
+        if value in labels[:i]:
+            raise ValueError(f"axis {name} has the value {value!r} twice")
+
+
+def _check_names(run: Callable[..., Any], names: tuple[str, ...]) -> None:
+    parameters = list(inspect.signature(run).parameters.values())[1:]  # the first one is the key
+    takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in names:
+        if not takes_any and name not in [parameter.name for parameter in by_name]:
+            takes = ", ".join(parameter.name for parameter in by_name) or "none"
+            raise TypeError(f"run takes no argument {name!r}; it takes, besides the key: {takes}")
+    for parameter in by_name:
+        if parameter.default is parameter.empty and parameter.name not in names:
+            raise TypeError(f"run also needs {parameter.name!r}: give it as an axis, of one value perhaps")
+
+
+def _is_number(value: Any) -> bool:
+    return np.ndim(value) == 0 and isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, float | np.floating)

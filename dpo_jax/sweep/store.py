@@ -1,0 +1,215 @@
+"""Stores: where results go, block by block; in memory, or in a folder that outlives the process.
+
+A folder holds one `.npy` file for each result, at its full size from the beginning; `sweep.json`, which says what made
+them; and in `done/` one file for each block that is complete, with the checksum of its data. A block counts once that
+file is there, and it comes last: whatever happens before leaves a block that will be made again.
+"""
+
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+FORMAT = 1
+
+
+class DamagedStoreError(ValueError):
+    """A store does not hold what it says it holds."""
+
+
+class Block(NamedTuple):
+    """A part of the grid that is computed and stored as one.
+
+    Attributes:
+      number: its place in the grid.
+      combination: which combination of discrete values.
+      points: which combinations of traced values.
+      seeds: which seeds.
+    """
+
+    number: int
+    combination: int
+    points: slice
+    seeds: slice
+
+
+Arrays = Mapping[str, np.ndarray]
+"""Results by name, with axes (combination, point, seed) before their own; those of a block lack the first."""
+
+
+class Memory:
+    """Results in memory."""
+
+    def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+        self.results = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+    def done(self) -> set[int]:
+        """The numbers of the blocks that were complete at the start."""
+        return set()
+
+    def write(self, block: Block, arrays: Arrays) -> None:
+        for name, array in arrays.items():
+            self.results[name][block.combination, block.points, block.seeds] = array
+
+    def arrays(self) -> Arrays:
+        return self.results
+
+
+class Folder:
+    """Results in a folder.
+
+    Args:
+      path: the folder.
+      manifest: what made the results; `results` holds the shape and dtype of each.
+    """
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path, self.manifest = path, manifest
+        self.shapes = {
+            name: (tuple(result["shape"]), np.dtype(result["dtype"])) for name, result in manifest["results"].items()
+        }
+
+    def create(self) -> None:
+        """Makes all files, results full of zeros that take no space yet; goes on where an earlier start stopped.
+
+        Raises:
+          ValueError: the folder holds another sweep.
+        """
+        stored = read_manifest(self.path)
+        if stored is not None:
+            _refuse_other(self.path, stored, self.manifest)
+            return
+        (self.path / "done").mkdir(exist_ok=True)
+        for name, (shape, dtype) in self.shapes.items():
+            np.lib.format.open_memmap(self._file(name), "w+", dtype, shape)
+        write_whole(self.path / "sweep.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def done(self) -> set[int]:
+        """The numbers of the blocks that are complete."""
+        return {int(path.name) for path in (self.path / "done").iterdir() if path.name.isdigit()}
+
+    def write(self, block: Block, arrays: Arrays) -> None:
+        for name, array in arrays.items():
+            self._write_array(name, block, np.ascontiguousarray(array))
+        write_whole(self.path / "done" / str(block.number), _checksum(arrays))
+
+    def arrays(self) -> Arrays:
+        return {name: np.load(self._file(name), mmap_mode="r") for name in self.shapes}
+
+    def verify(self, blocks: list[Block]) -> None:
+        """Reads what is complete, and raises `DamagedStoreError` unless it is as it was written."""
+        for name, (shape, dtype) in self.shapes.items():
+            self._check_file(name, shape, dtype)
+        arrays = self.arrays()
+        for block in blocks:
+            part = {name: array[block.combination, block.points, block.seeds] for name, array in arrays.items()}
+            if (self.path / "done" / str(block.number)).read_text() != _checksum(part):
+                raise DamagedStoreError(f"{self.path} is damaged: block {block.number} is not what was written")
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.npy"
+
+    def _check_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        try:
+            array = np.load(self._file(name), mmap_mode="r")
+        except (OSError, ValueError, EOFError) as problem:
+            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy cannot be read ({problem})") from problem
+        if array.shape != shape or array.dtype != dtype:
+            holds, wanted = f"{array.dtype}{list(array.shape)}", f"{dtype}{list(shape)}"
+            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy holds {holds} and not {wanted}")
+
+    def _write_array(self, name: str, block: Block, array: np.ndarray) -> None:
+        """Writes by ordinary calls, which raise when the disk is full; through a memory map the process would die."""
+        (_, num_points, num_seeds, *rest), dtype = self.shapes[name]
+        row_bytes = int(np.prod(rest, dtype=int)) * dtype.itemsize
+        with self._file(name).open("r+b") as file:
+            header = os.fstat(file.fileno()).st_size - int(np.prod(self.shapes[name][0], dtype=int)) * dtype.itemsize
+            for i, point in enumerate(range(block.points.start, block.points.stop)):
+                first = (block.combination * num_points + point) * num_seeds + block.seeds.start
+                file.seek(header + first * row_bytes)
+                file.write(array[i].tobytes())
+
+
+Store: TypeAlias = Memory | Folder
+"""Where results go."""
+
+
+def _checksum(arrays: Arrays) -> str:
+    checksum = 0
+    for name in sorted(arrays):
+        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), checksum)
+    return f"{checksum:08x}\n"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a folder's `sweep.json` says; `None` if it holds no sweep yet. The folder is made if there is none.
+
+    Raises:
+      DamagedStoreError: the file cannot be read.
+      FileExistsError: the folder holds other files.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    file = path / "sweep.json"
+    if not file.exists():
+        if others := sorted(entry.name for entry in path.iterdir() if not _is_own(entry)):
+            raise FileExistsError(f"{path} holds other files ({others[0]}) and no sweep: choose a new folder")
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise DamagedStoreError(f"{path} is damaged: sweep.json cannot be read ({problem})") from problem
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedStoreError(f"{path} is of a format that this version of dpo_jax does not read")
+    return manifest
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether a file may be left from a start that ended before there was a sweep."""
+    return entry.name in ("done", ".lock") or entry.suffix in (".npy", ".unfinished")
+
+
+def _refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
+    """Raises an error that names what differs, unless a store was made by what wants to go on with it."""
+    for name in sorted({**stored, **wanted}):
+        old, new = stored.get(name), wanted.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _refuse_other(path, old, new, f"{within}{name}.")
+        elif old != new:
+            change = f"{within}{name} was {_shortened(old)} and is now {_shortened(new)}"
+            raise ValueError(f"{path} holds another sweep: {change}; choose another folder")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a folder against other processes; the lock ends with the process, however it ends.
+
+    Raises:
+      BlockingIOError: somebody else holds it.
+    """
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{path} is in use by another process that writes its sweep there") from None
+        yield
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:60]} ..."
