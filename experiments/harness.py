@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -85,6 +85,12 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def use_all_cores() -> None:
+    """Lets each core of a CPU be a device of its own, so that sweeps use them all; nothing happens if JAX is in use."""
+    with suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 class Stopwatch:
@@ -236,6 +242,51 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not on_terminal()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def sweep_report(what: str, seconds_per_line: float | None = None) -> Iterator[Callable[[Any], None]]:
+    """Shows how far a sweep is: a bar on terminals; elsewhere nothing, or a line now and then.
+
+    Args:
+      what: what is counted.
+      seconds_per_line: the least time between two lines; no lines if `None`, no bar otherwise.
+
+    Yields:
+      The `report` that `dpo_jax.sweep.grid` takes.
+    """
+    last = time.perf_counter()
+
+    def log(progress: Any) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if seconds_per_line is None or (now - last < seconds_per_line and progress.done < progress.total):
+            return
+        last, rate = now, (progress.done - progress.resumed) / progress.run_seconds
+        console.print(
+            f"{what}: {progress.done:,} of {progress.total:,}, {rate:,.1f} per second, compiled for "
+            f"{progress.compile_seconds:.1f} s, about {(progress.total - progress.done) / rate:,.0f} s left"
+        )
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[compiled]}"),
+    )
+    shown = on_terminal() and seconds_per_line is None
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=None, rate="", compiled="compiling")
+
+        def report(progress: Any) -> None:
+            rate = (progress.done - progress.resumed) / progress.run_seconds
+            compiled = f"compiled for {progress.compile_seconds:.1f} s"
+            bar.update(task, completed=progress.done, total=progress.total, rate=f"{rate:,.1f}/s", compiled=compiled)
+            log(progress)
+
+        yield report
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

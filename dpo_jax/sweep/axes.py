@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -59,18 +60,18 @@ def read_axes(run: Callable[..., Any], axes: Mapping[str, Iterable[Any]]) -> Axe
 
     Raises:
       TypeError: `run` does not take an axis, or needs an argument that is no axis; or an axis is no list of values.
-      ValueError: an axis has no values, or one twice, or one that is not finite.
+      ValueError: an axis has no values, or one twice, or one that is not finite; or it is called `seed`.
     """
     _check_names(run, tuple(axes))
     traced: dict[str, np.ndarray] = {}
     discrete: dict[str, tuple[Any, ...]] = {}
     for name, values in axes.items():
         listed = _listed(name, values)
-        if all(_is_number(value) for value in listed) and any(_is_float(value) for value in listed):
+        if all(_is_number(value) for value in listed) and any(isinstance(value, float) for value in listed):
             traced[name] = _floats(name, listed)
         else:
             discrete[name] = listed
-        _check_distinct(name, [label(value) for value in (*traced.get(name, ()), *discrete.get(name, ()))])
+        _check_distinct(name, [label(value) for value in listed])
     return Axes(traced, discrete, tuple(axes))
 
 
@@ -78,17 +79,15 @@ def label(value: Any) -> str | int | float | bool:
     """What a value is called in results."""
     if isinstance(value, str | int | float | bool):
         return value
-    if _is_number(value):
-        return value.item()
     return str(getattr(value, "__name__", value))
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
+    if isinstance(values, str | set | frozenset) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
         raise TypeError(f"axis {name} must be a list of values, got {values!r}")
     if getattr(values, "ndim", 1) > 1:
         raise ValueError(f"axis {name} must have one dimension, got {values!r}")
-    listed = tuple(np.asarray(values) if hasattr(values, "dtype") else values)
+    listed = tuple(_plain(value) for value in (np.asarray(values) if hasattr(values, "dtype") else values))
     if not listed:
         raise ValueError(f"axis {name} has no values")
     return listed
@@ -96,21 +95,27 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
 
 def _floats(name: str, values: tuple[Any, ...]) -> np.ndarray:
     floats = np.array(values, np.float64)
-    if not np.isfinite(floats).all():
-        raise ValueError(f"axis {name} must be finite, got {floats[~np.isfinite(floats)][0]}")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(floats.astype(jnp.result_type(float)))
+    if not finite.all():
+        raise ValueError(f"axis {name} must be finite, got {floats[~finite][0]}")
     return floats
 
 
 def _check_distinct(name: str, labels: list[Any]) -> None:
-    for i, value in enumerate(labels):
-        if value in labels[:i]:
+    seen = set()
+    for value in labels:
+        if value in seen:
             raise ValueError(f"axis {name} has the value {value!r} twice")
+        seen.add(value)
 
 
 def _check_names(run: Callable[..., Any], names: tuple[str, ...]) -> None:
     parameters = list(inspect.signature(run).parameters.values())[1:]  # the first one is the key
     takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
     by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if "seed" in names:
+        raise ValueError("no axis can be called seed: that is what num_seeds makes")
     for name in names:
         if not takes_any and name not in [parameter.name for parameter in by_name]:
             takes = ", ".join(parameter.name for parameter in by_name) or "none"
@@ -121,8 +126,9 @@ def _check_names(run: Callable[..., Any], names: tuple[str, ...]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return np.ndim(value) == 0 and isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, float | np.floating)
+def _plain(value: Any) -> Any:
+    """A number of Python's for one of NumPy's or JAX's."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from dpo_jax import checks
 from dpo_jax.sweep.axes import Axes, read_axes
 from dpo_jax.sweep.processes import barrier
 from dpo_jax.sweep.programs import BlockShape, TracedRun, bytes_needed, compile_fast, fingerprint, lower, trace
-from dpo_jax.sweep.store import FORMAT, Block, Folder, Memory, Store, locked, read_manifest
+from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, Folder, Memory, Store, locked, read_manifest
 
 if TYPE_CHECKING:
     import xarray
@@ -79,6 +79,20 @@ class Plan:
         return self.first if combination == 0 else compile_fast(lower(self.runs[combination], self.shape, self.devices))
 
     @property
+    def memory(self) -> int:
+        """Bytes that programs take on each device."""
+        return bytes_needed(self.first)
+
+    def seconds_per_block(self) -> float:
+        """Runs the first block twice, one on each device, and tells how long the second time took."""
+        blocks = self.blocks()[: len(self.devices)]
+        for _ in range(2):
+            start = time.perf_counter()
+            for _, results in _dispatched(self, blocks, lambda _: self.first):
+                jax.block_until_ready(results)
+        return time.perf_counter() - start
+
+    @property
     def num_runs(self) -> int:
         """How many runs the grid has."""
         return len(self.runs) * self.axes.num_points * self.num_seeds
@@ -111,6 +125,7 @@ class Plan:
             "key": [str(jax.random.key_impl(self.key)), *np.asarray(jax.random.key_data(self.key)).tolist()],
             "num_seeds": self.num_seeds,
             "axes": self.axes.labels,
+            "order of axes": list(self.axes.names),
             "runs_at_once": self.shape._asdict(),
             "results": {
                 name: {"shape": list(shape), "dtype": dtype.str} for name, (shape, dtype) in self.result_shapes.items()
@@ -195,7 +210,8 @@ def grid(
     if jax.process_count() > 1 and out is None:
         raise ValueError("several processes need a folder that they share for their results: give out")
     folder = None if out is None else Path(out)
-    work = _plan(run, key, axes, num_seeds, runs_at_once or _stored_size(folder), memory_limit, devices)
+    stored = _stored_size(folder)
+    work = _plan(run, key, axes, num_seeds, stored if runs_at_once is None else runs_at_once, memory_limit, devices)
     names = _dimension_names(work, dims or {})
     with ExitStack() as stack:
         store: Store
@@ -243,10 +259,14 @@ def _plan(
     checks.size("num_seeds", num_seeds)
     if memory_limit is not None:
         checks.size("memory_limit", memory_limit)
-    if isinstance(runs_at_once, int):
+    if runs_at_once is not None and not isinstance(runs_at_once, BlockShape):
         checks.size("runs_at_once", runs_at_once)
+        runs_at_once = int(runs_at_once)
+    num_seeds = int(num_seeds)
     read = read_axes(run, axes)
     devices = list(jax.local_devices() if devices is None else devices)
+    if not devices:
+        raise ValueError("devices names none")
     runs = [trace(run, key, tuple(read.traced), combination) for combination in read.combinations]
     _check_same_results(read, runs)
     shape, first = _block_shape(read, runs[0], num_seeds, runs_at_once, memory_limit, devices)
@@ -320,13 +340,35 @@ def _dimension_names(work: Plan, dims: Mapping[str, Sequence[str]]) -> dict[str,
     unknown = [name for name in dims if not any(other == name or other.startswith(f"{name}.") for other in names)]
     if unknown:
         raise ValueError(f"dims names {unknown}, and the results are {sorted(names)}")
+    nothing = {name: np.broadcast_to(dtype.type(), shape) for name, (shape, dtype) in work.result_shapes.items()}
+    _check_labels(work, nothing, names)
     return names
+
+
+def _check_labels(work: Plan, arrays: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> None:
+    """Results can have the names that they will have; better known now than in the end."""
+    for name, own in names.items():
+        if repeated := sorted(other for other in own if [*work.axes.names, "seed", *own].count(other) > 1):
+            raise ValueError(f"dims of {name!r} must not be those of axes or each other, got {repeated[0]!r}")
+    try:
+        labelled(arrays, work.axes.labels, tuple(work.axes.discrete), names)
+    except ValueError as problem:
+        raise ValueError(f"results cannot be called as they are: {problem}") from problem
 
 
 def _stored_size(folder: Path | None) -> BlockShape | None:
     """The block shape of a sweep that is to be resumed: another one would give other last bits."""
     stored = None if folder is None else read_manifest(folder)
-    return None if stored is None else BlockShape(**stored["runs_at_once"])
+    if stored is None:
+        return None
+    size = stored.get("runs_at_once")
+    if (
+        not isinstance(size, dict)
+        or size.keys() != set(BlockShape._fields)
+        or not all(isinstance(number, int) and number > 0 for number in size.values())
+    ):
+        raise DamagedStoreError(f"{folder} is damaged: sweep.json gives runs_at_once as {size}")
+    return BlockShape(**size)
 
 
 @contextmanager
@@ -338,6 +380,7 @@ def _opened(folder: Path, work: Plan, names: Mapping[str, Sequence[str]]) -> Ite
         if jax.process_index() == 0:
             store.create()
         barrier("the folder is ready")
+        store.check()
         done = store.done()
         store.verify([block for block in work.blocks() if block.number in done])
         yield store
@@ -350,12 +393,23 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
     total, left = sum(map(_num_runs, mine)), sum(map(_num_runs, pending))
     watch = _Watch()
     with ThreadPoolExecutor(max_workers=1) as compiler, _terminating() as asked_to_stop:
+        x64 = jax.config.read("jax_enable_x64")  # a thread has its own
+
+        def compiled(combination: int) -> jax.stages.Compiled:
+            with jax.enable_x64(x64):
+                return work.program(combination)
+
         executables = {
-            combination: compiler.submit(work.program, combination)
+            combination: compiler.submit(compiled, combination)
             for combination in sorted({block.combination for block in pending})
         }
+
+        def program(combination: int) -> jax.stages.Compiled:
+            with watch.compiling():
+                return executables[combination].result()
+
         try:
-            for blocks, results in _one_ahead(_dispatched(work, pending, executables, watch)):
+            for blocks, results in _one_ahead(_dispatched(work, pending, program)):
                 for block, arrays in zip(blocks, _parts(work, blocks, jax.device_get(results)), strict=True):
                     store.write(block, arrays)
                     left -= _num_runs(block)
@@ -368,15 +422,14 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
 
 
 def _dispatched(
-    work: Plan, blocks: list[Block], executables: Mapping[int, "Future[jax.stages.Compiled]"], watch: "_Watch"
+    work: Plan, blocks: list[Block], program: Callable[[int], jax.stages.Compiled]
 ) -> Iterator[tuple[list[Block], dict[str, Array]]]:
     """Starts one block on each device, and yields without waiting for the results."""
     points = work.axes.points
     for (combination, start, stop), group in itertools.groupby(
         blocks, key=lambda block: (block.combination, block.points.start, block.points.stop)
     ):
-        with watch.compiling():
-            executable = executables[combination].result()
+        executable = program(combination)
         padded = {name: _padded(jnp.asarray(values[start:stop]), work.shape.points) for name, values in points.items()}
         for together in _batched(list(group), len(work.devices)):
             firsts = [block.seeds.start for block in together]

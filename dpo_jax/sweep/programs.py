@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key, UInt32
 
 
 class BlockShape(NamedTuple):
@@ -58,11 +58,15 @@ def trace(run: Callable[..., Any], key: Key[Array, ""], traced: Sequence[str], d
 
     Raises:
       TypeError: a result is not an array of numbers, or there are none.
+      ValueError: two results have the same name.
     """
 
     def flat(key: Key[Array, ""], *values: Array) -> dict[str, Array]:
         results = run(key, **discrete, **dict(zip(traced, values, strict=True)))
-        return {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results)}
+        leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results)]
+        if len(dict(leaves)) < len(leaves):
+            raise ValueError(f"two of run's results have the same name: {sorted(name for name, _ in leaves)}")
+        return {name: jnp.asarray(leaf) for name, leaf in leaves}
 
     number = jax.ShapeDtypeStruct((), jnp.result_type(float))
     jaxpr, outputs = jax.make_jaxpr(flat, return_shape=True)(key, *[number] * len(traced))
@@ -74,7 +78,8 @@ def trace(run: Callable[..., Any], key: Key[Array, ""], traced: Sequence[str], d
         if np.dtype(output.dtype).kind == "V":
             raise TypeError(f"result {name!r} is a {output.dtype}, which files of arrays do not know; return float32")
     names = sorted(outputs)  # as a dictionary's leaves are
-    return TracedRun(jaxpr, {name: outputs[name] for name in names}, tuple(traced))
+    shapes = {name: jax.ShapeDtypeStruct(outputs[name].shape, outputs[name].dtype) for name in names}
+    return TracedRun(jaxpr, shapes, tuple(traced))
 
 
 def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
@@ -86,7 +91,7 @@ def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> j
     mesh = Mesh(np.array(devices), ("seeds",))
     over_points = jax.vmap(run, in_axes=(None, 0), axis_size=shape.points)
 
-    def block(key: Key[Array, ""], seeds: Int[Array, " seeds"], points: dict[str, Array]) -> dict[str, Array]:
+    def block(key: Key[Array, ""], seeds: UInt32[Array, " seeds"], points: dict[str, Array]) -> dict[str, Array]:
         return jax.vmap(lambda seed: over_points(jax.random.fold_in(key, seed), points))(seeds)
 
     split, whole = PartitionSpec("seeds"), PartitionSpec()

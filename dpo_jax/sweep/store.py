@@ -80,15 +80,25 @@ class Folder:
 
         Raises:
           ValueError: the folder holds another sweep.
+          DamagedStoreError: it holds results of which nothing says what made them.
         """
         stored = read_manifest(self.path)
         if stored is not None:
-            _refuse_other(self.path, stored, self.manifest)
-            return
+            self.check()
         (self.path / "done").mkdir(exist_ok=True)
+        if stored is None and self.done():
+            raise DamagedStoreError(f"{self.path} is damaged: there are results, and no sweep.json")
+        for unfinished in [*self.path.glob(".*.unfinished"), *self.path.glob("done/.*.unfinished")]:
+            unfinished.unlink()
+        if stored is not None:
+            return
         for name, (shape, dtype) in self.shapes.items():
             np.lib.format.open_memmap(self._file(name), "w+", dtype, shape)
         write_whole(self.path / "sweep.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+    def check(self) -> None:
+        """Raises `ValueError` unless the folder holds this sweep."""
+        _refuse_other(self.path, read_manifest(self.path) or {}, self.manifest)
 
     def done(self) -> set[int]:
         """The numbers of the blocks that are complete."""
@@ -109,20 +119,22 @@ class Folder:
         arrays = self.arrays()
         for block in blocks:
             part = {name: array[block.combination, block.points, block.seeds] for name, array in arrays.items()}
-            if (self.path / "done" / str(block.number)).read_text() != _checksum(part):
+            if (self.path / "done" / str(block.number)).read_bytes() != _checksum(part).encode():
                 raise DamagedStoreError(f"{self.path} is damaged: block {block.number} is not what was written")
 
     def _file(self, name: str) -> Path:
-        return self.path / f"{name}.npy"
+        return self.path / f"{name.replace('%', '%25').replace('/', '%2F')}.npy"
 
     def _check_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         try:
             array = np.load(self._file(name), mmap_mode="r")
-        except (OSError, ValueError, EOFError) as problem:
+        except Exception as problem:  # whatever a parser of headers raises
             raise DamagedStoreError(f"{self.path} is damaged: {name}.npy cannot be read ({problem})") from problem
         if array.shape != shape or array.dtype != dtype:
             holds, wanted = f"{array.dtype}{list(array.shape)}", f"{dtype}{list(shape)}"
             raise DamagedStoreError(f"{self.path} is damaged: {name}.npy holds {holds} and not {wanted}")
+        if self._file(name).stat().st_size != array.offset + array.nbytes or not array.flags.c_contiguous:
+            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy is not as it was made")
 
     def _write_array(self, name: str, block: Block, array: np.ndarray) -> None:
         """Writes by ordinary calls, which raise when the disk is full; through a memory map the process would die."""
@@ -158,16 +170,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """What a folder's `sweep.json` says; `None` if it holds no sweep yet. The folder is made if there is none.
+    """What a folder's `sweep.json` says; `None` if it holds no sweep yet, or there is no folder.
 
     Raises:
       DamagedStoreError: the file cannot be read.
       FileExistsError: the folder holds other files.
     """
-    path.mkdir(parents=True, exist_ok=True)
     file = path / "sweep.json"
     if not file.exists():
-        if others := sorted(entry.name for entry in path.iterdir() if not _is_own(entry)):
+        entries = sorted(path.iterdir()) if path.exists() else []
+        begun = (path / "done").is_dir()
+        if others := [entry.name for entry in entries if not _is_own(entry, begun)]:
             raise FileExistsError(f"{path} holds other files ({others[0]}) and no sweep: choose a new folder")
         return None
     try:
@@ -179,9 +192,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _is_own(entry: Path) -> bool:
-    """Whether a file may be left from a start that ended before there was a sweep."""
-    return entry.name in ("done", ".lock") or entry.suffix in (".npy", ".unfinished")
+def _is_own(entry: Path, begun: bool) -> bool:
+    """Whether a file may be left from a start that ended before there was a sweep, or be another process's just now."""
+    return (
+        entry.name in ("done", ".lock", "sweep.json")
+        or entry.suffix == ".unfinished"
+        or (begun and entry.suffix == ".npy")
+    )
 
 
 def _refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
@@ -197,11 +214,12 @@ def _refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, An
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds a folder against other processes; the lock ends with the process, however it ends.
+    """Holds a folder, made if there is none, against other processes; the lock ends with the process, however it ends.
 
     Raises:
       BlockingIOError: somebody else holds it.
     """
+    path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

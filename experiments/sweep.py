@@ -1,0 +1,288 @@
+"""Sweeps of whole experiments: world, SFT, comparisons, training, exact evaluation, over losses, betas and seeds.
+
+Each run is the tutorial's, with another loss, beta, learning rate or share of flipped labels. All points see the same
+worlds, data and orders of data, seed by seed. Results are stored as they come; the same command goes on where an
+earlier one stopped. Started several times with the environment that `dpo_jax.sweep.join_processes` describes, or under
+SLURM, the processes share the work.
+"""
+
+import csv
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from dpo_jax import checks, figures, sweep, toy, train
+from dpo_jax.types import Metrics, Scalar
+from experiments import harness, notebook
+from experiments.methods import METHODS, Feedback, Setup
+from experiments.notebook import POLICY
+
+if TYPE_CHECKING:
+    import xarray
+
+STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
+FIXED = {
+    "label_smoothing": 0.1,
+    "temperature": 0.05,
+    "offset": 0.0,
+    "penalty": 1.0,
+    "gamma": 0.1,
+    "alpha": 0.5,
+    "sft_weight": 1.0,
+    "odds_weight": 0.1,
+    "mix": 0.001,
+}
+"""Hyperparameters that only some losses have, unless `--fixed` says otherwise."""
+OF_PAIRS = {method.name: method for method in METHODS if "rank" not in method.name and "labels" not in method.name}
+"""The losses that learn from comparisons of two responses."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Whole experiments over losses, betas, learning rates, label noise and seeds: exact reward, KL and regret."""
+
+    loss: tuple[str, ...] = ("dpo",)
+    """Names of the losses (see `experiments/methods.py`)."""
+    beta: tuple[float, ...] = notebook.BETAS
+    """Strengths of the pull towards the reference."""
+    learning_rate: tuple[float, ...] = (1e-3,)
+    """Learning rates of Adam."""
+    label_noise: tuple[float, ...] = (0.0,)
+    """Shares of the labels that are flipped."""
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Other hyperparameters of the losses, one value each: `--fixed gamma 0.5`."""
+    seed: int = 0
+    """Decides everything random."""
+    num_seeds: int = 64
+    """How many worlds, each with its own data, network and training."""
+    runs_at_once: int | None = None
+    """How many runs a device makes at once; by default what suits the device."""
+    memory_limit: int | None = None
+    """Bytes that programs may take on each device; by default most of what is free."""
+    log_every: float | None = None
+    """Seconds between lines that say how far the sweep is, for batch jobs; none by default."""
+    dry_run: bool = False
+    """Only say how many runs, programs and bytes there will be, and roughly how long they will take."""
+    out: Path = Path("results/sweep")
+    """Folder for results: `runs/` holds every run, and the rest what is made of them."""
+
+
+def run(
+    key: Key[Array, ""],
+    *,
+    loss: str,
+    beta: Scalar,
+    learning_rate: Scalar,
+    label_noise: Scalar,
+    fixed: Mapping[str, float],
+) -> Metrics:
+    """One experiment: a world, its SFT policy, comparisons, training by one loss, and what became of the policy."""
+    start_key, preference_key, train_key, method_key = jax.random.split(key, 4)
+    start = notebook.prepare(start_key)
+    world, reference = start.world, start.sft.params
+    log_prob, log_probs = toy.log_prob_fn(POLICY, world.embeddings), toy.log_prob_table(POLICY, world.embeddings)
+    pairs = toy.sample_preferences(preference_key, world, num=notebook.NUM_PREFERENCES, flip_probability=label_noise)
+    pairs = train.with_reference(log_prob, reference, pairs)
+    method = OF_PAIRS[loss]
+    data = method.data(Feedback(pairs, None, None))  # type: ignore[arg-type]
+    hyperparameters = {name: {"beta": beta, **FIXED, **fixed}[name] for name in method.ranges}
+    params, history = train.fit(
+        train_key,
+        reference,
+        data,
+        objective=method.objective(
+            Setup(method_key, log_prob, log_probs, reference, start.sft.log_probs), hyperparameters
+        ),
+        learning_rate=learning_rate,
+        num_epochs=NUM_EPOCHS,
+        batch_size=-(-len(data.prompts) // STEPS_PER_EPOCH),
+    )
+    trained = log_probs(params)
+    return {
+        **toy.evaluate(trained, start.sft.log_probs, world.rewards),
+        "sft_reward": toy.expected_reward(start.sft.log_probs, world.rewards).mean(),
+        "loss_at_the_end": history["loss"][-1],
+        "num_steps": history["step"][-1],
+    }
+
+
+def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
+    """Means over seeds with standard errors, for every point; `gain` is the reward gained on the SFT policy."""
+    runs = results.assign(
+        gain=results.expected_reward - results.sft_reward,
+        finished=(results.num_steps == STEPS_PER_EPOCH * NUM_EPOCHS).astype(float),
+    )
+    means = runs.mean("seed", dtype=float)
+    stderrs = runs.std("seed", ddof=1, dtype=float) / np.sqrt(runs.sizes["seed"])
+    return means.assign({f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"})
+
+
+def points(summary: "xarray.Dataset") -> Iterator[tuple[dict[str, Any], "xarray.Dataset"]]:
+    """Every point of the grid, by its values, with what was found there."""
+    axes = list(summary.coords)
+    for index in np.ndindex(*(summary.sizes[axis] for axis in axes)):
+        found = summary.isel(dict(zip(axes, index, strict=True)))
+        yield {str(axis): found[axis].item() for axis in axes}, found
+
+
+def save_tables(results: "xarray.Dataset", summary: "xarray.Dataset", out: Path) -> None:
+    """Writes `summary.csv`, a row for each point, and `runs.parquet`, a row for each run."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write_csv(path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            names = [str(name) for name in summary.data_vars]
+            writer.writerow([*summary.coords, *names])
+            for point, found in points(summary):
+                writer.writerow([*point.values(), *(found[name].item() for name in names)])
+
+    def write_parquet(path: Path) -> None:
+        writer = None
+        for point, found in points(results.drop_vars("seed")):
+            columns = {name: [value] * results.sizes["seed"] for name, value in point.items()}
+            values = {str(name): np.asarray(variable) for name, variable in found.data_vars.items()}
+            table = pa.table({**columns, "seed": np.arange(results.sizes["seed"]), **values})
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+        if writer:
+            writer.close()
+
+    harness.save(out / "summary.csv", write_csv)
+    harness.save(out / "runs.parquet", write_parquet)
+
+
+def save_figures(summary: "xarray.Dataset", out: Path) -> None:
+    """Draws reward against beta, reward against KL, and heat maps; of axes that are not drawn, the best value."""
+    chosen = {axis: _best(summary, keep=("loss", *axis)) for axis in (("beta",), ("beta", "learning_rate"))}
+    curves = {str(loss): chosen["beta",].sel(loss=loss) for loss in summary.loss.values}
+    of = {
+        loss: {name: curve[name].values for name in ("expected_reward", "expected_reward_stderr", "kl_to_reference")}
+        for loss, curve in curves.items()
+    }
+    sft_reward, betas = float(summary.sft_reward.mean()), summary.beta.values
+    harness.save_figure(figures.reward_against_beta(betas, of, sft_reward=sft_reward), out / "reward.png")
+    harness.save_figure(figures.reward_against_kl(betas, of, sft_reward=sft_reward), out / "frontier.png")
+    maps = chosen["beta", "learning_rate"].expected_reward
+    if maps.sizes["beta"] > 1 and maps.sizes["learning_rate"] > 1:
+        values = {str(loss): maps.sel(loss=loss).transpose("learning_rate", "beta").values for loss in maps.loss.values}
+        figure = figures.heat_maps(
+            values, {"β": betas, "Learning rate": summary.learning_rate.values}, title="Expected true reward"
+        )
+        harness.save_figure(figure, out / "heat_map.png")
+
+
+def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
+    """Prints the points of the grid, as many as are readable."""
+    varied = [str(axis) for axis in summary.coords if summary.sizes[axis] > 1] or ["loss"]
+    rows = [
+        [
+            *(f"{point[axis]:g}" if isinstance(point[axis], float) else str(point[axis]) for axis in varied),
+            *(
+                harness.interval({"mean": found[name].item(), "stderr": found[f"{name}_stderr"].item()})
+                for name in ("expected_reward", "gain", "kl_to_reference")
+            ),
+            f"{found.finished.item():.0%}",
+        ]
+        for point, found in points(summary)
+    ]
+    columns = [*varied, "reward ↑", "gain on SFT ↑", "KL (nats)", "runs finished"]
+    harness.print_table("Means over seeds with 95 % confidence intervals", columns, rows[:limit])
+    if len(rows) > limit:
+        harness.console.print(f"... and {len(rows) - limit} more points in summary.csv")
+
+
+def describe(plan: sweep.Plan) -> None:
+    """Says what a sweep would do, and measures how long one block takes."""
+    seconds = plan.seconds_per_block()
+    rounds = -(-len(plan.blocks()) // len(plan.devices))
+    harness.console.print(
+        f"{plan.num_runs:,} runs: {plan.axes.num_points * len(plan.runs)} points, {plan.num_seeds:,} seeds each\n"
+        f"{len(plan.runs)} programs, {len(plan.blocks()):,} blocks of up to {plan.shape.seeds * plan.shape.points} "
+        f"runs, {len(plan.devices)} at once\n"
+        f"{plan.memory / 1e6:,.0f} MB of memory on each device, {plan.result_bytes / 1e6:,.1f} MB of results\n"
+        f"about {rounds * seconds:,.0f} s, and the time to compile"
+    )
+
+
+def main(options: Options) -> None:
+    """Runs the sweep and writes its results."""
+    harness.use_all_cores()
+    harness.enable_compilation_cache()
+    with harness.clear_errors():
+        sweep.join_processes()
+        arguments = _arguments(options)
+    if options.dry_run:
+        with harness.clear_errors():
+            describe(sweep.plan(**arguments))
+        return
+    out = harness.output_folder(options.out)
+    start = perf_counter()
+    with harness.clear_errors(), harness.sweep_report("Runs", options.log_every) as report:
+        results = sweep.grid(**arguments, out=out / "runs", report=report)
+    if jax.process_index() != 0:
+        return
+    summary = summarise(results)
+    save_tables(results, summary, out)
+    save_figures(summary, out)
+    seconds = {"total": perf_counter() - start}
+    harness.save_summary({"options": _as_text(options), **harness.provenance(**seconds)}, out)
+    print_results(summary)
+    harness.console.print(
+        f"Results are in {out}: summary.csv, runs.parquet and figures; every run is in {out / 'runs'}."
+    )
+
+
+def _arguments(options: Options) -> dict[str, Any]:
+    """What `sweep.grid` and `sweep.plan` are called with; an error for what cannot be meant."""
+    harness.check_seeds(options.seed, options.num_seeds)
+    for name in options.loss:
+        if name not in OF_PAIRS:
+            close = difflib.get_close_matches(name, OF_PAIRS, n=1)
+            meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OF_PAIRS)}"
+            raise ValueError(f"--loss: there is no {name!r}{meant}")
+    for name in options.fixed:
+        if name not in FIXED:
+            raise ValueError(f"--fixed: no loss has {name!r}; there are: {', '.join(FIXED)}")
+    checks.positive("--beta", np.array(options.beta))
+    checks.positive("--learning-rate", np.array(options.learning_rate))
+    checks.probability("--label-noise", np.array(options.label_noise))
+    return {
+        "run": partial(run, fixed=options.fixed),
+        "key": jax.random.key(options.seed),
+        "num_seeds": options.num_seeds,
+        "runs_at_once": options.runs_at_once,
+        "memory_limit": options.memory_limit,
+        "loss": options.loss,
+        "beta": _floats(options.beta),
+        "learning_rate": _floats(options.learning_rate),
+        "label_noise": _floats(options.label_noise),
+    }
+
+
+def _floats(values: tuple[float, ...]) -> np.ndarray:
+    return np.array(values, float)
+
+
+def _best(summary: "xarray.Dataset", keep: tuple[str, ...]) -> "xarray.Dataset":
+    """For each value of the axes kept, the point of the others with the highest mean reward."""
+    for axis in [str(axis) for axis in summary.coords if axis not in keep]:
+        summary = summary.isel({axis: summary.expected_reward.argmax(axis)}).drop_vars(axis)
+    return summary
+
+
+def _as_text(options: Options) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+if __name__ == "__main__":
+    main(harness.parse(Options))

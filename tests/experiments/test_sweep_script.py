@@ -1,0 +1,86 @@
+import csv
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from experiments import sweep as script
+
+grid_module = sys.modules["dpo_jax.sweep.grid"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    return script.Options(
+        loss=("dpo", "orpo"), beta=(0.1, 0.5), learning_rate=(1e-3, 3e-3), num_seeds=3, out=tmp_path_factory.mktemp("s")
+    )
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A notebook of few epochs."""
+    monkeypatch.setattr(script, "NUM_EPOCHS", 2)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_tables_and_figures_say_what_the_runs_said(options, short, capsys):
+    script.main(options)
+    runs = pq.read_table(options.out / "runs.parquet").to_pandas()
+    assert len(runs) == 2 * 2 * 2 * 3
+    with (options.out / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    for row in rows:
+        here = runs[(runs.loss == row["loss"]) & np.isclose(runs.beta, float(row["beta"]))]
+        here = here[np.isclose(here.learning_rate, float(row["learning_rate"]))]
+        assert float(row["expected_reward"]) == pytest.approx(here.expected_reward.mean(), rel=1e-6)
+        assert float(row["gain_stderr"]) == pytest.approx(
+            (here.expected_reward - here.sft_reward).std() / 3**0.5, rel=1e-4
+        )
+        assert float(row["finished"]) == 1
+    assert {path.name for path in options.out.glob("*.png")} == {"reward.png", "frontier.png", "heat_map.png"}
+    assert json.loads((options.out / "summary.json").read_text())["options"]["num_seeds"] == 3
+    assert "dpo" in capsys.readouterr().out
+    orpo = runs[runs.loss == "orpo"]  # has no beta
+    assert np.allclose(orpo[orpo.beta == 0.1].expected_reward, orpo[orpo.beta == 0.5].expected_reward)
+    assert not np.allclose(runs[runs.beta == 0.1].expected_reward[:6], runs[runs.beta == 0.5].expected_reward[:6])
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_the_same_command_goes_on_and_another_one_is_refused(options, short, monkeypatch):
+    script.main(options)
+    computed = []
+    monkeypatch.setattr(grid_module, "_dispatched", lambda work, blocks, program: iter(computed.extend(blocks) or ()))
+    script.main(options)
+    assert computed == []
+    with pytest.raises(SystemExit, match="holds another sweep: num_seeds was 3 and is now 4"):
+        script.main(replace(options, num_seeds=4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": ("dop",)}, "did you mean 'dpo'"),
+        ({"loss": ("dpo", "dpo")}, "axis loss has the value 'dpo' twice"),
+        ({"beta": (-1.0,)}, "--beta must be positive"),
+        ({"beta": ()}, "axis beta has no values"),
+        ({"label_noise": (2.0,)}, "--label-noise"),
+        ({"fixed": {"gama": 1.0}}, "no loss has 'gama'"),
+        ({"num_seeds": 0}, "--num-seeds"),
+    ],
+)
+def test_bad_options_end_with_one_line(tmp_path, change, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main(script.Options(**{"out": tmp_path / "out", "num_seeds": 2, **change}))
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_dry_run_says_how_much_there_is_to_do(tmp_path, short, capsys):
+    script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "none"))
+    said = capsys.readouterr().out
+    assert "20 runs: 4 points, 5 seeds each" in said
+    assert "MB of memory" in said
+    assert not (tmp_path / "none").exists()
