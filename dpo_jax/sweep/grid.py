@@ -340,18 +340,21 @@ def _dimension_names(work: Plan, dims: Mapping[str, Sequence[str]]) -> dict[str,
     unknown = [name for name in dims if not any(other == name or other.startswith(f"{name}.") for other in names)]
     if unknown:
         raise ValueError(f"dims names {unknown}, and the results are {sorted(names)}")
-    nothing = {name: np.broadcast_to(dtype.type(), shape) for name, (shape, dtype) in work.result_shapes.items()}
-    _check_labels(work, nothing, names)
+    _check_labels(work, names)
     return names
 
 
-def _check_labels(work: Plan, arrays: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str]]) -> None:
-    """Results can have the names that they will have; better known now than in the end."""
+def _check_labels(work: Plan, names: Mapping[str, Sequence[str]]) -> None:
+    """Results can have the names that they will have: better known now than in the end."""
     for name, own in names.items():
         if repeated := sorted(other for other in own if [*work.axes.names, "seed", *own].count(other) > 1):
             raise ValueError(f"dims of {name!r} must not be those of axes or each other, got {repeated[0]!r}")
+    one_seed = {
+        name: np.broadcast_to(np.zeros((), dtype), (*shape[:2], 1, *shape[3:]))
+        for name, (shape, dtype) in work.result_shapes.items()
+    }
     try:
-        labelled(arrays, work.axes.labels, tuple(work.axes.discrete), names)
+        labelled(one_seed, work.axes.labels, tuple(work.axes.discrete), names)
     except ValueError as problem:
         raise ValueError(f"results cannot be called as they are: {problem}") from problem
 

@@ -50,7 +50,8 @@ class TracedRun:
 
     def __call__(self, key: Key[Array, ""], point: dict[str, Float[Array, ""]]) -> dict[str, Array]:
         results = jaxpr_as_fun(self.jaxpr)(key, *(point[name] for name in self.traced))
-        return dict(zip(self.outputs, results, strict=True))
+        outputs = zip(self.outputs.items(), results, strict=True)
+        return {name: jnp.asarray(result, output.dtype) for (name, output), result in outputs}
 
 
 def trace(run: Callable[..., Any], key: Key[Array, ""], traced: Sequence[str], discrete: dict[str, Any]) -> TracedRun:

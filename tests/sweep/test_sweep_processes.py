@@ -1,0 +1,100 @@
+"""Several processes share a sweep."""
+
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import sweep
+from tests.sweep import sweeps
+
+NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def make_together(out, name, folder):
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        sweeps.in_a_process(
+            sweeps.make_together,
+            out,
+            name,
+            folder / f"{number}.npz",
+            dict(zip(NAMES, (address, "2", str(number)), strict=True)),
+        )
+        for number in range(2)
+    ]
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("name", ["many blocks", "noisy"])
+def test_two_processes_make_the_same_folder_as_one_and_both_return_the_whole(tmp_path, name):
+    assert make_together(tmp_path / "two", name, tmp_path) == [0, 0]
+    alone = sweeps.make(tmp_path / "one", name)
+    assert sweeps.contents(tmp_path / "two") == sweeps.contents(tmp_path / "one")
+    for number in range(2):
+        returned = dict(np.load(tmp_path / f"{number}.npz"))
+        assert all((returned[result] == array.values).all() for result, array in alone.items())
+
+
+def test_two_processes_finish_what_one_began(tmp_path):
+    assert sweeps.exit_code(sweeps.make_until_terminated, tmp_path / "two", 20) == 143
+    assert make_together(tmp_path / "two", "many blocks", tmp_path) == [0, 0]
+    sweeps.make(tmp_path / "one")
+    assert sweeps.contents(tmp_path / "two") == sweeps.contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
+    counts = []
+    monkeypatch.setattr(jax, "process_count", lambda: num_processes)
+    monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", counts.append)
+    told = []
+    for index in range(num_processes):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        sweep.grid(sweeps.noisy, key, num_seeds=11, out=tmp_path, report=told.append, runs_at_once=3, scale=[1.0, 2.0])
+    assert sum(progress.total for progress in {progress.total: progress for progress in told}.values()) <= 22
+    assert len(counts) == 2 * num_processes
+    monkeypatch.undo()
+    again = sweep.grid(
+        sweeps.noisy, key, num_seeds=11, out=tmp_path, runs_at_once=3, scale=[1.0, 2.0], report=told.append
+    )
+    sweeps.assert_same(again, sweep.grid(sweeps.noisy, key, num_seeds=11, runs_at_once=3, scale=[1.0, 2.0]))
+
+
+def test_several_processes_need_a_folder(monkeypatch, key):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="give out"):
+        sweep.grid(sweeps.noisy, key, num_seeds=2, scale=[1.0])
+
+
+def test_alone_there_is_nothing_to_join(monkeypatch):
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    sweep.join_processes()
+    assert not jax.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variable_that_is_missing_is_named(monkeypatch, name):
+    for other, value in zip(NAMES, ("localhost:1", "2", "0"), strict=True):
+        monkeypatch.setenv(other, value)
+    monkeypatch.delenv(name)
+    with pytest.raises(ValueError, match=f"{name} must be set"):
+        sweep.join_processes()
+
+
+def test_a_number_that_is_none_is_told(monkeypatch):
+    for other, value in zip(NAMES, ("localhost:1", "two", "0"), strict=True):
+        monkeypatch.setenv(other, value)
+    with pytest.raises(ValueError, match="cannot join the other processes: .*'two'"):
+        sweep.join_processes()
