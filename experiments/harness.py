@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dpo_jax import checks
+from dpo_jax import checks, sweep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +115,7 @@ class Stopwatch:
         """
         with self.counting("compile"):
             lowered = jax.jit(function).lower(*args)
-        return Program(lowered.out_info, self.compiler.submit(_compile, lowered, optimise), self)
+        return Program(lowered.out_info, self.compiler.submit(sweep.compile_fast, lowered, optimise=optimise), self)
 
     @contextmanager
     def counting(self, what: str) -> Iterator[None]:
@@ -152,18 +152,6 @@ class Program:
         """Waits until the program is compiled."""
         with self.watch.counting("compile"):
             self.executable.result()
-
-
-def _compile(lowered: jax.stages.Lowered, optimise: bool) -> jax.stages.Compiled:
-    """Compiles; on a CPU with less optimisation than XLA's default, which takes long on small programs."""
-    if jax.default_backend() != "cpu":
-        return lowered.compile()
-    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-    usual: dict[str, str | bool] = {"xla_backend_optimization_level": "1"}
-    try:
-        return lowered.compile(compiler_options=usual if optimise else quick)
-    except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
-        return lowered.compile()
 
 
 def provenance(**seconds: float) -> dict[str, Any]:
