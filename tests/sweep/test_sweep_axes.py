@@ -1,0 +1,146 @@
+"""Axes: floats are traced, anything else decides the program; what they are called; what is refused."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sweep
+from dpo_jax.sweep.axes import read_axes
+
+
+def anything(key, **point):
+    return 0.0
+
+
+def double(x):
+    return 2 * x
+
+
+def triple(x):
+    return 3 * x
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.5, 1.0], [0.5, 1.0]),
+        ((1, 2.5), [1.0, 2.5]),
+        (np.linspace(0, 1, 3), [0.0, 0.5, 1.0]),
+        (np.array([0.5, 2], np.float32), [0.5, 2.0]),
+        (jnp.array([0.5, 2]), [0.5, 2.0]),
+        (jnp.array([0.5, 2], jnp.bfloat16), [0.5, 2.0]),
+        ([jnp.float32(0.5), np.float64(2)], [0.5, 2.0]),
+        ((x / 2 for x in range(3)), [0.0, 0.5, 1.0]),
+    ],
+)
+def test_floats_are_traced(values, expected):
+    axes = read_axes(anything, {"a": values})
+    assert axes.discrete == {}
+    assert axes.traced["a"].tolist() == axes.labels["a"] == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ([8, 16], [8, 16]),
+        (range(3), [0, 1, 2]),
+        (np.array([8, 16]), [8, 16]),
+        (jnp.array([8, 16]), [8, 16]),
+        (["adam", "sgd"], ["adam", "sgd"]),
+        (np.array(["adam", "sgd"]), ["adam", "sgd"]),
+        ([True, False], [True, False]),
+        (np.array([True, False]), [True, False]),
+        ([double, triple], ["double", "triple"]),
+        ([None, 0.5], ["None", 0.5]),
+        ([(8,), (8, 8)], ["(8,)", "(8, 8)"]),
+        ([((1,), (1, 2)), ()], ["((1,), (1, 2))", "()"]),
+        ([functools.partial(double, 1), "x"], [str(functools.partial(double, 1)), "x"]),
+    ],
+)
+def test_anything_else_is_discrete(values, labels):
+    axes = read_axes(anything, {"a": values})
+    assert axes.traced == {}
+    assert axes.labels["a"] == labels
+    assert [type(label) for label in axes.labels["a"]] == [type(label) for label in labels]
+    assert [point["a"] for point in axes.combinations] == list(axes.discrete["a"])
+
+
+def test_a_run_gets_numbers_of_pythons_for_discrete_values(key):
+    kinds = []
+    sweep.grid(lambda key, *, a: kinds.append(type(a)) or 0.0, key, num_seeds=1, a=np.arange(2))
+    assert kinds == [int, int]
+
+
+def test_the_last_axis_varies_fastest():
+    axes = read_axes(anything, {"a": [1.0, 2.0], "b": ["x", "y"], "c": [3.0, 4.0], "d": [5, 6]})
+    assert axes.points["a"].tolist() == [1, 1, 2, 2]
+    assert axes.points["c"].tolist() == [3, 4, 3, 4]
+    assert [tuple(point.values()) for point in axes.combinations] == [("x", 5), ("x", 6), ("y", 5), ("y", 6)]
+    assert axes.names == ("a", "b", "c", "d")
+    assert axes.shape == {"a": 2, "b": 2, "c": 2, "d": 2}
+
+
+def test_no_axes_are_one_point():
+    axes = read_axes(anything, {})
+    assert (axes.num_points, axes.points, axes.combinations) == (1, {}, [{}])
+
+
+def test_discrete_values_label_results(key):
+    def run(key, *, function, size, flag, scale):
+        return function(scale) * size + (100 if flag else 0)
+
+    axes = {"flag": np.array([True, False]), "scale": [0.5, 1.0], "function": [double, triple], "size": [1, 10]}
+    result = sweep.grid(run, key, num_seeds=1, **axes)["result"].isel(seed=0)
+    assert result.dims == ("flag", "scale", "function", "size")
+    assert result.sel(function="triple", size=10, flag=True, scale=0.5) == 115
+    assert result.sel(function="double", size=1, flag=False, scale=1.0) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "values"),
+    [
+        (TypeError, "axis a must be a list of values, got 'adam'", "adam"),
+        (TypeError, "axis a must be a list of values, got 0.5", 0.5),
+        (TypeError, "axis a must be a list of values", {0.5, 1.0}),
+        (TypeError, "axis a must be a list of values", np.float32(0.5)),
+        (TypeError, "axis a must be a list of values", jnp.float32(0.5)),
+        (ValueError, "axis a must have one dimension", np.ones((2, 2))),
+        (ValueError, "axis a must have one dimension", jnp.ones((1, 2))),
+        (ValueError, "axis a has no values", []),
+        (ValueError, "axis a has no values", np.array([])),
+        (ValueError, "axis a must be finite, got nan", [1.0, np.nan]),
+        (ValueError, "axis a must be finite, got -inf", np.array([1.0, -np.inf])),
+        (ValueError, r"axis a must be finite, got 1e\+300", [1.0, 1e300]),
+        (ValueError, "axis a has the value 0.5 twice", [0.5, 1.0, 0.5]),
+        (ValueError, "axis a has the value 1.0 twice", [1, 0.5, 1.0]),
+        (ValueError, "axis a has the value 'x' twice", ["x", "y", "x"]),
+        (ValueError, "axis a has the value 'double' twice", [double, double]),
+        (ValueError, "axis a has the value '<lambda>' twice", [lambda x: x, lambda x: -x]),
+    ],
+)
+def test_what_is_no_list_of_distinct_finite_values_is_refused(as_users_have_it, error, message, values):
+    with pytest.raises(error, match=message):
+        read_axes(anything, {"a": values})
+
+
+def test_axes_are_what_run_takes():
+    def run(key, a, *, b=1.0):
+        return a + b
+
+    assert read_axes(run, {"a": [1.0]}).names == ("a",)
+    assert read_axes(run, {"b": [1.0], "a": [1.0]}).names == ("b", "a")
+    with pytest.raises(TypeError, match="takes no argument 'c'; it takes, besides the key: a, b"):
+        read_axes(run, {"a": [1.0], "c": [1.0]})
+    with pytest.raises(TypeError, match="takes no argument 'key'"):
+        read_axes(run, {"a": [1.0], "key": [1]})
+    with pytest.raises(TypeError, match="also needs 'a'"):
+        read_axes(run, {"b": [1.0]})
+    with pytest.raises(TypeError, match="besides the key: none"):
+        read_axes(lambda key: key, {"a": [1.0]})
+
+
+def test_no_axis_is_called_seed():
+    with pytest.raises(ValueError, match="seed"):
+        read_axes(anything, {"seed": [1.0]})

@@ -1,0 +1,316 @@
+"""The same numbers, whoever computes them: a loop, one program, small blocks, several devices, several processes."""
+
+import importlib
+import threading
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import sweep
+from tests.sweep import sweeps
+
+AXES = {"draws": [2, 3], "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
+close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+grid_module = importlib.import_module("dpo_jax.sweep.grid")
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A grid in one block for each program."""
+    return sweep.grid(sweeps.noisy, sweeps.base_key(), num_seeds=7, runs_at_once=1000, **AXES)
+
+
+# Executors agree
+
+
+def test_a_grid_is_a_loop_over_points_and_seeds(whole):
+    looped = sweeps.loop(sweeps.noisy, sweeps.base_key(), num_seeds=7, **AXES)
+    close(whole["total"], looped["total"])
+    close(whole["part.column"], looped["part"]["column"])
+
+
+@pytest.mark.parametrize("runs_at_once", [1, 2, 3, 4, 5, 7, 11, 12, 17, 18, 30, 41])
+def test_blocks_of_any_size_give_the_same(whole, runs_at_once):
+    again = sweep.grid(sweeps.noisy, sweeps.base_key(), num_seeds=7, runs_at_once=runs_at_once, **AXES)
+    sweeps.assert_same(whole, again, close)
+
+
+def test_training_in_a_grid_is_training_in_a_loop():
+    results = sweeps.SWEEPS["training"](sweeps.base_key())
+    axes = {"beta": [0.05, 0.1, 0.5, 1.0], "learning_rate": [0.1, 1.0]}
+    looped = sweeps.loop(sweeps.training, sweeps.base_key(), num_seeds=5, **axes)
+    assert set(results.data_vars) == set(looped)
+    for name, array in looped.items():
+        close(results[name], array)
+    assert (results["loss"].isel(epoch=-1) < results["loss"].isel(epoch=0)).mean() > 0.9
+
+
+def test_several_devices_give_the_same_bits_and_files(tmp_path):
+    devices = sweeps.in_a_process(sweeps.make_on_devices, tmp_path / "4", "training", 4)
+    alone = sweeps.make(tmp_path / "1", "training")
+    devices.join(120)
+    assert devices.exitcode == 0
+    assert alone["loss"].shape == (4, 2, 5, 3)
+    assert sweeps.contents(tmp_path / "1") == sweeps.contents(tmp_path / "4")
+
+
+@pytest.mark.parametrize("num_devices", [2, 3])
+def test_seeds_that_devices_cannot_share_evenly_are_no_problem(tmp_path, num_devices):
+    assert sweeps.exit_code(sweeps.make_on_devices, tmp_path / "many", "noisy", num_devices) == 0
+    sweeps.make(tmp_path / "one", "noisy")
+    assert sweeps.contents(tmp_path / "many") == sweeps.contents(tmp_path / "one")
+
+
+def test_a_sweep_in_memory_has_the_bits_of_one_in_a_folder(tmp_path):
+    sweeps.assert_same(sweeps.make(None), sweeps.make(tmp_path / "out"))
+
+
+def test_memory_decides_the_size_of_blocks_and_not_the_results(whole, key):
+    def hungry(key, *, scale):
+        matrix = scale + jax.random.normal(key, (200, 20))
+        return (matrix @ matrix.T).max()
+
+    options = {"num_seeds": 6, "scale": [1.0, 2.0, 3.0]}
+    much = sweep.plan(hungry, key, **options)
+    limit = much.memory // 2
+    little = sweep.plan(hungry, key, memory_limit=limit, **options)
+    assert much.shape == (6, 3)
+    assert little.shape.seeds * little.shape.points < 18
+    assert 0 < little.memory <= limit
+    results = [sweep.grid(hungry, key, memory_limit=limit, **options) for limit in (None, limit)]
+    sweeps.assert_same(*results, close)
+
+
+# Common random numbers
+
+
+def test_points_share_their_seeds(whole):
+    noise = whole["total"].sel(shift=0.0, draws=3)
+    np.testing.assert_array_equal(noise.sel(scale=2.0), 2 * noise.sel(scale=1.0))
+    assert len(np.unique(noise.sel(scale=1.0))) == 7
+
+
+def test_a_seed_is_the_key_folded_with_its_number_however_many_there_are(key):
+    few, many = (sweep.grid(lambda key: jax.random.bits(key), key, num_seeds=n, runs_at_once=4) for n in (3, 10))
+    expected = [int(jax.random.bits(jax.random.fold_in(key, seed))) for seed in range(10)]
+    assert few["result"].values.tolist() == expected[:3]
+    assert many["result"].values.tolist() == expected
+
+
+# No more work than there is
+
+
+@pytest.mark.parametrize("runs_at_once", [5, 1000])
+def test_a_run_is_traced_once_for_each_combination_of_discrete_values(key, runs_at_once):
+    @chex.assert_max_traces(n=6)
+    def run(key, *, scale, shift, draws, name):
+        return sweeps.noisy(key, scale=scale, shift=shift, draws=draws)
+
+    chex.clear_trace_counter()
+    axes = {"draws": [1, 2, 3], "name": ["a", "b"], "scale": np.linspace(1, 2, 20), "shift": np.linspace(0, 1, 20)}
+    results = sweep.grid(run, key, num_seeds=3, runs_at_once=runs_at_once, **axes)
+    assert results["total"].shape == (3, 2, 20, 20, 3)
+
+
+def flops(key, run, num_points):
+    scale = np.linspace(1, 2, num_points).tolist()
+    return sweep.plan(run, key, num_seeds=2, runs_at_once=2 * num_points, scale=scale).first.cost_analysis()["flops"]
+
+
+def test_what_does_not_depend_on_a_swept_value_is_computed_once_for_each_seed(key):
+    def common(key, *, scale):
+        matrix = jax.random.normal(key, (30, 30))
+        return scale * (matrix @ matrix).sum()
+
+    def swept(key, *, scale):
+        matrix = scale + jax.random.normal(key, (30, 30))
+        return (matrix @ matrix).sum()
+
+    assert flops(key, common, 32) < 1.2 * flops(key, common, 1)
+    assert flops(key, swept, 32) > 10 * flops(key, swept, 1)
+
+
+def test_compiling_does_not_repeat_for_further_blocks(key, monkeypatch):
+    compiled = []
+    compile_fast = grid_module.compile_fast
+    monkeypatch.setattr(grid_module, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
+    sweep.grid(sweeps.noisy, key, num_seeds=5, runs_at_once=2, **AXES)
+    assert len(compiled) == 2
+
+
+# Labels
+
+
+def test_dimensions_are_axes_as_given_then_seeds_then_the_results_own(key):
+    def run(key, *, scale, size, shift):
+        return {"history": {"loss": scale * jnp.arange(4.0) + shift, "step": jnp.arange(4)}, "matrix": jnp.eye(2, 3)}
+
+    axes = {"scale": [1.0, 2.0], "size": [8, 16, 32], "shift": [0.5]}
+    results = sweep.grid(run, key, num_seeds=5, dims={"history": ["epoch"], "matrix": ["row", "column"]}, **axes)
+    assert results["history.loss"].dims == ("scale", "size", "shift", "seed", "epoch")
+    assert results["matrix"].dims == ("scale", "size", "shift", "seed", "row", "column")
+    assert dict(results.sizes) == {"scale": 2, "size": 3, "shift": 1, "seed": 5, "epoch": 4, "row": 2, "column": 3}
+    assert {name: results[name].values.tolist() for name in axes} == axes
+    assert results["seed"].values.tolist() == [0, 1, 2, 3, 4]
+    np.testing.assert_array_equal(
+        results["history.loss"].sel(scale=2.0, size=16, shift=0.5, seed=3), [0.5, 2.5, 4.5, 6.5]
+    )
+
+
+def test_without_names_the_results_own_dimensions_are_numbered(key):
+    results = sweep.grid(lambda key: {"a": jnp.eye(2, 3)}, key, num_seeds=2)
+    assert results["a"].dims == ("seed", "a_0", "a_1")
+
+
+def test_the_longest_name_in_dims_decides(key):
+    def run(key):
+        return {"a": {"b": jnp.zeros(2), "c": jnp.zeros(3)}}
+
+    results = sweep.grid(run, key, num_seeds=1, dims={"a": ["x"], "a.c": ["y"]})
+    assert (results["a.b"].dims, results["a.c"].dims) == (("seed", "x"), ("seed", "y"))
+
+
+def test_results_keep_their_dtype(key):
+    run = lambda key: {"whole": jnp.int8(3), "truth": jnp.array([True, False]), "number": jnp.float16(0.5), "plain": 2}  # noqa: E731
+    results = sweep.grid(run, key, num_seeds=2)
+    dtypes = {name: array.dtype for name, array in results.items()}
+    assert dtypes == {"whole": np.int8, "truth": np.bool_, "number": np.float16, "plain": np.int32}
+    assert results["truth"].values.tolist() == [[True, False]] * 2
+
+
+def test_one_result_without_a_name_is_called_result(key):
+    assert list(sweep.grid(lambda key: jax.random.normal(key), key, num_seeds=2)) == ["result"]
+
+
+def test_double_precision_holds_in_every_program(key):
+    with jax.enable_x64(True):
+        axes = {"draws": [2, 3, 4], "scale": [0.1, 0.2]}
+        results = sweep.grid(sweeps.noisy, key, num_seeds=3, **axes)
+        looped = sweeps.loop(sweeps.noisy, key, num_seeds=3, **axes)
+    assert results["total"].dtype == np.float64
+    np.testing.assert_allclose(results["total"], looped["total"], rtol=1e-12)
+
+
+def test_a_constant_and_a_computed_number_are_the_same_result(key):
+    run = lambda key, *, name: 0.0 if name == "none" else jax.random.normal(key)  # noqa: E731
+    results = sweep.grid(run, key, num_seeds=3, name=["none", "some"])
+    assert (results["result"].sel(name="none") == 0).all()
+    assert (results["result"].sel(name="some") != 0).all()
+
+
+# Plan and progress
+
+
+@pytest.mark.parametrize("runs_at_once", [1, 5, 8, 1000])
+def test_the_plan_tells_what_the_grid_does(key, runs_at_once):
+    plan = sweep.plan(sweeps.noisy, key, num_seeds=7, runs_at_once=runs_at_once, **AXES)
+    results = sweep.grid(sweeps.noisy, key, num_seeds=7, runs_at_once=runs_at_once, **AXES)
+    assert plan.num_runs == results["total"].size == 2 * 3 * 2 * 7
+    assert plan.result_bytes == sum(array.nbytes for array in results.data_vars.values())
+    assert len(plan.runs) == 2
+    assert plan.shape.seeds * plan.shape.points <= runs_at_once
+    cells = np.zeros((2, 6, 7), int)
+    for number, block in enumerate(plan.blocks()):
+        assert block.number == number
+        cells[block.combination, block.points, block.seeds] += 1
+    assert (cells == 1).all()
+    assert plan.seconds_per_block() > 0
+
+
+def test_progress_grows_to_the_total(key):
+    told = []
+    sweep.grid(sweeps.noisy, key, num_seeds=7, runs_at_once=5, report=told.append, **AXES)
+    assert [progress.total for progress in told] == [84] * len(told)
+    done = [progress.done for progress in told]
+    assert done == sorted(set(done))
+    assert done[-1] == 84
+    assert len(done) > 10
+    assert all(progress.resumed == 0 for progress in told)
+    assert all(progress.compile_seconds >= 0 and progress.run_seconds >= 0 for progress in told)
+
+
+def test_a_sweep_may_run_in_a_thread(key):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(sweep.grid(sweeps.noisy, key, num_seeds=2, scale=[1.0])))
+    thread.start()
+    thread.join()
+    assert found[0]["total"].shape == (1, 2)
+
+
+# Bad input, before anything is computed
+
+
+def differing(key, *, name):
+    return {"a": jnp.zeros(2)} if name == "x" else {"a": jnp.zeros(3)}
+
+
+def scaled(key, *, scale, shift=0.0):
+    return {"a": scale * jnp.ones((2, 3)) + shift}
+
+
+BAD = {
+    "no seeds": (ValueError, "num_seeds must be at least 1", scaled, {"num_seeds": 0, "scale": [1.0]}),
+    "half a seed": (TypeError, "num_seeds must be a whole", scaled, {"num_seeds": 1.5, "scale": [1.0]}),
+    "no runs at once": (ValueError, "runs_at_once must be at least 1", scaled, {"runs_at_once": 0, "scale": [1.0]}),
+    "no memory": (ValueError, "memory_limit must be at least 1", scaled, {"memory_limit": 0, "scale": [1.0]}),
+    "no devices": (ValueError, "devices", scaled, {"devices": [], "scale": [1.0]}),
+    "little memory": (ValueError, "one run takes .* bytes", scaled, {"memory_limit": 10, "scale": [1.0]}),
+    "unknown axis": (TypeError, "takes no argument 'size'.*: scale, shift", scaled, {"scale": [1.0], "size": [2]}),
+    "missing axis": (TypeError, "also needs 'scale'", scaled, {"shift": [1.0]}),
+    "empty axis": (ValueError, "axis scale has no values", scaled, {"scale": []}),
+    "value twice": (ValueError, "axis scale has the value 1.0 twice", scaled, {"scale": [1.0, 2.0, 1.0]}),
+    "not finite": (ValueError, "axis scale must be finite, got inf", scaled, {"scale": [1.0, float("inf")]}),
+    "other shapes": (ValueError, r"\['a'\] differ between .*y.* and .*x", differing, {"name": ["x", "y"]}),
+    "other names": (ValueError, "differ", lambda key, *, name: {name: 1.0}, {"name": ["x", "y"]}),
+    "a key": (TypeError, "result 'result' is a key", lambda key: key, {}),
+    "bfloat16": (TypeError, "return float32", lambda key: jnp.bfloat16(1), {}),
+    "nothing": (TypeError, "returned nothing", lambda key: {}, {}),
+    "names that collide": (ValueError, "same name", lambda key: {"a": {"b": 1.0}, "a.b": 2.0}, {}),
+    "named as an axis": (ValueError, "'scale'", lambda key, *, scale: {"scale": scale}, {"scale": [1.0]}),
+    "too few dims": (ValueError, "dims names 1 dimensions of 'a'", scaled, {"scale": [1.0], "dims": {"a": ["x"]}}),
+    "dims of nothing": (ValueError, r"dims names \['b'\]", scaled, {"scale": [1.0], "dims": {"b": ["x"]}}),
+    "dims of an axis": (ValueError, "'scale'", scaled, {"scale": [1.0], "dims": {"a": ["x", "scale"]}}),
+    "dims of two lengths": (
+        ValueError,
+        "conflicting sizes",
+        lambda key: {"a": jnp.zeros(2), "b": jnp.zeros(3)},
+        {"dims": {"a": ["x"], "b": ["x"]}},
+    ),
+    "python's if": (jax.errors.ConcretizationTypeError, "traced", lambda key, *, a: a if a > 0 else -a, {"a": [1.0]}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_refused_before_anything_is_computed(key, tmp_path, monkeypatch, as_users_have_it, what):
+    error, message, run, options = BAD[what]
+    monkeypatch.setattr(grid_module, "_compute", lambda *_: pytest.fail("computed"))
+    for out in (None, tmp_path / "out"):
+        with pytest.raises(error, match=message):
+            sweep.grid(run, key, **{"num_seeds": 3, "out": out, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_one_typed_key_is_a_key(tmp_path, as_users_have_it):
+    for key, error in (
+        (0, TypeError),
+        (jax.random.PRNGKey(0), TypeError),
+        (jax.random.split(sweeps.base_key()), ValueError),
+    ):
+        with pytest.raises(error, match="key"):
+            sweep.grid(scaled, key, num_seeds=3, scale=[1.0], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_that_memory_cannot_hold_need_a_folder(key):
+    with pytest.raises(ValueError, match=r"results take .* bytes of memory.*\(out\)"):
+        sweep.grid(lambda key: jnp.zeros((1000,)), key, num_seeds=10**9)
+
+
+def test_numbers_of_numpys_are_numbers(key, as_users_have_it):
+    options = {"scale": [1.0, 2.0], "num_seeds": np.int64(3), "runs_at_once": np.int32(4), "memory_limit": 10**8}
+    results = sweep.grid(sweeps.noisy, key, **options)
+    assert dict(results.sizes)["seed"] == 3
