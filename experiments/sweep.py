@@ -203,14 +203,13 @@ def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
 
 def describe(plan: sweep.Plan) -> None:
     """Says what a sweep would do, and measures how long one block takes."""
-    seconds = plan.seconds_per_block()
-    rounds = -(-len(plan.blocks()) // len(plan.devices))
+    seconds = plan.estimated_seconds()
     harness.console.print(
         f"{plan.num_runs:,} runs: {plan.axes.num_points * len(plan.runs)} points, {plan.num_seeds:,} seeds each\n"
         f"{len(plan.runs)} programs, {len(plan.blocks()):,} blocks of up to {plan.shape.seeds * plan.shape.points} "
         f"runs, {len(plan.devices)} at once\n"
         f"{plan.memory / 1e6:,.0f} MB of memory on each device, {plan.result_bytes / 1e6:,.1f} MB of results\n"
-        f"about {rounds * seconds:,.0f} s, and the time to compile"
+        f"about {seconds:,.0f} s, and the time to compile"
     )
 
 

@@ -22,7 +22,17 @@ from jaxtyping import Array, Key
 from dpo_jax import checks
 from dpo_jax.sweep.axes import Axes, read_axes
 from dpo_jax.sweep.processes import barrier
-from dpo_jax.sweep.programs import BlockShape, TracedRun, bytes_needed, compile_fast, fingerprint, lower, trace
+from dpo_jax.sweep.programs import (
+    BlockShape,
+    TracedRun,
+    bytes_needed,
+    compile_fast,
+    fingerprint,
+    lower,
+    lower_common,
+    share_work,
+    trace,
+)
 from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, Folder, Memory, Store, locked, read_manifest
 
 if TYPE_CHECKING:
@@ -64,6 +74,7 @@ class Plan:
       shape: how many runs a device makes at once.
       devices: the devices of this process.
       first: the compiled program of the first combination.
+      common: the compiled program of what all runs do with the key alone, if there is any such thing.
     """
 
     axes: Axes
@@ -73,24 +84,34 @@ class Plan:
     shape: BlockShape
     devices: Sequence[jax.Device]
     first: jax.stages.Compiled = field(repr=False)
+    common: jax.stages.Compiled | None = field(repr=False)
 
     def program(self, combination: int) -> jax.stages.Compiled:
         """The compiled program of a combination of discrete values."""
         return self.first if combination == 0 else compile_fast(lower(self.runs[combination], self.shape, self.devices))
 
+    def values(self, seeds: np.ndarray) -> list[Array]:
+        """What the runs of some seeds share."""
+        return self.common(self.key, seeds) if self.common else []
+
     @property
     def memory(self) -> int:
         """Bytes that programs take on each device."""
-        return bytes_needed(self.first)
+        return _memory(self.first, self.common)
 
-    def seconds_per_block(self) -> float:
-        """Runs the first block twice, one on each device, and tells how long the second time took."""
-        blocks = self.blocks()[: len(self.devices)]
+    def estimated_seconds(self) -> float:
+        """Makes a block on each device, twice, and tells how long the whole grid takes if every block takes as long."""
+        seeds, points = _seeds(self, [0]), _points(self, slice(0, self.shape.points))
+        num_slices = math.ceil(self.num_seeds / self.shape.seeds)
+        num_rounds = math.ceil(num_slices / (len(self.devices) * jax.process_count()))
+        blocks_each = len(self.blocks()) // num_slices
         for _ in range(2):
             start = time.perf_counter()
-            for _, results in _dispatched(self, blocks, lambda _: self.first):
-                jax.block_until_ready(results)
-        return time.perf_counter() - start
+            values = jax.block_until_ready(self.values(seeds))
+            shared = time.perf_counter()
+            jax.block_until_ready(self.first(values, self.key, seeds, points))
+            seconds = shared - start, time.perf_counter() - shared
+        return num_rounds * (seconds[0] + blocks_each * seconds[1])
 
     @property
     def num_runs(self) -> int:
@@ -110,10 +131,14 @@ class Plan:
 
     def blocks(self) -> list[Block]:
         """The whole grid, in the order in which it is computed."""
-        points = _slices(self.axes.num_points, self.shape.points)
-        seeds = _slices(self.num_seeds, self.shape.seeds)
-        product = itertools.product(range(len(self.runs)), points, seeds)
-        return [Block(number, *block) for number, block in enumerate(product)]
+        product = itertools.product(
+            _slices(self.num_seeds, self.shape.seeds),
+            range(len(self.runs)),
+            _slices(self.axes.num_points, self.shape.points),
+        )
+        return [
+            Block(number, combination, points, seeds) for number, (seeds, combination, points) in enumerate(product)
+        ]
 
     def manifest(self) -> dict[str, Any]:
         """What decides the results, to the last bit."""
@@ -130,7 +155,7 @@ class Plan:
             "results": {
                 name: {"shape": list(shape), "dtype": dtype.str} for name, (shape, dtype) in self.result_shapes.items()
             },
-            "programs": [fingerprint(run) for run in self.runs],
+            "programs": [fingerprint(run.jaxpr) for run in self.runs],
         }
 
 
@@ -164,10 +189,11 @@ def grid(
     """Maps a pure function over a product of axes and seeds.
 
     Every point of the grid sees the same seeds (common random numbers), so differences between points are paired. Axes
-    of floats are traced: one program serves all their values, and what does not depend on them is computed once for
-    each seed. Any other axis is discrete (names, sizes, functions), and each combination of discrete values is traced
-    and compiled once. Work is cut into blocks of a fixed shape, each block made by one device, so memory and
-    compile time do not grow with the grid, and results do not depend on how many devices or processes share the work.
+    of floats are traced: one program serves all their values. Any other axis is discrete (names, sizes, functions), and
+    each combination of discrete values is traced and compiled once. What depends on the key alone is computed once for
+    each seed, as far as all combinations begin with the same. Work is cut into blocks of a fixed shape, each block made
+    by one device, so memory and compile time do not grow with the grid, and results do not depend on how many devices
+    or processes share the work.
 
     Several processes (`sweep.join_processes`) each compute and store their share; all return the whole.
 
@@ -269,8 +295,10 @@ def _plan(
         raise ValueError("devices names none")
     runs = [trace(run, key, tuple(read.traced), combination) for combination in read.combinations]
     _check_same_results(read, runs)
-    shape, first = _block_shape(read, runs[0], num_seeds, runs_at_once, memory_limit, devices)
-    return Plan(read, key, num_seeds, runs, shape, devices, first)
+    if len(runs) * read.num_points > 1:
+        runs = share_work(runs)
+    shape, first, common = _block_shape(read, runs[0], num_seeds, runs_at_once, memory_limit, devices)
+    return Plan(read, key, num_seeds, runs, shape, devices, first, common)
 
 
 def _block_shape(
@@ -280,23 +308,32 @@ def _block_shape(
     runs_at_once: int | BlockShape | None,
     memory_limit: int | None,
     devices: Sequence[jax.Device],
-) -> tuple[BlockShape, jax.stages.Compiled]:
-    """The largest block that is wanted and fits into memory, and its program."""
+) -> tuple[BlockShape, jax.stages.Compiled, jax.stages.Compiled | None]:
+    """The largest block that is wanted and fits into memory, its program, and that of what runs share."""
+
+    def compiled(shape: BlockShape) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
+        common = compile_fast(lower_common(run, shape, devices)) if run.common else None
+        return compile_fast(lower(run, shape, devices)), common
+
     if isinstance(runs_at_once, BlockShape):
-        return runs_at_once, compile_fast(lower(run, runs_at_once, devices))
+        return runs_at_once, *compiled(runs_at_once)
     limit = memory_limit or free_memory(devices)
     num_runs = runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS)
     seeds_each = math.ceil(num_seeds / (len(devices) * jax.process_count()))
     while True:
         points = min(axes.num_points, num_runs)
         shape = BlockShape(max(1, min(num_runs // points, seeds_each)), points)
-        program = compile_fast(lower(run, shape, devices))
-        needed = bytes_needed(program)
+        programs = compiled(shape)
+        needed = _memory(*programs)
         if needed <= limit:
-            return shape, program
+            return shape, *programs
         if shape == (1, 1):
             raise ValueError(f"one run takes {needed:,} bytes of memory on each device, and only {limit:,} may be used")
         num_runs = max(1, min(shape.seeds * shape.points // 2, int(0.9 * shape.seeds * shape.points * limit / needed)))
+
+
+def _memory(first: jax.stages.Compiled, common: jax.stages.Compiled | None) -> int:
+    return max(bytes_needed(program) for program in (first, common) if program)
 
 
 def free_memory(devices: Sequence[jax.Device]) -> int:
@@ -413,7 +450,7 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
 
         try:
             for blocks, results in _one_ahead(_dispatched(work, pending, program)):
-                for block, arrays in zip(blocks, _parts(work, blocks, jax.device_get(results)), strict=True):
+                for block, arrays in _parts(work, blocks, jax.device_get(results)):
                     store.write(block, arrays)
                     left -= _num_runs(block)
                 if report:
@@ -426,27 +463,42 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
 
 def _dispatched(
     work: Plan, blocks: list[Block], program: Callable[[int], jax.stages.Compiled]
-) -> Iterator[tuple[list[Block], dict[str, Array]]]:
-    """Starts one block on each device, and yields without waiting for the results."""
-    points = work.axes.points
-    for (combination, start, stop), group in itertools.groupby(
-        blocks, key=lambda block: (block.combination, block.points.start, block.points.stop)
-    ):
-        executable = program(combination)
-        padded = {name: _padded(jnp.asarray(values[start:stop]), work.shape.points) for name, values in points.items()}
-        for together in _batched(list(group), len(work.devices)):
-            firsts = [block.seeds.start for block in together]
-            firsts += firsts[-1:] * (len(work.devices) - len(firsts))
-            seeds = np.concatenate([np.arange(first, first + work.shape.seeds, dtype=np.uint32) for first in firsts])
-            yield together, executable(work.key, seeds, padded)
+) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:
+    """Starts one block on each device, and yields the blocks by device, without waiting for the results."""
+    by_seeds = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block.seeds.start)]
+    for groups in _batched(by_seeds, len(work.devices)):
+        seeds = _seeds(work, [group[0].seeds.start for group in groups])
+        values = work.values(seeds)
+        together: dict[tuple[int, int, int], dict[int, Block]] = {}
+        for device, group in enumerate(groups):
+            for block in group:
+                place = block.combination, block.points.start, block.points.stop
+                together.setdefault(place, {})[device] = block
+        for (combination, *points), by_device in sorted(together.items(), key=lambda item: item[0]):
+            yield by_device, program(combination)(values, work.key, seeds, _points(work, slice(*points)))
 
 
-def _parts(work: Plan, blocks: list[Block], results: Mapping[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def _seeds(work: Plan, firsts: list[int]) -> np.ndarray:
+    """The seeds that devices take, from the first one of each; those that have none of their own repeat the last's."""
+    firsts = firsts + firsts[-1:] * (len(work.devices) - len(firsts))
+    return np.concatenate([np.arange(first, first + work.shape.seeds, dtype=np.uint32) for first in firsts])
+
+
+def _points(work: Plan, which: slice) -> dict[str, np.ndarray]:
+    """The traced values of a block; the last point fills it up."""
+    points = {name: values[which].astype(jnp.result_type(float)) for name, values in work.axes.points.items()}
+    return {name: np.pad(values, (0, work.shape.points - len(values)), mode="edge") for name, values in points.items()}
+
+
+def _parts(
+    work: Plan, blocks: dict[int, Block], results: Mapping[str, np.ndarray]
+) -> Iterator[tuple[Block, dict[str, np.ndarray]]]:
     """What belongs to each block, with axes (point, seed) first, without what was only computed to fill the shape."""
-    for i, block in enumerate(blocks):
-        seeds = slice(i * work.shape.seeds, i * work.shape.seeds + block.seeds.stop - block.seeds.start)
+    for device, block in blocks.items():
+        first = device * work.shape.seeds
+        seeds = slice(first, first + block.seeds.stop - block.seeds.start)
         num_points = block.points.stop - block.points.start
-        yield {name: np.moveaxis(result[seeds, :num_points], 0, 1) for name, result in results.items()}
+        yield block, {name: np.moveaxis(result[seeds, :num_points], 0, 1) for name, result in results.items()}
 
 
 class _Watch:
@@ -491,11 +543,7 @@ def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _padded(values: Array, size: int) -> Array:
-    return jnp.concatenate([values, jnp.repeat(values[-1:], size - len(values))])
-
-
-def _batched(items: list[Block], size: int) -> Iterator[list[Block]]:
+def _batched(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

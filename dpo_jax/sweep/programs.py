@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,12 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt32
+
+from dpo_jax.sweep.sharing import share
+
+SPLIT, WHOLE = PartitionSpec("seeds"), PartitionSpec()
+
+Seeds = UInt32[Array, " seeds"]
 
 
 class BlockShape(NamedTuple):
@@ -33,11 +39,15 @@ class TracedRun:
       jaxpr: what it does to a key and one value of each traced axis.
       outputs: the shape and dtype of each result, by name.
       traced: names of the traced axes.
+      rest: what is left to do with the values that `common` made; the whole, with no such values, if nothing is shared.
+      common: what all runs of a grid do with the key alone, each of them the same.
     """
 
     jaxpr: ClosedJaxpr
     outputs: dict[str, jax.ShapeDtypeStruct]
     traced: tuple[str, ...]
+    rest: ClosedJaxpr
+    common: ClosedJaxpr | None = None
 
     @property
     def key(self) -> jax.ShapeDtypeStruct:
@@ -48,8 +58,15 @@ class TracedRun:
         """Arrays of points."""
         return {name: jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for name in self.traced}
 
-    def __call__(self, key: Key[Array, ""], point: dict[str, Float[Array, ""]]) -> dict[str, Array]:
-        results = jaxpr_as_fun(self.jaxpr)(key, *(point[name] for name in self.traced))
+    def values(self, *shape: int) -> list[jax.ShapeDtypeStruct]:
+        """Arrays of what `common` makes."""
+        values = self.common.out_avals if self.common else []
+        return [jax.ShapeDtypeStruct((*shape, *value.shape), value.dtype) for value in values]
+
+    def __call__(
+        self, values: list[Array], key: Key[Array, ""], point: dict[str, Float[Array, ""]]
+    ) -> dict[str, Array]:
+        results = jaxpr_as_fun(self.rest)(*values, key, *(point[name] for name in self.traced))
         outputs = zip(self.outputs.items(), results, strict=True)
         return {name: jnp.asarray(result, output.dtype) for (name, output), result in outputs}
 
@@ -80,30 +97,49 @@ def trace(run: Callable[..., Any], key: Key[Array, ""], traced: Sequence[str], d
             raise TypeError(f"result {name!r} is a {output.dtype}, which files of arrays do not know; return float32")
     names = sorted(outputs)  # as a dictionary's leaves are
     shapes = {name: jax.ShapeDtypeStruct(outputs[name].shape, outputs[name].dtype) for name in names}
-    return TracedRun(jaxpr, shapes, tuple(traced))
+    return TracedRun(jaxpr, shapes, tuple(traced), rest=jaxpr)
+
+
+def share_work(runs: Sequence[TracedRun]) -> list[TracedRun]:
+    """The same runs, which leave to a program of its own what all of them do with the key alone."""
+    commons, rests = share([run.jaxpr for run in runs])
+    if not commons[0].jaxpr.outvars or len(set(map(fingerprint, commons))) > 1:
+        return list(runs)
+    return [replace(run, common=commons[0], rest=rest) for run, rest in zip(runs, rests, strict=True)]
 
 
 def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-    """The program `(key, seeds, points) -> results` that makes a block of runs on each device.
+    """The program `(values, key, seeds, points) -> results` that makes a block of runs on each device.
 
-    Its arguments are the base key; numbers of seeds, `[devices * shape.seeds]`; and traced values, each
-    `[shape.points]`. Its results have axes (seed, point) before their own.
+    Its arguments are what the program of `lower_common` made; the base key; numbers of seeds,
+    `[devices * shape.seeds]`; and traced values, each `[shape.points]`. Its results have axes (seed, point) before
+    their own.
     """
-    mesh = Mesh(np.array(devices), ("seeds",))
-    over_points = jax.vmap(run, in_axes=(None, 0), axis_size=shape.points)
+    over_points = jax.vmap(run, in_axes=(None, None, 0), axis_size=shape.points)
 
-    def block(key: Key[Array, ""], seeds: UInt32[Array, " seeds"], points: dict[str, Array]) -> dict[str, Array]:
-        return jax.vmap(lambda seed: over_points(jax.random.fold_in(key, seed), points))(seeds)
+    def block(values: list[Array], key: Key[Array, ""], seeds: Seeds, points: dict[str, Array]) -> dict[str, Array]:
+        over_seeds = jax.vmap(lambda values, seed: over_points(values, jax.random.fold_in(key, seed), points))
+        return over_seeds(values, seeds)
 
-    split, whole = PartitionSpec("seeds"), PartitionSpec()
-    program = jax.shard_map(block, mesh=mesh, in_specs=(whole, split, whole), out_specs=split, check_vma=False)
+    num_seeds = len(devices) * shape.seeds
+    arguments = run.values(num_seeds), run.key, jax.ShapeDtypeStruct((num_seeds,), jnp.uint32), run.points(shape.points)
+    return _split_over(devices, block, (SPLIT, WHOLE, SPLIT, WHOLE)).lower(*arguments)
+
+
+def lower_common(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+    """The program `(key, seeds) -> values` that makes what the runs of a block share."""
+
+    def block(key: Key[Array, ""], seeds: Seeds) -> list[Array]:
+        return jax.vmap(lambda seed: jaxpr_as_fun(run.common)(jax.random.fold_in(key, seed)))(seeds)
+
     seeds = jax.ShapeDtypeStruct((len(devices) * shape.seeds,), jnp.uint32)
-    return jax.jit(program).lower(run.key, seeds, run.points(shape.points))
+    return _split_over(devices, block, (WHOLE, SPLIT)).lower(run.key, seeds)
 
 
-def fingerprint(run: TracedRun) -> str:
-    """Tells one program from another: a hash of all that it does to one key and one point, constants included."""
-    lowered = jax.jit(run).lower(run.key, run.points())
+def fingerprint(program: ClosedJaxpr) -> str:
+    """Tells one program from another: a hash of all that it does, constants included."""
+    arguments = [jax.ShapeDtypeStruct(argument.shape, argument.dtype) for argument in program.in_avals]
+    lowered = jax.jit(jaxpr_as_fun(program)).lower(*arguments)
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
 
 
@@ -130,6 +166,12 @@ def bytes_needed(program: jax.stages.Compiled) -> int:
     if memory is None:
         return 0
     return int(memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes)
+
+
+def _split_over(devices: Sequence[jax.Device], block: Callable[..., Any], arguments: tuple[PartitionSpec, ...]) -> Any:
+    """A function whose seeds are split over devices, each of which makes a block."""
+    mesh = Mesh(np.array(devices), ("seeds",))
+    return jax.jit(jax.shard_map(block, mesh=mesh, in_specs=arguments, out_specs=SPLIT, check_vma=False))
 
 
 def _name(path: tuple[Any, ...]) -> str:

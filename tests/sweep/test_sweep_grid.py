@@ -218,7 +218,7 @@ def test_the_plan_tells_what_the_grid_does(key, runs_at_once):
         assert block.number == number
         cells[block.combination, block.points, block.seeds] += 1
     assert (cells == 1).all()
-    assert plan.seconds_per_block() > 0
+    assert plan.estimated_seconds() > 0
 
 
 def test_progress_grows_to_the_total(key):
