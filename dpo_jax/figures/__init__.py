@@ -1,5 +1,7 @@
 """Results as Matplotlib figures."""
 
+from dpo_jax.figures.benchmark_figures import cost_per_step as cost_per_step
+from dpo_jax.figures.benchmark_figures import roofline as roofline
 from dpo_jax.figures.loss_figures import LossFamily as LossFamily
 from dpo_jax.figures.loss_figures import loss_family as loss_family
 from dpo_jax.figures.loss_figures import loss_frontiers as loss_frontiers

@@ -1,0 +1,186 @@
+"""The benchmark: what it counts is what is done, and every workload runs."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import toy
+from experiments import benchmark, measuring
+from experiments.least_work import DPO_PAIR, FLOAT, Network, Training, Work
+from experiments.notebook import POLICY
+
+# Counts
+
+
+def test_a_notebook_has_the_optimizer_steps_of_the_original():
+    assert benchmark.SFT.steps == 1600
+    assert benchmark.DPO.steps == 1450
+    assert benchmark.NOTEBOOK_STEPS == 8850
+
+
+@pytest.fixture(scope="module")
+def network():
+    embeddings = jnp.ones((Network().prompts, Network().features))
+    return POLICY.init(jax.random.key(0), embeddings), embeddings
+
+
+def test_the_network_that_is_counted_is_the_one_that_is_trained(network):
+    params, _ = network
+    assert Network().num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_least_work_is_what_xla_counts_in_a_plain_network(network):
+    params, embeddings = network
+
+    def forward(params):
+        first, second = params["params"]["Dense_0"], params["params"]["Dense_1"]
+        hidden = jax.nn.relu(embeddings @ first["kernel"] + first["bias"][None])
+        return jax.nn.log_softmax(hidden @ second["kernel"] + second["bias"][None])
+
+    def count(function):
+        counts = jax.jit(function).lower(params).compile().cost_analysis()
+        return counts["flops"] + counts["transcendentals"]
+
+    slopes = jax.random.normal(jax.random.key(0), (Network().prompts, Network().responses))
+    both = count(jax.grad(lambda params: (slopes * forward(params)).sum()))
+    assert Network().forward_flops == pytest.approx(count(forward), rel=0.1)
+    assert Network().forward_flops + Network().backward_flops == pytest.approx(both, rel=0.15)
+
+
+def test_least_work_adds_up():
+    training = Training(num_epochs=2, num_rows=5, batch_size=4, row=DPO_PAIR)
+    more_rows = training._replace(num_rows=6)
+    assert training.steps == more_rows.steps == 4
+    assert more_rows.work.flops - training.work.flops == 2 * DPO_PAIR.flops
+    assert training.work.bytes - 10 * DPO_PAIR.bytes == 4 * FLOAT * (6 * 618 + 40)
+    assert Work(6, 3).intensity == 2
+    assert Work(1, 2) + Work(3, 4) * 2 == Work(7, 10)
+
+
+# Measuring
+
+
+def test_contenders_take_turns_after_a_round_to_warm_up():
+    calls = []
+    times = measuring.seconds_in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 3, "b": 3}
+
+
+def test_a_compiled_program_does_what_its_function_does():
+    rows = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+    program = measuring.compile_on(1, lambda rows: rows.sum(1), rows)
+    np.testing.assert_array_equal(program(program.place(rows)), rows.sum(1))
+    assert program.compile_seconds > 0
+    assert program.memory["argument"] == rows.nbytes
+
+
+def test_rates_are_work_over_time():
+    measurements = benchmark.Measurements(benchmark.Options(), benchmark.Sizes(), 4, {"float32": 100.0, "copy": 50.0})
+    rates = measurements.rates(2.0, Work(40, 20), runs=6)
+    assert rates["runs_per_second"] == 3
+    assert (rates["flops_per_second"], rates["share_of_peak_flops"]) == (20, 0.2)
+    assert (rates["bytes_per_second"], rates["share_of_peak_copy"]) == (10, 0.2)
+
+
+@pytest.mark.parametrize("num", [1, 3, 4, 9, 100])
+def test_chunks_hold_all_and_little_more(monkeypatch, num):
+    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
+    measurements = benchmark.Measurements(benchmark.Options(), benchmark.Sizes(), 4, {})
+    num_devices, per_device, calls = measurements.split(num, measurements.chunk)
+    assert per_device <= 4
+    assert num <= num_devices * per_device * calls < num + num_devices * calls
+
+
+# Workloads
+
+
+def test_a_step_of_a_run_is_a_step_of_the_notebook(world):
+    start = jax.jit(benchmark.make_start)(jnp.uint32(3))
+    result = jax.jit(benchmark.dpo_step)(start.sft.params, start)
+    assert float(result["loss"]) == pytest.approx(np.log(2), abs=1e-6)
+    change = optax.tree.sub(result["state"].params, start.sft.params)
+    assert 0 < max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(change)) < 1.1e-3
+
+
+def test_every_workload_runs_and_is_reported(tmp_path, capsys):
+    benchmark.main(benchmark.Options(quick=True, repeats=1, torch=False, out=tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "roofline.png", "cost_per_step.png"}
+    assert [entry["num"] for entry in summary["notebooks"]] == [1]
+    assert [entry["num"] for entry in summary["dpo"]] == [1, 2]
+    assert all(0 < entry["share_of_peak_flops"] < 1 for entry in summary["notebooks"] + summary["dpo"])
+    assert summary["torch"] is None
+    assert "Losses with their gradients" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", benchmark.LOSSES)
+def test_losses_are_finite_with_their_gradients(name):
+    logps = [benchmark.Pair(-jnp.arange(1.0, 5), -jnp.arange(4.0, 0, -1)) for _ in range(2)]
+    values, gradients = benchmark.values_and_gradients(benchmark.LOSSES[name], *logps)
+    assert values.shape == (4,)
+    assert all(bool(jnp.isfinite(array).all()) for array in (values, *gradients))
+
+
+def test_bad_options_are_told(tmp_path):
+    for options in ({"repeats": 0}, {"max_seconds": -1.0}, {"chunk": 0}, {"max_notebooks": 0}, {"seed": -1}):
+        with pytest.raises(SystemExit, match="error: --"):
+            benchmark.main(benchmark.Options(quick=True, out=tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+# PyTorch does the same work
+
+
+@pytest.mark.parametrize("version", ["runs_first", "runs_last"])
+def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version):
+    torch = pytest.importorskip("torch")
+    from experiments import benchmark_torch
+
+    starts = jax.device_get(jax.jit(jax.vmap(benchmark.make_start))(np.arange(3, dtype=np.uint32)))
+    options = {"compiled": False} if version == "runs_last" else {}
+    stack = getattr(benchmark_torch, version)(starts, 3, **options)
+    with torch.inference_mode():
+        for value, start in zip(stack.params, stack.start, strict=True):
+            value.copy_(start)
+        rows = stack.cells[..., :64].movedim(0, -1).contiguous() if stack.last else stack.cells[..., :64]
+        margins = torch.empty((64, 3) if stack.last else (3, 64))
+        stack.step(rows.long(), margins, 1)
+        after = stack.log_probs().numpy()
+    stepped = jax.vmap(benchmark.dpo_step)(starts.sft.params, starts)["state"].params
+    tables = jax.vmap(lambda world, params: toy.log_prob_table(POLICY, world)(params))(starts.world.embeddings, stepped)
+    np.testing.assert_allclose(after, tables, atol=1e-3)  # Adam's first step hangs on the sign of the tiniest gradient
+    assert np.abs(after - starts.sft.log_probs).max() > 0.01
+    np.testing.assert_allclose(margins, 0, atol=1e-4)
+
+
+def test_all_versions_in_pytorch_learn_as_the_library_does():
+    pytest.importorskip("torch")
+    from experiments import benchmark_torch
+
+    num = 16
+    seeds = np.arange(num, dtype=np.uint32)
+    starts = jax.device_get(jax.jit(jax.vmap(benchmark.make_start))(seeds))
+    ours = jax.jit(jax.vmap(benchmark.dpo_run))(seeds, starts)
+    for make in (benchmark_torch.runs_first, lambda *args: benchmark_torch.runs_last(*args, compiled=False)):
+        _, history = benchmark_torch.train(make(starts, num))
+        assert history["loss"].shape == (50, num)
+        assert float(history["loss"][-1].mean()) == pytest.approx(float(ours["loss"].mean()), abs=2e-3)
+        assert float(history["accuracy"][-1].mean()) == pytest.approx(float(ours["accuracy"].mean()), abs=0.01)
+    _, history = benchmark_torch.tutorial_run(starts, 0)
+    assert history["loss"][-1] == pytest.approx(float(ours["loss"][0]), abs=5e-3)
+
+
+def test_a_compiler_that_takes_too_long_is_left_out():
+    pytest.importorskip("torch")
+    from experiments import benchmark_torch
+
+    assert benchmark_torch.seconds_to_compile(SimpleNamespace(), 0.0) == (None, "not asked for")
+    with pytest.raises(TimeoutError, match=r"more than 0\.01 seconds"), benchmark_torch.time_limit(0.01):
+        while True:
+            pass
