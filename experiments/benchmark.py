@@ -47,7 +47,7 @@ def with_lengths(loss: Callable[..., Array]) -> Callable[..., Array]:
     )
 
 
-TORCH = ("tutorial's loop", "stacked", "stacked, compiled")
+TORCH = ("tutorial's loop", "stacked", "by hand", "by hand, compiled")
 """The versions of `benchmark_torch`."""
 
 LOSSES: dict[str, Callable[..., Array]] = {

@@ -2,12 +2,13 @@
 
 All do the same work: batches of 64 and a short last one, a new random order for each run and epoch, Adam, and the mean
 loss, accuracy and margin of each epoch. Each run has its own world, data, SFT policy and orders. The loop is the
-tutorial's own. The two stacked versions run the network once per distinct prompt, have their gradients written out by
-hand, keep the reference as a table, and take the metrics of an epoch together:
+tutorial's own. The others stack runs, run the network once per distinct prompt, keep the reference as a table, and take
+the metrics of an epoch together:
 
-- `stacked`: the axis of runs comes first, for batched matrix products; everything large is written into buffers that
-  are there already; Adam is PyTorch's fused kernel;
-- `stacked, compiled`: the axis of runs comes last, so that sums of products are vectorised over it, and
+- `stacked`: the loss as one writes it, on batched matrix products; its gradient by autograd; PyTorch's fused Adam;
+- `by hand`: no autograd either, but the gradients of this network and this loss, written out, and everything large
+  written into buffers that are there already;
+- `by hand, compiled`: the same with the axis of runs last, so that sums of products are vectorised over it, and
   `torch.compile` sees the whole step.
 
 Nothing else in the project needs PyTorch.
@@ -79,12 +80,13 @@ def compare(
         contenders = {"jax": run_in_jax}
         if num == 1:
             contenders["tutorial's loop"] = partial(tutorial_run, starts, 0)
-        contenders["stacked"] = partial(train, runs_first(starts, num))
+        contenders["stacked"] = partial(train, runs_by_autograd(starts, num))
+        contenders["by hand"] = partial(train, runs_first(starts, num))
         with fresh_compiler():
             compiled = runs_last(starts, num, compiled=True)
             compiling, problem = seconds_to_compile(compiled, compile_seconds)
             if problem is None:
-                contenders["stacked, compiled"] = partial(train, compiled)
+                contenders["by hand, compiled"] = partial(train, compiled)
             times = {name: statistics.median(t) for name, t in seconds_in_turn(contenders, repeats).items()}
         steps = num * NUM_EPOCHS * -(-starts.preferences.prompts.shape[1] // BATCH_SIZE)
         entries.append(
@@ -105,8 +107,9 @@ def train(stack: Stack, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str,
     Returns:
       The tables of the policies, and for each metric an array `[epochs, runs]` of means over batches.
     """
-    for value, start in zip(stack.params, stack.start, strict=True):
-        value.copy_(start)
+    with torch.no_grad():
+        for value, start in zip(stack.params, stack.start, strict=True):
+            value.copy_(start)
     for moment in (*stack.moments[0], *stack.moments[1]):
         moment.zero_()
     num, _, num_rows = stack.cells.shape
@@ -116,7 +119,7 @@ def train(stack: Stack, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str,
     all_margins = torch.empty((num_rows, num) if stack.last else (num, num_rows))
     history: dict[str, list[Tensor]] = {"loss": [], "accuracy": [], "reward_margin": []}
     generators = [torch.Generator().manual_seed(i) for i in range(torch.get_num_threads())]
-    with torch.inference_mode(), ThreadPoolExecutor(len(generators)) as pool:
+    with torch.no_grad(), ThreadPoolExecutor(len(generators)) as pool:
         for epoch in range(num_epochs):
             list(pool.map(draw_orders, order.tensor_split(len(generators)), generators))
             torch.gather(stack.cells, 2, order.expand(-1, 2, -1), out=shuffled)
@@ -167,23 +170,53 @@ def runs_first(starts: Start, num: int) -> Stack:
         of_hidden = torch.bmm(of_logits, params[1][:, :-1].mT)
         torch.bmm(hidden.mT, of_logits, out=grads[1])
         torch.bmm(transposed, torch.ops.aten.threshold_backward(of_hidden, before_relu, 0), out=grads[0])
-        torch._fused_adam_(
-            params,
-            grads,
-            first,
-            second,
-            [],
-            [numbers[number]] * len(params),
-            lr=LEARNING_RATE,
-            beta1=DECAY,
-            beta2=SQUARES_DECAY,
-            weight_decay=0.0,
-            eps=EPSILON,
-            amsgrad=False,
-            maximize=False,
-        )
+        fused_adam(params, grads, (first, second), numbers[number])
 
     return Stack(start, params, (first, second), cells, False, step, log_probs)
+
+
+def runs_by_autograd(starts: Start, num: int) -> Stack:
+    """Stacked runs as one would write them: a batched network, its gradient by autograd, the axis of runs first."""
+    start, cells, reference, embeddings = inputs(starts, num)
+    params, first, second = ([torch.zeros_like(value) for value in start] for _ in range(3))
+    for value in params:
+        value.requires_grad_()
+    numbers = torch.arange(1.0 + NUM_EPOCHS * -(-cells.shape[-1] // BATCH_SIZE)).unbind()
+
+    def log_probs() -> Tensor:
+        hidden = torch.baddbmm(params[1], embeddings, params[0]).relu()
+        return torch.baddbmm(params[3], hidden, params[2]).log_softmax(-1)
+
+    def step(batch: Tensor, margins: Tensor, number: int) -> None:
+        size = margins.shape[1]
+        with torch.enable_grad():
+            rewards = BETA * (log_probs() - reference).flatten(1).gather(1, batch.flatten(1))
+            difference = rewards[:, :size] - rewards[:, size:]
+            loss = -functional.logsigmoid(difference).mean(1).sum()
+        margins.copy_(difference.detach())
+        fused_adam(params, list(torch.autograd.grad(loss, params)), (first, second), numbers[number])
+
+    return Stack(start, params, (first, second), cells, False, step, log_probs)
+
+
+def fused_adam(
+    params: list[Tensor], grads: list[Tensor], moments: tuple[list[Tensor], list[Tensor]], number: Tensor
+) -> None:
+    """PyTorch's own kernel of Adam, without what the optimizer does around it."""
+    torch._fused_adam_(
+        params,
+        grads,
+        *moments,
+        [],
+        [number] * len(params),
+        lr=LEARNING_RATE,
+        beta1=DECAY,
+        beta2=SQUARES_DECAY,
+        weight_decay=0.0,
+        eps=EPSILON,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def runs_last(starts: Start, num: int, *, compiled: bool) -> Stack:

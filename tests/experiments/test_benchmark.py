@@ -137,7 +137,7 @@ def test_bad_options_are_told(tmp_path):
 # PyTorch does the same work
 
 
-@pytest.mark.parametrize("version", ["runs_first", "runs_last"])
+@pytest.mark.parametrize("version", ["runs_by_autograd", "runs_first", "runs_last"])
 def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version):
     torch = pytest.importorskip("torch")
     from experiments import benchmark_torch
@@ -145,7 +145,7 @@ def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version):
     starts = jax.device_get(jax.jit(jax.vmap(benchmark.make_start))(np.arange(3, dtype=np.uint32)))
     options = {"compiled": False} if version == "runs_last" else {}
     stack = getattr(benchmark_torch, version)(starts, 3, **options)
-    with torch.inference_mode():
+    with torch.no_grad():
         for value, start in zip(stack.params, stack.start, strict=True):
             value.copy_(start)
         rows = stack.cells[..., :64].movedim(0, -1).contiguous() if stack.last else stack.cells[..., :64]
@@ -167,7 +167,8 @@ def test_all_versions_in_pytorch_learn_as_the_library_does():
     seeds = np.arange(num, dtype=np.uint32)
     starts = jax.device_get(jax.jit(jax.vmap(benchmark.make_start))(seeds))
     ours = jax.jit(jax.vmap(benchmark.dpo_run))(seeds, starts)
-    for make in (benchmark_torch.runs_first, lambda *args: benchmark_torch.runs_last(*args, compiled=False)):
+    by_autograd, by_hand = benchmark_torch.runs_by_autograd, benchmark_torch.runs_first
+    for make in (by_autograd, by_hand, lambda *args: benchmark_torch.runs_last(*args, compiled=False)):
         _, history = benchmark_torch.train(make(starts, num))
         assert history["loss"].shape == (50, num)
         assert float(history["loss"][-1].mean()) == pytest.approx(float(ours["loss"].mean()), abs=2e-3)
