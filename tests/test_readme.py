@@ -51,6 +51,28 @@ def rlhf_row(entry):
     return "| " + " | ".join([entry["name"], stages, *counts, seconds, gain, *means, worse]) + " |"
 
 
+def notebooks_row(entry):
+    """A row of the table of notebooks."""
+    cells = [f"{entry['num']:,}", f"{entry['compile_seconds']:.1f} s", f"{entry['seconds']:.2f} s"]
+    return (
+        "| "
+        + " | ".join([*cells, f"{entry['runs_per_second']:.0f}", cost(entry["microseconds_per_step_and_run"])])
+        + " |"
+    )
+
+
+def torch_row(entry):
+    """A row of the comparison with PyTorch: microseconds, and how many times those of the library."""
+    costs, times = entry["microseconds_per_step_and_run"], entry["times_jax"]
+    names = ("tutorial's loop", "stacked", "by hand", "by hand, compiled")
+    rivals = [f"{cost(costs[name])} ({cost(times[name])}×)" if name in costs else "" for name in names]
+    return "| " + " | ".join([f"{entry['num']:,}", cost(costs["jax"]), *rivals]) + " |"
+
+
+def cost(number):
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def test_it_spells_out_what_dpo_is_in_the_first_line():
     assert "Direct Preference Optimization" in README.splitlines()[0]
 
@@ -141,6 +163,20 @@ def test_what_it_says_of_learning_rates_and_overoptimisation_is_what_was_measure
     for name in ("PPO, reward model", "RLOO, reward model"):
         scores = np.array(summary["courses"][name]["learned_gain"]["mean"])
         assert np.all(np.diff(scores) > -0.001)
+
+
+def test_what_it_says_of_costs_is_what_was_measured():
+    summary = json.loads((ROOT / "experiments/reported/benchmark/summary.json").read_text())
+    for entry in summary["notebooks"]:
+        assert notebooks_row(entry) in README
+    for entry in summary["torch"]["runs"]:
+        assert torch_row(entry) in README
+    words = " ".join(README.split())
+    dpo = {entry["num"]: entry for entry in summary["dpo"]}
+    most = max(dpo)
+    assert f"{most:,} DPO runs took {dpo[most]['seconds']:.0f} s" in words
+    assert f"({cost(dpo[most]['microseconds_per_step_and_run'])} µs per step and run)" in words
+    assert f"PyTorch {summary['torch']['version']}" in words
 
 
 def test_what_it_says_of_claims_is_what_was_measured():
