@@ -132,3 +132,25 @@ def test_claims_are_drawn_over_numbers_and_over_names():
     assert [tick.get_text() for tick in over_names.get_xticklabels()] == ["clean", "noisy"]
     assert over_numbers.get_ylabel() == "reward"
     assert over_numbers.get_xlabel() == "x"
+
+
+def test_a_roofline_has_a_roof_for_each_peak_and_a_mark_for_each_workload():
+    workloads = {"one run": (1.5, 2e9), "many runs": (1.5, 1.6e10), "loss": (0.4, 5e9)}
+    (axes,) = drawn(figures.roofline({"float32": 3e11, "rounded": 6e11}, 1e10, workloads, title="a machine"))
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["float32: 300 GFLOP/s"].get_ydata().tolist() == [3e11, 3e11]
+    slope = lines["copy: 10 GB/s"]
+    np.testing.assert_allclose(slope.get_ydata() / slope.get_xdata(), 1e10)
+    np.testing.assert_allclose(slope.get_ydata()[-1], 6e11)
+    assert (lines["many runs: 16 G"].get_xdata()[0], lines["many runs: 16 G"].get_ydata()[0]) == (1.5, 1.6e10)
+    names = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert names.keys() == workloads.keys()
+    assert names["many runs"] > names["loss"] > names["one run"]
+
+
+def test_costs_are_curves_over_the_number_of_runs():
+    curves = {"notebooks": ([1, 4, 1024], [5.0, 2.0, 1.0]), "rival": ([1], [500.0])}
+    (axes,) = drawn(figures.cost_per_step(curves))
+    assert [line.get_label() for line in axes.lines] == ["notebooks", "rival"]
+    assert axes.lines[0].get_ydata().tolist() == [5.0, 2.0, 1.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "1,024"]
