@@ -124,6 +124,9 @@ def test_effects_stay_with_every_run(key, capfd):
         jax.debug.print("drawn {}", jax.random.uniform(key))
         return scale * jax.random.uniform(key)
 
+    (shared,) = share_work([trace(run, key, ["scale"], {})])
+    assert any(equation.effects for equation in shared.rest.eqns)
+    assert not any(equation.effects for equation in shared.common.eqns)
     sweep.grid(run, key, num_seeds=2, scale=[1.0, 2.0])
     jax.effects_barrier()
     assert "drawn" in capfd.readouterr().out
