@@ -8,6 +8,7 @@ SLURM, the processes share the work.
 
 import csv
 import difflib
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -162,23 +163,22 @@ def save_tables(results: "xarray.Dataset", summary: "xarray.Dataset", out: Path)
 
 
 def save_figures(summary: "xarray.Dataset", out: Path) -> None:
-    """Draws reward against beta, reward against KL, and heat maps; of axes that are not drawn, the best value."""
-    chosen = {axis: _best(summary, keep=("loss", *axis)) for axis in (("beta",), ("beta", "learning_rate"))}
-    curves = {str(loss): chosen["beta",].sel(loss=loss) for loss in summary.loss.values}
-    of = {
-        loss: {name: curve[name].values for name in ("expected_reward", "expected_reward_stderr", "kl_to_reference")}
-        for loss, curve in curves.items()
-    }
+    """Draws reward against beta, reward against KL, and heat maps, for each loss and share of flipped labels."""
     sft_reward, betas = float(summary.sft_reward.mean()), summary.beta.values
-    harness.save_figure(figures.reward_against_beta(betas, of, sft_reward=sft_reward), out / "reward.png")
-    harness.save_figure(figures.reward_against_kl(betas, of, sft_reward=sft_reward), out / "frontier.png")
-    maps = chosen["beta", "learning_rate"].expected_reward
-    if maps.sizes["beta"] > 1 and maps.sizes["learning_rate"] > 1:
-        values = {str(loss): maps.sel(loss=loss).transpose("learning_rate", "beta").values for loss in maps.loss.values}
-        figure = figures.heat_maps(
-            values, {"β": betas, "Learning rate": summary.learning_rate.values}, title="Expected true reward"
-        )
-        harness.save_figure(figure, out / "heat_map.png")
+    curves = {
+        name: {str(column): values.values for column, values in curve.data_vars.items()}
+        for name, curve in _conditions(_at_best(summary, "learning_rate"))
+    }
+    of = "" if summary.sizes["learning_rate"] == 1 else "At the best learning rate"
+    harness.save_figure(figures.reward_against_beta(betas, curves, sft_reward=sft_reward, of=of), out / "reward.png")
+    harness.save_figure(figures.reward_against_kl(betas, curves, sft_reward=sft_reward, of=of), out / "frontier.png")
+    if summary.sizes["beta"] > 1 and summary.sizes["learning_rate"] > 1:
+        maps = {
+            name: found.expected_reward.transpose("learning_rate", "beta").values
+            for name, found in _conditions(summary)
+        }
+        axes = {"β": betas, "Learning rate": summary.learning_rate.values}
+        harness.save_figure(figures.heat_maps(maps, axes, title="Expected true reward"), out / "heat_map.png")
 
 
 def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
@@ -272,11 +272,16 @@ def _floats(values: tuple[float, ...]) -> np.ndarray:
     return np.array(values, float)
 
 
-def _best(summary: "xarray.Dataset", keep: tuple[str, ...]) -> "xarray.Dataset":
-    """For each value of the axes kept, the point of the others with the highest mean reward."""
-    for axis in [str(axis) for axis in summary.coords if axis not in keep]:
-        summary = summary.isel({axis: summary.expected_reward.argmax(axis)}).drop_vars(axis)
-    return summary
+def _conditions(summary: "xarray.Dataset") -> Iterator[tuple[str, "xarray.Dataset"]]:
+    """Every loss and share of flipped labels, with a name for it."""
+    for loss, noise in itertools.product(summary.loss.values, summary.label_noise.values):
+        name = str(loss) if summary.sizes["label_noise"] == 1 else f"{loss}, {noise:.3g} flipped"
+        yield name, summary.sel(loss=loss, label_noise=noise)
+
+
+def _at_best(summary: "xarray.Dataset", axis: str) -> "xarray.Dataset":
+    """At each point of the other axes, what was found at the value of this axis with the highest mean reward."""
+    return summary.isel({axis: summary.expected_reward.argmax(axis)}).drop_vars(axis)
 
 
 def _as_text(options: Options) -> dict[str, Any]:

@@ -154,3 +154,35 @@ def test_costs_are_curves_over_the_number_of_runs():
     assert [line.get_label() for line in axes.lines] == ["notebooks", "rival"]
     assert axes.lines[0].get_ydata().tolist() == [5.0, 2.0, 1.0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "1,024"]
+
+
+def test_sweeps_show_means_with_intervals_and_mark_the_smallest_beta_largest():
+    curve = {
+        "expected_reward": np.array([0.4, 0.5]),
+        "expected_reward_stderr": np.array([0.01, np.nan]),  # one seed has no interval
+        "gain": np.array([0.1, 0.2]),
+        "gain_stderr": np.array([0.001, 0.002]),
+        "kl_to_reference": np.array([0.8, 0.2]),
+    }
+    left, right = drawn(figures.reward_against_beta(np.array(BETAS), {"dpo": curve}, sft_reward=0.3, of="Rate 1"))
+    assert [left.get_title(), right.get_title()] == ["Rate 1, 95 % intervals"] * 2
+    assert [left.get_ylabel(), right.get_ylabel()] == ["Expected true reward", "Reward gained on SFT"]
+    assert [list(line.get_ydata()) for line in left.lines] == [[0.4, 0.5], [0.3, 0.3]]
+    assert [list(line.get_ydata()) for line in right.lines] == [[0.1, 0.2], [0.0, 0.0]]
+    bands = [axes.collections[0].get_paths()[0].vertices[:, 1] for axes in (left, right)]
+    np.testing.assert_allclose([[band.min(), band.max()] for band in bands], [[0.3804, 0.5], [0.09804, 0.20392]])
+    (axes,) = drawn(figures.reward_against_kl(np.array(BETAS), {"dpo": curve}, sft_reward=0.3))
+    points = axes.collections[0]
+    assert points.get_offsets().tolist() == [[0.8, 0.4], [0.2, 0.5]]
+    assert points.get_sizes()[0] > points.get_sizes()[1]
+
+
+def test_heat_maps_write_values_where_their_axes_say():
+    table = np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
+    figure = figures.heat_maps({"dpo": table, "ipo": table}, {"β": BETAS, "Learning rate": (1, 2, 3)}, title="Reward")
+    left, right, bar = drawn(figure)
+    assert [left.get_title(), right.get_title(), bar.get_ylabel()] == ["dpo", "ipo", "Reward"]
+    assert [label.get_text() for label in left.get_yticklabels()] == ["1", "2", "3"]
+    written = {text.get_position(): text.get_text() for text in left.texts}
+    assert written[1, 2] == "0.600"
+    assert written[0, 0] == "0.100"

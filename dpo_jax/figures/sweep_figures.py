@@ -11,39 +11,49 @@ from numpy import ndarray
 from dpo_jax.figures.style import GREY, LINE_STYLES, PALETTE, panels
 
 Curve = Mapping[str, Float[ndarray, " betas"]]
-"""`expected_reward`, its standard error `expected_reward_stderr` and `kl_to_reference` (nats), for each beta."""
+"""For each beta `expected_reward`, the reward gained on the reference, `gain`, their standard errors over seeds,
+`expected_reward_stderr` and `gain_stderr`, and `kl_to_reference` (nats)."""
 
 
-def reward_against_beta(betas: Float[ndarray, " betas"], curves: Mapping[str, Curve], *, sft_reward: float) -> Figure:
-    """The reward that policies earn, for each beta, with 95 % confidence intervals.
+def reward_against_beta(
+    betas: Float[ndarray, " betas"], curves: Mapping[str, Curve], *, sft_reward: float, of: str = ""
+) -> Figure:
+    """The reward that policies earn, and what they gain on the reference, for each beta, with 95 % intervals.
+
+    Seeds are worlds, and worlds differ in what can be earned: the gain, taken world by world, is known better.
 
     Args:
       betas: the values of beta.
       curves: by the name of the loss.
       sft_reward: the expected reward of the reference policy.
+      of: what the titles should say of the curves.
     """
-    figure, (axes,) = panels(8.0, 4.8, columns=1, legend_width=2.0)
-    for i, (name, curve) in enumerate(curves.items()):
-        mean, stderr = curve["expected_reward"], np.nan_to_num(curve["expected_reward_stderr"])
-        style = _style(i)
-        axes.plot(betas, mean, marker="o", markersize=4, label=name, **style)
-        axes.fill_between(
-            betas, mean - 1.96 * stderr, mean + 1.96 * stderr, color=style["color"], alpha=0.2, linewidth=0
-        )
-    axes.axhline(sft_reward, color=GREY, linestyle="--", label="SFT, the reference")
-    axes.set(xscale="log", xlabel="β", ylabel="Expected true reward", title="Reward against β, with 95 % intervals")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes.grid(alpha=0.3)
+    figure, panes = panels(11.0, 4.8, columns=2, legend_width=2.0)
+    columns = {"expected_reward": "Expected true reward", "gain": "Reward gained on SFT"}
+    for axes, (column, label) in zip(panes, columns.items(), strict=True):
+        for i, (name, curve) in enumerate(curves.items()):
+            mean, spread = curve[column], 1.96 * np.nan_to_num(curve[f"{column}_stderr"])
+            style = _style(i)
+            axes.plot(betas, mean, marker="o", markersize=4, label=name, **style)
+            axes.fill_between(betas, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+        zero = sft_reward if column == "expected_reward" else 0.0
+        axes.axhline(zero, color=GREY, linestyle="--", label="SFT, the reference")
+        axes.set(xscale="log", xlabel="β", ylabel=label, title=f"{of}, 95 % intervals" if of else "95 % intervals")
+        axes.grid(alpha=0.3)
+    panes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 
-def reward_against_kl(betas: Float[ndarray, " betas"], curves: Mapping[str, Curve], *, sft_reward: float) -> Figure:
+def reward_against_kl(
+    betas: Float[ndarray, " betas"], curves: Mapping[str, Curve], *, sft_reward: float, of: str = ""
+) -> Figure:
     """Reward against KL to the reference: one line for each loss, its points the values of beta.
 
     Args:
       betas: the values of beta; the smallest one's point is the largest.
       curves: by the name of the loss.
       sft_reward: the expected reward of the reference policy.
+      of: what the title should say of the curves.
     """
     figure, (axes,) = panels(8.0, 4.8, columns=1, legend_width=2.0)
     sizes = np.linspace(60, 15, len(betas))[np.argsort(np.argsort(betas))]
@@ -54,7 +64,7 @@ def reward_against_kl(betas: Float[ndarray, " betas"], curves: Mapping[str, Curv
         axes.scatter(kl, reward, s=sizes, color=style["color"])
     axes.plot(0.0, sft_reward, "s", color=GREY, label="SFT, the reference")
     axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward")
-    axes.set_title("Reward against KL; larger points have smaller β")
+    axes.set_title(", ".join(filter(None, [of, "larger points: smaller β"])))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.grid(alpha=0.3)
     return figure

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xarray
 
 from experiments import sweep as script
 
@@ -58,6 +59,19 @@ def test_the_same_command_goes_on_and_another_one_is_refused(options, short, mon
     assert computed == []
     with pytest.raises(SystemExit, match="holds another sweep: num_seeds was 3 and is now 4"):
         script.main(replace(options, num_seeds=4))
+
+
+def test_figures_keep_conditions_apart_and_choose_only_the_learning_rate():
+    axes = {"loss": ["dpo"], "beta": [0.1, 0.5], "learning_rate": [1e-3, 3e-3], "label_noise": [0.0, 0.2]}
+    values = np.array([[[[0.1, 0.9], [0.2, 0.8]], [[0.4, 0.6], [0.3, 0.7]]]])
+    summary = xarray.Dataset({"expected_reward": (tuple(axes), values)}, coords=axes)
+    found = {name: here.expected_reward.values.tolist() for name, here in script._conditions(summary)}
+    assert found == {"dpo, 0 flipped": values[0, ..., 0].tolist(), "dpo, 0.2 flipped": values[0, ..., 1].tolist()}
+    best = {
+        name: here.expected_reward.values.tolist()
+        for name, here in script._conditions(script._at_best(summary, "learning_rate"))
+    }
+    assert best == {"dpo, 0 flipped": [0.2, 0.4], "dpo, 0.2 flipped": [0.9, 0.7]}
 
 
 @pytest.mark.parametrize(
