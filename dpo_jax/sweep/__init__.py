@@ -1,9 +1,9 @@
 """Thousands of complete experiments as one program: `grid` maps a pure function over axes and seeds."""
 
-from dpo_jax.sweep.grid import Plan as Plan
 from dpo_jax.sweep.grid import Progress as Progress
 from dpo_jax.sweep.grid import grid as grid
-from dpo_jax.sweep.grid import plan as plan
+from dpo_jax.sweep.planning import Plan as Plan
+from dpo_jax.sweep.planning import plan as plan
 from dpo_jax.sweep.processes import join_processes as join_processes
 from dpo_jax.sweep.programs import compile_fast as compile_fast
 from dpo_jax.sweep.store import DamagedStoreError as DamagedStoreError

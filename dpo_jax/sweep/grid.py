@@ -1,7 +1,6 @@
 """`grid`: a pure function over a product of axes and seeds, as few programs as there are discrete values."""
 
 import itertools
-import math
 import os
 import signal
 import threading
@@ -9,39 +8,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from dpo_jax import checks
-from dpo_jax.sweep.axes import Axes, read_axes
+from dpo_jax.sweep.labels import dimension_names, labelled
+from dpo_jax.sweep.planning import Plan, check_fits, plan
 from dpo_jax.sweep.processes import barrier
-from dpo_jax.sweep.programs import (
-    BlockShape,
-    TracedRun,
-    bytes_needed,
-    compile_fast,
-    fingerprint,
-    lower,
-    lower_common,
-    share_work,
-    trace,
-)
-from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, Folder, Memory, Store, locked, read_manifest
+from dpo_jax.sweep.programs import BlockShape
+from dpo_jax.sweep.store import Block, DamagedStoreError, Folder, Memory, Store, locked, read_manifest
 
 if TYPE_CHECKING:
     import xarray
-
-RUNS_AT_ONCE = {"cpu": 128}
-"""How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
-
-RUNS_AT_ONCE_ON_ACCELERATORS = 16384
 
 
 class Progress(NamedTuple):
@@ -60,117 +41,6 @@ class Progress(NamedTuple):
     resumed: int
     compile_seconds: float
     run_seconds: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What there is to do, before any of it is done.
-
-    Attributes:
-      axes: what is varied.
-      key: the base key; seed `i` has `jax.random.fold_in(key, i)`.
-      num_seeds: seeds for each point.
-      runs: `run`, traced, for each combination of discrete values.
-      shape: how many runs a device makes at once.
-      devices: the devices of this process.
-      first: the compiled program of the first combination.
-      common: the compiled program of what all runs do with the key alone, if there is any such thing.
-    """
-
-    axes: Axes
-    key: Key[Array, ""]
-    num_seeds: int
-    runs: list[TracedRun]
-    shape: BlockShape
-    devices: Sequence[jax.Device]
-    first: jax.stages.Compiled = field(repr=False)
-    common: jax.stages.Compiled | None = field(repr=False)
-
-    def program(self, combination: int) -> jax.stages.Compiled:
-        """The compiled program of a combination of discrete values."""
-        return self.first if combination == 0 else compile_fast(lower(self.runs[combination], self.shape, self.devices))
-
-    def values(self, seeds: np.ndarray) -> list[Array]:
-        """What the runs of some seeds share."""
-        return self.common(self.key, seeds) if self.common else []
-
-    @property
-    def memory(self) -> int:
-        """Bytes that programs take on each device."""
-        return _memory(self.first, self.common)
-
-    def estimated_seconds(self) -> float:
-        """Makes a block on each device, twice, and tells how long the whole grid takes if every block takes as long."""
-        seeds, points = _seeds(self, [0]), _points(self, slice(0, self.shape.points))
-        num_slices = math.ceil(self.num_seeds / self.shape.seeds)
-        num_rounds = math.ceil(num_slices / (len(self.devices) * jax.process_count()))
-        blocks_each = len(self.blocks()) // num_slices
-        for _ in range(2):
-            start = time.perf_counter()
-            values = jax.block_until_ready(self.values(seeds))
-            shared = time.perf_counter()
-            jax.block_until_ready(self.first(values, self.key, seeds, points))
-            seconds = shared - start, time.perf_counter() - shared
-        return num_rounds * (seconds[0] + blocks_each * seconds[1])
-
-    @property
-    def num_runs(self) -> int:
-        """How many runs the grid has."""
-        return len(self.runs) * self.axes.num_points * self.num_seeds
-
-    @property
-    def result_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape, with axes (combination, point, seed) first, and dtype of each result."""
-        grid = (len(self.runs), self.axes.num_points, self.num_seeds)
-        return {name: ((*grid, *result.shape), np.dtype(result.dtype)) for name, result in self.runs[0].outputs.items()}
-
-    @property
-    def result_bytes(self) -> int:
-        """How much space all results take."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.result_shapes.values())
-
-    def blocks(self) -> list[Block]:
-        """The whole grid, in the order in which it is computed."""
-        product = itertools.product(
-            _slices(self.num_seeds, self.shape.seeds),
-            range(len(self.runs)),
-            _slices(self.axes.num_points, self.shape.points),
-        )
-        return [
-            Block(number, combination, points, seeds) for number, (seeds, combination, points) in enumerate(product)
-        ]
-
-    def manifest(self) -> dict[str, Any]:
-        """What decides the results, to the last bit."""
-        device = self.devices[0]
-        return {
-            "format": FORMAT,
-            "versions": {package: version(package) for package in ("dpo_jax", "jax", "jaxlib")},
-            "device": f"{device.platform} ({device.device_kind})",
-            "key": [str(jax.random.key_impl(self.key)), *np.asarray(jax.random.key_data(self.key)).tolist()],
-            "num_seeds": self.num_seeds,
-            "axes": self.axes.labels,
-            "order of axes": list(self.axes.names),
-            "runs_at_once": self.shape._asdict(),
-            "results": {
-                name: {"shape": list(shape), "dtype": dtype.str} for name, (shape, dtype) in self.result_shapes.items()
-            },
-            "programs": [fingerprint(run.jaxpr) for run in self.runs],
-        }
-
-
-def plan(
-    run: Callable[..., Any],
-    key: Key[Array, ""],
-    *,
-    num_seeds: int,
-    runs_at_once: int | None = None,
-    memory_limit: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-    **axes: Iterable[Any],
-) -> Plan:
-    """What `grid` would do: how many runs, programs and bytes. See `grid` for arguments and errors."""
-    return _plan(run, key, axes, num_seeds, runs_at_once, memory_limit, devices)
 
 
 def grid(
@@ -237,12 +107,20 @@ def grid(
         raise ValueError("several processes need a folder that they share for their results: give out")
     folder = None if out is None else Path(out)
     stored = _stored_size(folder)
-    work = _plan(run, key, axes, num_seeds, stored if runs_at_once is None else runs_at_once, memory_limit, devices)
-    names = _dimension_names(work, dims or {})
+    work = plan(
+        run,
+        key,
+        num_seeds=num_seeds,
+        runs_at_once=stored if runs_at_once is None else runs_at_once,
+        memory_limit=memory_limit,
+        devices=devices,
+        **axes,
+    )
+    names = dimension_names(work, dims or {})
     with ExitStack() as stack:
         store: Store
         if folder is None:
-            _check_fits(work, memory_limit)
+            check_fits(work, memory_limit)
             store = Memory(work.result_shapes)
         else:
             store = stack.enter_context(_opened(folder, work, names))
@@ -250,150 +128,6 @@ def grid(
         if folder is not None:
             barrier("the end of the sweep")
     return labelled(store.arrays(), work.axes.labels, tuple(work.axes.discrete), names)
-
-
-def labelled(
-    arrays: Mapping[str, np.ndarray],
-    labels: Mapping[str, Sequence[Any]],
-    discrete: tuple[str, ...],
-    names: Mapping[str, Sequence[str]],
-) -> "xarray.Dataset":
-    """Results as a data set, its dimensions in the order of the axes, then `seed`, then the results' own."""
-    import xarray
-
-    stored = (*discrete, *(name for name in labels if name not in discrete))
-    sizes = tuple(len(labels[name]) for name in stored)
-    variables = {
-        name: xarray.Variable((*stored, "seed", *names[name]), array.reshape(*sizes, *array.shape[2:]))
-        for name, array in arrays.items()
-    }
-    num_seeds = next(iter(arrays.values())).shape[2]
-    data = xarray.Dataset(variables, coords={**{name: list(labels[name]) for name in labels}, "seed": range(num_seeds)})
-    return data.transpose(*labels, "seed", ...)
-
-
-def _plan(
-    run: Callable[..., Any],
-    key: Key[Array, ""],
-    axes: Mapping[str, Iterable[Any]],
-    num_seeds: int,
-    runs_at_once: int | BlockShape | None,
-    memory_limit: int | None,
-    devices: Sequence[jax.Device] | None,
-) -> Plan:
-    checks.key(key)
-    checks.size("num_seeds", num_seeds)
-    if memory_limit is not None:
-        checks.size("memory_limit", memory_limit)
-    if runs_at_once is not None and not isinstance(runs_at_once, BlockShape):
-        checks.size("runs_at_once", runs_at_once)
-        runs_at_once = int(runs_at_once)
-    num_seeds = int(num_seeds)
-    read = read_axes(run, axes)
-    devices = list(jax.local_devices() if devices is None else devices)
-    if not devices:
-        raise ValueError("devices names none")
-    runs = [trace(run, key, tuple(read.traced), combination) for combination in read.combinations]
-    _check_same_results(read, runs)
-    if len(runs) * read.num_points > 1:
-        runs = share_work(runs)
-    shape, first, common = _block_shape(read, runs[0], num_seeds, runs_at_once, memory_limit, devices)
-    return Plan(read, key, num_seeds, runs, shape, devices, first, common)
-
-
-def _block_shape(
-    axes: Axes,
-    run: TracedRun,
-    num_seeds: int,
-    runs_at_once: int | BlockShape | None,
-    memory_limit: int | None,
-    devices: Sequence[jax.Device],
-) -> tuple[BlockShape, jax.stages.Compiled, jax.stages.Compiled | None]:
-    """The largest block that is wanted and fits into memory, its program, and that of what runs share."""
-
-    def compiled(shape: BlockShape) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
-        common = compile_fast(lower_common(run, shape, devices)) if run.common else None
-        return compile_fast(lower(run, shape, devices)), common
-
-    if isinstance(runs_at_once, BlockShape):
-        return runs_at_once, *compiled(runs_at_once)
-    limit = memory_limit or free_memory(devices)
-    num_runs = runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS)
-    seeds_each = math.ceil(num_seeds / (len(devices) * jax.process_count()))
-    while True:
-        points = min(axes.num_points, num_runs)
-        shape = BlockShape(max(1, min(num_runs // points, seeds_each)), points)
-        programs = compiled(shape)
-        needed = _memory(*programs)
-        if needed <= limit:
-            return shape, *programs
-        if shape == (1, 1):
-            raise ValueError(f"one run takes {needed:,} bytes of memory on each device, and only {limit:,} may be used")
-        num_runs = max(1, min(shape.seeds * shape.points // 2, int(0.9 * shape.seeds * shape.points * limit / needed)))
-
-
-def _memory(first: jax.stages.Compiled, common: jax.stages.Compiled | None) -> int:
-    return max(bytes_needed(program) for program in (first, common) if program)
-
-
-def free_memory(devices: Sequence[jax.Device]) -> int:
-    """Bytes that a sweep may take on each device: most of what is free."""
-    statistics = devices[0].memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return int(0.9 * (statistics["bytes_limit"] - statistics["bytes_in_use"]))
-    return _free_host_memory() // (2 * len(devices))
-
-
-def _free_host_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _check_fits(work: Plan, memory_limit: int | None) -> None:
-    limit = memory_limit or _free_host_memory()
-    if work.result_bytes > limit:
-        raise ValueError(
-            f"the results take {work.result_bytes:,} bytes of memory, and only {limit:,} may be used: let run return "
-            "less, or give a folder for them (out)"
-        )
-
-
-def _check_same_results(axes: Axes, runs: list[TracedRun]) -> None:
-    for combination, run in zip(axes.combinations, runs, strict=True):
-        if run.outputs != runs[0].outputs:
-            names = sorted({**run.outputs, **runs[0].outputs})
-            differing = [name for name in names if run.outputs.get(name) != runs[0].outputs.get(name)]
-            raise ValueError(f"run's results {differing} differ between {combination} and {axes.combinations[0]}")
-
-
-def _dimension_names(work: Plan, dims: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Names of each result's own dimensions."""
-    names = {}
-    for name, result in work.runs[0].outputs.items():
-        matching = [prefix for prefix in dims if name == prefix or name.startswith(f"{prefix}.")]
-        given = tuple(dims[max(matching, key=len)]) if matching else ()
-        if matching and len(given) != len(result.shape):
-            raise ValueError(f"dims names {len(given)} dimensions of {name!r}, which has {len(result.shape)}")
-        names[name] = given or tuple(f"{name}_{i}" for i in range(len(result.shape)))
-    unknown = [name for name in dims if not any(other == name or other.startswith(f"{name}.") for other in names)]
-    if unknown:
-        raise ValueError(f"dims names {unknown}, and the results are {sorted(names)}")
-    _check_labels(work, names)
-    return names
-
-
-def _check_labels(work: Plan, names: Mapping[str, Sequence[str]]) -> None:
-    """Results can have the names that they will have: better known now than in the end."""
-    for name, own in names.items():
-        if repeated := sorted(other for other in own if [*work.axes.names, "seed", *own].count(other) > 1):
-            raise ValueError(f"dims of {name!r} must not be those of axes or each other, got {repeated[0]!r}")
-    one_seed = {
-        name: np.broadcast_to(np.zeros((), dtype), (*shape[:2], 1, *shape[3:]))
-        for name, (shape, dtype) in work.result_shapes.items()
-    }
-    try:
-        labelled(one_seed, work.axes.labels, tuple(work.axes.discrete), names)
-    except ValueError as problem:
-        raise ValueError(f"results cannot be called as they are: {problem}") from problem
 
 
 def _stored_size(folder: Path | None) -> BlockShape | None:
@@ -467,7 +201,7 @@ def _dispatched(
     """Starts one block on each device, and yields the blocks by device, without waiting for the results."""
     by_seeds = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block.seeds.start)]
     for groups in _batched(by_seeds, len(work.devices)):
-        seeds = _seeds(work, [group[0].seeds.start for group in groups])
+        seeds = work.seeds([group[0].seeds.start for group in groups])
         values = work.values(seeds)
         together: dict[tuple[int, int, int], dict[int, Block]] = {}
         for device, group in enumerate(groups):
@@ -475,19 +209,7 @@ def _dispatched(
                 place = block.combination, block.points.start, block.points.stop
                 together.setdefault(place, {})[device] = block
         for (combination, *points), by_device in sorted(together.items(), key=lambda item: item[0]):
-            yield by_device, program(combination)(values, work.key, seeds, _points(work, slice(*points)))
-
-
-def _seeds(work: Plan, firsts: list[int]) -> np.ndarray:
-    """The seeds that devices take, from the first one of each; those that have none of their own repeat the last's."""
-    firsts = firsts + firsts[-1:] * (len(work.devices) - len(firsts))
-    return np.concatenate([np.arange(first, first + work.shape.seeds, dtype=np.uint32) for first in firsts])
-
-
-def _points(work: Plan, which: slice) -> dict[str, np.ndarray]:
-    """The traced values of a block; the last point fills it up."""
-    points = {name: values[which].astype(jnp.result_type(float)) for name, values in work.axes.points.items()}
-    return {name: np.pad(values, (0, work.shape.points - len(values)), mode="edge") for name, values in points.items()}
+            yield by_device, program(combination)(values, work.key, seeds, work.points(slice(*points)))
 
 
 def _parts(
@@ -537,10 +259,6 @@ def _is_mine(block: Block, shape: BlockShape) -> bool:
 
 def _num_runs(block: Block) -> int:
     return (block.points.stop - block.points.start) * (block.seeds.stop - block.seeds.start)
-
-
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
 def _batched(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -5,16 +5,16 @@ them; and in `done/` one file for each block that is complete, with the checksum
 file is there, and it comes last: whatever happens before leaves a block that will be made again.
 """
 
-import fcntl
 import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 FORMAT = 1
 
@@ -220,10 +220,10 @@ def locked(path: Path) -> Iterator[None]:
       BlockingIOError: somebody else holds it.
     """
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(FileLock(path / ".lock", blocking=False))
+        except Timeout:
             raise BlockingIOError(f"{path} is in use by another process that writes its sweep there") from None
         yield
 

@@ -16,6 +16,7 @@ from tests.sweep import sweeps
 AXES = {"draws": [2, 3], "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 grid_module = importlib.import_module("dpo_jax.sweep.grid")
+planning = importlib.import_module("dpo_jax.sweep.planning")
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +137,8 @@ def test_what_does_not_depend_on_a_swept_value_is_computed_once_for_each_seed(ke
 
 def test_compiling_does_not_repeat_for_further_blocks(key, monkeypatch):
     compiled = []
-    compile_fast = grid_module.compile_fast
-    monkeypatch.setattr(grid_module, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
+    compile_fast = planning.compile_fast
+    monkeypatch.setattr(planning, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
     sweep.grid(sweeps.noisy, key, num_seeds=5, runs_at_once=2, **AXES)
     assert len(compiled) == 2
 

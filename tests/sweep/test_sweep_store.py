@@ -14,7 +14,7 @@ from dpo_jax import sweep
 from dpo_jax.sweep import store
 from tests.sweep import sweeps
 
-grid_module = importlib.import_module("dpo_jax.sweep.grid")
+planning = importlib.import_module("dpo_jax.sweep.planning")
 
 
 # What a folder holds
@@ -37,7 +37,7 @@ def test_results_are_read_from_the_folder(whole):
 
 def test_a_sweep_that_is_done_is_not_computed_again(whole, expected, monkeypatch):
     told = []
-    monkeypatch.setattr(grid_module.Plan, "program", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(sweep.Plan, "program", lambda *_: pytest.fail("compiled"))
     sweeps.make(whole, report=told.append)
     assert told == []
     assert sweeps.contents(whole) == expected
@@ -144,7 +144,7 @@ def test_the_same_axes_in_another_order_are_another_sweep(whole, expected):
 
 
 def test_another_version_makes_another_sweep(whole, expected, monkeypatch):
-    monkeypatch.setattr(grid_module, "version", lambda package: "0.0.7")
+    monkeypatch.setattr(planning, "version", lambda package: "0.0.7")
     with pytest.raises(ValueError, match='versions.dpo_jax was .* and is now "0.0.7"'):
         sweeps.make(whole)
     assert sweeps.contents(whole) == expected
