@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,11 +33,12 @@ class Axes(NamedTuple):
         """All combinations of discrete values: one program each; the last axis varies fastest."""
         return [dict(zip(self.discrete, values, strict=True)) for values in itertools.product(*self.discrete.values())]
 
-    @property
-    def points(self) -> dict[str, np.ndarray]:
-        """All combinations of traced values, as one flat array for each axis; the last axis varies fastest."""
-        grids = np.meshgrid(*self.traced.values(), indexing="ij")
-        return {name: grid.ravel() for name, grid in zip(self.traced, grids, strict=True)}
+    def points(self, which: slice) -> dict[str, np.ndarray]:
+        """Some combinations of traced values, as one flat array for each axis; the last axis varies fastest."""
+        if not self.traced:
+            return {}
+        places = np.unravel_index(np.arange(which.start, which.stop), [len(values) for values in self.traced.values()])
+        return {name: values[place] for (name, values), place in zip(self.traced.items(), places, strict=True)}
 
     @property
     def num_points(self) -> int:
@@ -71,7 +73,8 @@ def read_axes(run: Callable[..., Any], axes: Mapping[str, Iterable[Any]]) -> Axe
             traced[name] = _floats(name, listed)
         else:
             discrete[name] = listed
-        _check_distinct(name, [label(value) for value in listed])
+            _check_finite(name, [value for value in listed if isinstance(value, float)])
+        _check_distinct(name, listed)
     return Axes(traced, discrete, tuple(axes))
 
 
@@ -79,7 +82,7 @@ def label(value: Any) -> str | int | float | bool:
     """What a value is called in results."""
     if isinstance(value, str | int | float | bool):
         return value
-    return str(getattr(value, "__name__", value))
+    return re.sub(r" at 0x[0-9a-f]+", "", str(getattr(value, "__name__", value)))  # another one in each process
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
@@ -94,20 +97,32 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
 
 
 def _floats(name: str, values: tuple[Any, ...]) -> np.ndarray:
+    _check_finite(name, values)
     floats = np.array(values, np.float64)
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(floats.astype(jnp.result_type(float)))
-    if not finite.all():
-        raise ValueError(f"axis {name} must be finite, got {floats[~finite][0]}")
+    dtype = np.dtype(jnp.result_type(float))
+    _, firsts, places = np.unique(floats.astype(dtype), return_index=True, return_inverse=True)
+    for value, first in zip(floats, floats[firsts[places]], strict=True):
+        if value != first:
+            raise ValueError(f"axis {name} has values that {dtype} does not tell apart: {first} and {value}")
     return floats
 
 
-def _check_distinct(name: str, labels: list[Any]) -> None:
-    seen = set()
-    for value in labels:
-        if value in seen:
-            raise ValueError(f"axis {name} has the value {value!r} twice")
-        seen.add(value)
+def _check_finite(name: str, values: Sequence[int | float]) -> None:
+    largest = float(jnp.finfo(jnp.result_type(float)).max)
+    for value in values:
+        if not abs(value) <= largest:
+            raise ValueError(f"axis {name} must be finite, got {_shortened(value)}")
+
+
+def _check_distinct(name: str, values: Sequence[Any]) -> None:
+    seen: dict[Any, Any] = {}
+    for value in values:
+        called = label(value)
+        if called in seen and seen[called] is not value and not isinstance(value, str | int | float | bool):
+            raise ValueError(f"axis {name} has the value {called!r} twice, or two that are called so: name them apart")
+        if called in seen:
+            raise ValueError(f"axis {name} has the value {called!r} twice")
+        seen[called] = value
 
 
 def _check_names(run: Callable[..., Any], names: tuple[str, ...]) -> None:
@@ -123,6 +138,11 @@ def _check_names(run: Callable[..., Any], names: tuple[str, ...]) -> None:
     for parameter in by_name:
         if parameter.default is parameter.empty and parameter.name not in names:
             raise TypeError(f"run also needs {parameter.name!r}: give it as an axis, of one value perhaps")
+
+
+def _shortened(value: float) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"a number of {len(text)} digits"
 
 
 def _is_number(value: Any) -> bool:

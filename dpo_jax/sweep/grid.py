@@ -2,11 +2,11 @@
 
 import itertools
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,10 +16,10 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dpo_jax.sweep.labels import dimension_names, labelled
-from dpo_jax.sweep.planning import Plan, check_fits, plan
+from dpo_jax.sweep.planning import Plan, check_programs_fit, check_results_fit, plan
 from dpo_jax.sweep.processes import barrier
 from dpo_jax.sweep.programs import BlockShape
-from dpo_jax.sweep.store import Block, DamagedStoreError, Folder, Memory, Store, locked, read_manifest
+from dpo_jax.sweep.store import Block, Folder, Memory, Store, locked
 
 if TYPE_CHECKING:
     import xarray
@@ -32,7 +32,7 @@ class Progress(NamedTuple):
       done: runs that are complete, those of an earlier start among them.
       total: runs of the whole share of this process.
       resumed: runs that were complete at the start.
-      compile_seconds: time spent waiting for the compiler.
+      compile_seconds: how long it took to compile all programs.
       run_seconds: time spent running programs and storing results.
     """
 
@@ -78,14 +78,15 @@ def grid(
 
     Args:
       run: a pure function `run(key, **point)` from a typed key and one value of each axis to a pytree of arrays, the
-        same structure and shapes for every point.
-      key: typed PRNG key; seed `i` gets `jax.random.fold_in(key, i)`, whatever `num_seeds` is.
+        same structure and shapes for every point. What it does on the host (`jax.pure_callback`) is called for runs
+        that only fill a block, too, and a folder does not know if it changes.
+      key: typed PRNG key, not of the kind rbg; seed `i` gets `jax.random.fold_in(key, i)`, whatever `num_seeds` is.
       num_seeds: how many seeds each point gets.
       dims: names of the results' own dimensions, for instance `{"history": ["epoch"]}`: of a result, or of all results
         below a name.
       out: folder for the results, which are stored block by block. If it holds a part of the same sweep, that part is
         kept and the rest computed; the end is the same, bit by bit. Required for several processes.
-      runs_at_once: how many runs a device makes at once; by default what suits the device.
+      runs_at_once: how many runs a device makes at once at most; by default what suits the device.
       memory_limit: bytes that programs may take on each device; by default most of what is free.
       devices: devices of this process to share the work; all of them by default.
       report: called after every block.
@@ -98,7 +99,8 @@ def grid(
     Raises:
       TypeError: `run` does not take an axis, or needs an argument that is no axis; or its results are not arrays.
       ValueError: an axis has no values, or one twice, or one that is not finite; results differ in structure between
-        discrete values; not even one run fits into memory; the folder holds another sweep.
+        discrete values; not even one run fits into memory, or all results on the disk; the folder holds another sweep.
+      FileExistsError: the folder holds other files.
       DamagedStoreError: the folder holds a sweep that is not what was written.
       BlockingIOError: another process writes to the folder.
       SystemExit: the process was asked to terminate (SIGTERM), and what was done is stored.
@@ -106,21 +108,13 @@ def grid(
     if jax.process_count() > 1 and out is None:
         raise ValueError("several processes need a folder that they share for their results: give out")
     folder = None if out is None else Path(out)
-    stored = _stored_size(folder)
-    work = plan(
-        run,
-        key,
-        num_seeds=num_seeds,
-        runs_at_once=stored if runs_at_once is None else runs_at_once,
-        memory_limit=memory_limit,
-        devices=devices,
-        **axes,
-    )
+    options = {"runs_at_once": runs_at_once, "memory_limit": memory_limit, "devices": devices}
+    work = plan(run, key, num_seeds=num_seeds, out=out, **options, **axes)  # type: ignore[arg-type]
     names = dimension_names(work, dims or {})
     with ExitStack() as stack:
         store: Store
         if folder is None:
-            check_fits(work, memory_limit)
+            check_results_fit(work, memory_limit)
             store = Memory(work.result_shapes)
         else:
             store = stack.enter_context(_opened(folder, work, names))
@@ -130,26 +124,13 @@ def grid(
     return labelled(store.arrays(), work.axes.labels, tuple(work.axes.discrete), names)
 
 
-def _stored_size(folder: Path | None) -> BlockShape | None:
-    """The block shape of a sweep that is to be resumed: another one would give other last bits."""
-    stored = None if folder is None else read_manifest(folder)
-    if stored is None:
-        return None
-    size = stored.get("runs_at_once")
-    if (
-        not isinstance(size, dict)
-        or size.keys() != set(BlockShape._fields)
-        or not all(isinstance(number, int) and number > 0 for number in size.values())
-    ):
-        raise DamagedStoreError(f"{folder} is damaged: sweep.json gives runs_at_once as {size}")
-    return BlockShape(**size)
-
-
 @contextmanager
 def _opened(folder: Path, work: Plan, names: Mapping[str, Sequence[str]]) -> Iterator[Folder]:
     """The folder, which holds this sweep and nothing else, and is this sweep's alone."""
     manifest = {**work.manifest(), "dims": {name: list(own) for name, own in names.items()}}
     store = Folder(folder, manifest)
+    if jax.process_index() == 0:
+        _check_space(folder, work)
     with locked(folder) if jax.process_index() == 0 else nullcontext():
         if jax.process_index() == 0:
             store.create()
@@ -160,44 +141,39 @@ def _opened(folder: Path, work: Plan, names: Mapping[str, Sequence[str]]) -> Ite
         yield store
 
 
+def _check_space(folder: Path, work: Plan) -> None:
+    """Raises ValueError if the disk has no room for the results that are still to come."""
+    done = folder / "done"
+    num_done = len(list(done.iterdir())) if done.exists() else 0
+    missing = work.result_bytes * max(0, len(work.blocks()) - num_done) // len(work.blocks())
+    free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
+    if missing > free:
+        raise ValueError(f"the results need {missing:,} more bytes in {folder}, and only {free:,} are free")
+
+
 def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None) -> None:
     """Computes and stores the blocks of this process's share that are not done."""
     done, mine = store.done(), [block for block in work.blocks() if _is_mine(block, work.shape)]
     pending = [block for block in mine if block.number not in done]
+    if not pending:
+        return
+    check_programs_fit(work)
     total, left = sum(map(_num_runs, mine)), sum(map(_num_runs, pending))
-    watch = _Watch()
-    with ThreadPoolExecutor(max_workers=1) as compiler, _terminating() as asked_to_stop:
-        x64 = jax.config.read("jax_enable_x64")  # a thread has its own
-
-        def compiled(combination: int) -> jax.stages.Compiled:
-            with jax.enable_x64(x64):
-                return work.program(combination)
-
-        executables = {
-            combination: compiler.submit(compiled, combination)
-            for combination in sorted({block.combination for block in pending})
-        }
-
-        def program(combination: int) -> jax.stages.Compiled:
-            with watch.compiling():
-                return executables[combination].result()
-
-        try:
-            for blocks, results in _one_ahead(_dispatched(work, pending, program)):
-                for block, arrays in _parts(work, blocks, jax.device_get(results)):
-                    store.write(block, arrays)
-                    left -= _num_runs(block)
-                if report:
-                    report(Progress(total - left, total, total - sum(map(_num_runs, pending)), *watch.seconds()))
-                if asked_to_stop.is_set():
-                    raise SystemExit(128 + signal.SIGTERM)
-        finally:
-            compiler.shutdown(wait=False, cancel_futures=True)
+    resumed, start = total - left, time.perf_counter()
+    with _terminating() as asked_to_stop:
+        for blocks, results in _one_ahead(_dispatched(work, pending)):
+            for block, arrays in _parts(work, blocks, jax.device_get(results)):
+                store.write(block, arrays)
+                left -= _num_runs(block)
+            del results
+            if report:
+                seconds = work.programs.seconds, time.perf_counter() - start
+                report(Progress(total - left, total, resumed, *seconds))
+            if asked_to_stop.is_set():
+                raise SystemExit(128 + signal.SIGTERM)
 
 
-def _dispatched(
-    work: Plan, blocks: list[Block], program: Callable[[int], jax.stages.Compiled]
-) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:
+def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:
     """Starts one block on each device, and yields the blocks by device, without waiting for the results."""
     by_seeds = [list(group) for _, group in itertools.groupby(blocks, key=lambda block: block.seeds.start)]
     for groups in _batched(by_seeds, len(work.devices)):
@@ -209,7 +185,8 @@ def _dispatched(
                 place = block.combination, block.points.start, block.points.stop
                 together.setdefault(place, {})[device] = block
         for (combination, *points), by_device in sorted(together.items(), key=lambda item: item[0]):
-            yield by_device, program(combination)(values, work.key, seeds, work.points(slice(*points)))
+            program = work.programs.runs[combination]
+            yield by_device, program(values, work.key, seeds, work.points(slice(*points)))
 
 
 def _parts(
@@ -221,22 +198,6 @@ def _parts(
         seeds = slice(first, first + block.seeds.stop - block.seeds.start)
         num_points = block.points.stop - block.points.start
         yield block, {name: np.moveaxis(result[seeds, :num_points], 0, 1) for name, result in results.items()}
-
-
-class _Watch:
-    """Tells time spent waiting for the compiler from other time."""
-
-    def __init__(self) -> None:
-        self.start, self.compile = time.perf_counter(), 0.0
-
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.compile += time.perf_counter() - start
-
-    def seconds(self) -> tuple[float, float]:
-        return self.compile, time.perf_counter() - self.start - self.compile
 
 
 @contextmanager

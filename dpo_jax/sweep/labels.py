@@ -58,5 +58,10 @@ def labelled(
         for name, array in arrays.items()
     }
     num_seeds = next(iter(arrays.values())).shape[2]
-    data = xarray.Dataset(variables, coords={**{name: list(labels[name]) for name in labels}, "seed": range(num_seeds)})
-    return data.transpose(*labels, "seed", ...)
+    coordinates = {name: _coordinate(values) for name, values in labels.items()}
+    return xarray.Dataset(variables, coords={**coordinates, "seed": range(num_seeds)}).transpose(*labels, "seed", ...)
+
+
+def _coordinate(values: Sequence[Any]) -> np.ndarray:
+    """Labels as an array, which does not make one kind of another."""
+    return np.array(values) if len(set(map(type, values))) == 1 else np.array(values, object)

@@ -2,10 +2,13 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,18 +19,18 @@ from jaxtyping import Array, Key
 
 from dpo_jax import checks
 from dpo_jax.sweep.axes import Axes, read_axes
+from dpo_jax.sweep.processes import least
 from dpo_jax.sweep.programs import (
     BlockShape,
+    Programs,
     TracedRun,
     bytes_needed,
-    compile_fast,
+    compile_all,
     fingerprint,
-    lower,
-    lower_common,
     share_work,
     trace,
 )
-from dpo_jax.sweep.store import FORMAT, Block
+from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, read_manifest
 
 RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
@@ -46,8 +49,7 @@ class Plan:
       runs: `run`, traced, for each combination of discrete values.
       shape: how many runs a device makes at once.
       devices: the devices of this process.
-      first: the compiled program of the first combination.
-      common: the compiled program of what all runs do with the key alone, if there is any such thing.
+      memory_limit: bytes that programs may take on each device.
     """
 
     axes: Axes
@@ -56,16 +58,16 @@ class Plan:
     runs: list[TracedRun]
     shape: BlockShape
     devices: Sequence[jax.Device]
-    first: jax.stages.Compiled = field(repr=False)
-    common: jax.stages.Compiled | None = field(repr=False)
+    memory_limit: int
 
-    def program(self, combination: int) -> jax.stages.Compiled:
-        """The compiled program of a combination of discrete values."""
-        return self.first if combination == 0 else compile_fast(lower(self.runs[combination], self.shape, self.devices))
+    @cached_property
+    def programs(self) -> Programs:
+        """All that there is to run, compiled when it is asked for."""
+        return compile_all(self.runs, self.shape, self.devices)
 
     def values(self, seeds: np.ndarray) -> list[Array]:
         """What the runs of some seeds share."""
-        return self.common(self.key, seeds) if self.common else []
+        return self.programs.common(self.key, seeds) if self.programs.common else []
 
     def seeds(self, firsts: Sequence[int]) -> np.ndarray:
         """The seeds that devices take, from the first one of each; those without one of their own repeat the last's."""
@@ -75,27 +77,24 @@ class Plan:
     def points(self, which: slice) -> dict[str, np.ndarray]:
         """The traced values of a block; the last point fills it up."""
         missing = (0, self.shape.points - (which.stop - which.start))
-        dtype = jnp.result_type(float)
-        return {name: np.pad(values[which].astype(dtype), missing, "edge") for name, values in self.axes.points.items()}
+        points, dtype = self.axes.points(which), jnp.result_type(float)
+        return {name: np.pad(values.astype(dtype), missing, "edge") for name, values in points.items()}
 
     @property
     def memory(self) -> int:
-        """Bytes that programs take on each device."""
-        return _memory(self.first, self.common)
+        """Bytes that the largest program takes on each device."""
+        return max(bytes_needed(program) for program in (self.programs.common, *self.programs.runs) if program)
 
     def estimated_seconds(self) -> float:
-        """Makes a block on each device, twice, and tells how long the whole grid takes if every block takes as long."""
+        """Makes a block of each program on each device, and tells how long the whole grid takes at that pace."""
         seeds, points = self.seeds([0]), self.points(slice(0, self.shape.points))
         num_slices = math.ceil(self.num_seeds / self.shape.seeds)
         num_rounds = math.ceil(num_slices / (len(self.devices) * jax.process_count()))
-        blocks_each = len(self.blocks()) // num_slices
-        for _ in range(2):
-            start = time.perf_counter()
-            values = jax.block_until_ready(self.values(seeds))
-            shared = time.perf_counter()
-            jax.block_until_ready(self.first(values, self.key, seeds, points))
-            seconds = shared - start, time.perf_counter() - shared
-        return num_rounds * (seconds[0] + blocks_each * seconds[1])
+        num_blocks = math.ceil(self.axes.num_points / self.shape.points)
+        values = self.values(seeds)
+        of_values = _seconds(lambda: self.values(seeds))
+        of_runs = [_seconds(lambda: run(values, self.key, seeds, points)) for run in self.programs.runs]  # noqa: B023
+        return num_rounds * (of_values + num_blocks * sum(of_runs))
 
     @property
     def num_runs(self) -> int:
@@ -148,20 +147,17 @@ def plan(
     key: Key[Array, ""],
     *,
     num_seeds: int,
-    runs_at_once: int | BlockShape | None = None,
+    out: str | os.PathLike[str] | None = None,
+    runs_at_once: int | None = None,
     memory_limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     **axes: Iterable[Any],
 ) -> Plan:
     """What `grid` would do: how many runs, programs and bytes. See `grid` for arguments and errors."""
-    checks.key(key)
-    checks.size("num_seeds", num_seeds)
-    if memory_limit is not None:
-        checks.size("memory_limit", memory_limit)
-    if runs_at_once is not None and not isinstance(runs_at_once, BlockShape):
-        checks.size("runs_at_once", runs_at_once)
-        runs_at_once = int(runs_at_once)
-    num_seeds = int(num_seeds)
+    _check_key(key)
+    for name, number in {"num_seeds": num_seeds, "runs_at_once": runs_at_once, "memory_limit": memory_limit}.items():
+        if name == "num_seeds" or number is not None:
+            checks.size(name, number)
     read = read_axes(run, axes)
     devices = list(jax.local_devices() if devices is None else devices)
     if not devices:
@@ -170,43 +166,51 @@ def plan(
     _check_same_results(read, runs)
     if len(runs) * read.num_points > 1:
         runs = share_work(runs)
-    shape, first, common = _block_shape(read, runs[0], num_seeds, runs_at_once, memory_limit, devices)
-    return Plan(read, key, num_seeds, runs, shape, devices, first, common)
+    limit = least(memory_limit or free_memory(devices))
+    wanted = int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
+    work = Plan(read, key, int(num_seeds), runs, BlockShape(1, 1), devices, limit)
+    stored = None if out is None else _stored_shape(Path(out))
+    if stored is None:
+        return _in_largest_blocks(work, wanted)
+    if runs_at_once is not None and stored.seeds * stored.points > runs_at_once:
+        number = stored.seeds * stored.points
+        raise ValueError(f"{out} holds a sweep of {number} runs at once, not {runs_at_once}; choose another folder")
+    return replace(work, shape=stored)
 
 
-def _block_shape(
-    axes: Axes,
-    run: TracedRun,
-    num_seeds: int,
-    runs_at_once: int | BlockShape | None,
-    memory_limit: int | None,
-    devices: Sequence[jax.Device],
-) -> tuple[BlockShape, jax.stages.Compiled, jax.stages.Compiled | None]:
-    """The largest block that is wanted and fits into memory, its program, and that of what runs share."""
-
-    def compiled(shape: BlockShape) -> tuple[jax.stages.Compiled, jax.stages.Compiled | None]:
-        common = compile_fast(lower_common(run, shape, devices)) if run.common else None
-        return compile_fast(lower(run, shape, devices)), common
-
-    if isinstance(runs_at_once, BlockShape):
-        return runs_at_once, *compiled(runs_at_once)
-    limit = memory_limit or free_memory(devices)
-    num_runs = runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS)
-    seeds_each = math.ceil(num_seeds / (len(devices) * jax.process_count()))
+def _in_largest_blocks(work: Plan, num_runs: int) -> Plan:
+    """The plan with the largest blocks, of so many runs at most, that fit into memory."""
+    seeds_each = math.ceil(work.num_seeds / (len(work.devices) * jax.process_count()))
     while True:
-        points = min(axes.num_points, num_runs)
-        shape = BlockShape(max(1, min(num_runs // points, seeds_each)), points)
-        programs = compiled(shape)
-        needed = _memory(*programs)
-        if needed <= limit:
-            return shape, *programs
-        if shape == (1, 1):
-            raise ValueError(f"one run takes {needed:,} bytes of memory on each device, and only {limit:,} may be used")
-        num_runs = max(1, min(shape.seeds * shape.points // 2, int(0.9 * shape.seeds * shape.points * limit / needed)))
+        points = _even(work.axes.num_points, num_runs)
+        work = replace(work, shape=BlockShape(_even(seeds_each, num_runs // points), points))
+        if work.memory <= work.memory_limit or num_runs == 1:
+            check_programs_fit(work)
+            return work
+        made = work.shape.seeds * work.shape.points
+        num_runs = max(1, min(made // 2, int(0.9 * made * work.memory_limit / work.memory)))
 
 
-def _memory(first: jax.stages.Compiled, common: jax.stages.Compiled | None) -> int:
-    return max(bytes_needed(program) for program in (first, common) if program)
+def _even(total: int, most: int) -> int:
+    """The size of parts of a total, as even as can be, if none may be larger than `most`."""
+    return math.ceil(total / math.ceil(total / most))
+
+
+def check_programs_fit(work: Plan) -> None:
+    """Raises ValueError if programs need more memory than they may take."""
+    if work.memory > work.memory_limit:
+        what = "one run takes" if work.shape == (1, 1) else f"{work.shape.seeds * work.shape.points} runs at once take"
+        raise ValueError(
+            f"{what} {work.memory:,} bytes of memory on each device, and only {work.memory_limit:,} may be used"
+        )
+
+
+def _seconds(make: Callable[[], Any]) -> float:
+    """How long something takes, the second time."""
+    jax.block_until_ready(make())
+    start = time.perf_counter()
+    jax.block_until_ready(make())
+    return time.perf_counter() - start
 
 
 def free_memory(devices: Sequence[jax.Device]) -> int:
@@ -221,7 +225,7 @@ def _free_host_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_fits(work: Plan, memory_limit: int | None) -> None:
+def check_results_fit(work: Plan, memory_limit: int | None) -> None:
     """Raises ValueError if the results would not fit into this machine's memory."""
     limit = memory_limit or _free_host_memory()
     if work.result_bytes > limit:
@@ -231,12 +235,36 @@ def check_fits(work: Plan, memory_limit: int | None) -> None:
         )
 
 
+def _check_key(key: Key[Array, ""]) -> None:
+    checks.key(key)
+    if "rbg" in (kind := str(jax.random.key_impl(key))):
+        raise ValueError(
+            f"key is of the kind {kind}, with which a run draws other numbers if others are made beside it: "
+            "make it with jax.random.key(..., impl='threefry2x32')"
+        )
+
+
 def _check_same_results(axes: Axes, runs: list[TracedRun]) -> None:
     for combination, run in zip(axes.combinations, runs, strict=True):
         if run.outputs != runs[0].outputs:
             names = sorted({**run.outputs, **runs[0].outputs})
             differing = [name for name in names if run.outputs.get(name) != runs[0].outputs.get(name)]
             raise ValueError(f"run's results {differing} differ between {combination} and {axes.combinations[0]}")
+
+
+def _stored_shape(folder: Path) -> BlockShape | None:
+    """The block shape of the sweep that a folder holds, if any: another one would give other last bits."""
+    stored = read_manifest(folder)
+    if stored is None:
+        return None
+    size = stored.get("runs_at_once")
+    if (
+        not isinstance(size, dict)
+        or size.keys() != set(BlockShape._fields)
+        or not all(isinstance(number, int) and number > 0 for number in size.values())
+    ):
+        raise DamagedStoreError(f"{folder} is damaged: sweep.json gives runs_at_once as {size}")
+    return BlockShape(**size)
 
 
 def _slices(total: int, size: int) -> list[slice]:

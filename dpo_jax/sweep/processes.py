@@ -3,6 +3,7 @@
 import os
 
 import jax
+import numpy as np
 
 
 def join_processes() -> None:
@@ -30,6 +31,15 @@ def join_processes() -> None:
             raise ValueError(f"cannot join the other processes: {problem}") from problem
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         jax.distributed.initialize()
+
+
+def least(number: int) -> int:
+    """The least of the numbers that all processes give, about: small enough for each of them, the same for all."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(np.min(multihost_utils.process_allgather(np.float32(number * (1 - 2**-23)))))
 
 
 def barrier(what: str) -> None:

@@ -1,7 +1,10 @@
 """Programs: `run`, traced once for each combination of discrete values, stacked over points and seeds, compiled."""
 
 import hashlib
+import os
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -29,6 +32,20 @@ class BlockShape(NamedTuple):
 
     seeds: int
     points: int
+
+
+class Programs(NamedTuple):
+    """What a sweep runs.
+
+    Attributes:
+      runs: the program of each combination of discrete values (see `lower`).
+      common: the program of what all runs do with the key alone (see `lower_common`), if there is any such thing.
+      seconds: how long it took to lower and compile them.
+    """
+
+    runs: list[jax.stages.Compiled]
+    common: jax.stages.Compiled | None
+    seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +125,17 @@ def share_work(runs: Sequence[TracedRun]) -> list[TracedRun]:
     return [replace(run, common=commons[0], rest=rest) for run, rest in zip(runs, rests, strict=True)]
 
 
+def compile_all(runs: Sequence[TracedRun], shape: BlockShape, devices: Sequence[jax.Device]) -> Programs:
+    """Compiles what a sweep runs, as many programs at a time as there are cores."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+        commons = [compilers.submit(compile_fast, lower_common(run, shape, devices)) for run in runs[:1] if run.common]
+        programs = [compilers.submit(compile_fast, lower(run, shape, devices)) for run in runs]
+        compiled = [program.result() for program in programs]
+        common = commons[0].result() if commons else None
+    return Programs(compiled, common, time.perf_counter() - start)
+
+
 def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
     """The program `(values, key, seeds, points) -> results` that makes a block of runs on each device.
 
@@ -161,11 +189,11 @@ def compile_fast(lowered: jax.stages.Lowered, *, optimise: bool = True) -> jax.s
 
 
 def bytes_needed(program: jax.stages.Compiled) -> int:
-    """How much memory a program takes on each device while it runs."""
+    """How much memory a program takes on each device while it runs, and its last results wait to be fetched."""
     memory = program.memory_analysis()
     if memory is None:
         return 0
-    return int(memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes)
+    return int(memory.temp_size_in_bytes + memory.argument_size_in_bytes + 2 * memory.output_size_in_bytes)
 
 
 def _split_over(devices: Sequence[jax.Device], block: Callable[..., Any], arguments: tuple[PartitionSpec, ...]) -> Any:

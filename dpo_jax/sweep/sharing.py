@@ -12,7 +12,8 @@ class Shared(NamedTuple):
 
     Attributes:
       commons: what each program does first, with the key alone: from a key to intermediate values.
-      rests: what each program does then: from those values, the key and its other arguments to its results.
+      rests: what each program does then: from those values, the key and its other arguments to its results. What does
+        not even depend on the key stays here, where it is not repeated for each seed.
     """
 
     commons: list[ClosedJaxpr]
@@ -30,26 +31,41 @@ def share(programs: Sequence[ClosedJaxpr]) -> Shared:
     written = [_written(program, equations) for program, equations in zip(programs, alone, strict=True)]
     num = [*(len(set(lines)) == 1 for lines in zip(*written, strict=False)), False].index(False)
     alone = [equations[:num] for equations in alone]
-    places = sorted(set().union(*map(_needed, programs, alone)))
+    left = [
+        _without(program.jaxpr.eqns, _random(program, equations))
+        for program, equations in zip(programs, alone, strict=True)
+    ]
+    places = sorted(set().union(*map(_needed, programs, alone, left)))
     commons, rests = [], []
-    for program, equations in zip(programs, alone, strict=True):
+    for program, equations, others in zip(programs, alone, left, strict=True):
         jaxpr, values = program.jaxpr, [equations[i].outvars[j] for i, j in places]
         common = jaxpr.replace(eqns=equations, invars=jaxpr.invars[:1], outvars=values)
-        rest = jaxpr.replace(eqns=_without(jaxpr.eqns, equations), invars=[*values, *jaxpr.invars])
+        rest = jaxpr.replace(eqns=others, invars=[*values, *jaxpr.invars])
         commons.append(ClosedJaxpr(common, program.consts))
         rests.append(ClosedJaxpr(rest, program.consts))
     return Shared(commons, rests)
 
 
 def _of_key_alone(program: ClosedJaxpr) -> list[JaxprEqn]:
-    """The equations that depend on the first argument and constants only, and have no effects."""
+    """The equations that depend on the first argument and constants only, have no effects, and do not ask the host."""
     known = {*program.jaxpr.invars[:1], *program.jaxpr.constvars}
     equations = []
     for equation in program.jaxpr.eqns:
-        if not equation.effects and all(isinstance(value, Literal) or value in known for value in equation.invars):
+        pure = not equation.effects and "_callback" not in f"{equation.primitive} {equation.params}"
+        if pure and all(isinstance(value, Literal) or value in known for value in equation.invars):
             known.update(equation.outvars)
             equations.append(equation)
     return equations
+
+
+def _random(program: ClosedJaxpr, equations: list[JaxprEqn]) -> list[JaxprEqn]:
+    """Those of some equations that depend on the key."""
+    made, random = {*program.jaxpr.invars[:1]}, []
+    for equation in equations:
+        if any(isinstance(value, Var) and value in made for value in equation.invars):
+            made.update(equation.outvars)
+            random.append(equation)
+    return random
 
 
 def _written(program: ClosedJaxpr, equations: list[JaxprEqn]) -> list[str]:
@@ -65,11 +81,11 @@ def _written(program: ClosedJaxpr, equations: list[JaxprEqn]) -> list[str]:
     return lines
 
 
-def _needed(program: ClosedJaxpr, equations: list[JaxprEqn]) -> set[tuple[int, int]]:
-    """Which results of some equations the other ones need: number of the equation, number of its result."""
-    rest = _without(program.jaxpr.eqns, equations)
-    used = {v for equation in rest for v in equation.invars if isinstance(v, Var)}
+def _needed(program: ClosedJaxpr, equations: list[JaxprEqn], left: list[JaxprEqn]) -> set[tuple[int, int]]:
+    """Which results of some equations those left need and do not make: number of the equation, number of its result."""
+    used = {v for equation in left for v in equation.invars if isinstance(v, Var)}
     used.update(v for v in program.jaxpr.outvars if isinstance(v, Var))
+    used.difference_update(v for equation in left for v in equation.outvars)
     return {(i, j) for i, equation in enumerate(equations) for j, v in enumerate(equation.outvars) if v in used}
 
 

@@ -1,8 +1,8 @@
 """Stores: where results go, block by block; in memory, or in a folder that outlives the process.
 
-A folder holds one `.npy` file for each result, at its full size from the beginning; `sweep.json`, which says what made
-them; and in `done/` one file for each block that is complete, with the checksum of its data. A block counts once that
-file is there, and it comes last: whatever happens before leaves a block that will be made again.
+A folder holds `sweep.json`, which comes first and says what makes the results; one `.npy` file for each result, at its
+full size from the beginning; and in `done/` one file for each block that is complete, with the checksum of its data. A
+block counts once that file is there, and it comes last: whatever happens before leaves a block that will be made again.
 """
 
 import json
@@ -80,21 +80,20 @@ class Folder:
 
         Raises:
           ValueError: the folder holds another sweep.
-          DamagedStoreError: it holds results of which nothing says what made them.
+          FileExistsError: it holds other files.
         """
-        stored = read_manifest(self.path)
-        if stored is not None:
+        if read_manifest(self.path) is not None:
             self.check()
-        (self.path / "done").mkdir(exist_ok=True)
-        if stored is None and self.done():
-            raise DamagedStoreError(f"{self.path} is damaged: there are results, and no sweep.json")
-        for unfinished in [*self.path.glob(".*.unfinished"), *self.path.glob("done/.*.unfinished")]:
-            unfinished.unlink()
-        if stored is not None:
+        for left_behind in [*self.path.glob(".*.unfinished"), *self.path.glob("done/.*.unfinished")]:
+            left_behind.unlink()
+        if not (self.path / "sweep.json").exists():
+            write_whole(self.path / "sweep.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+        if (self.path / "done").exists():  # so are all results, made before
             return
         for name, (shape, dtype) in self.shapes.items():
-            np.lib.format.open_memmap(self._file(name), "w+", dtype, shape)
-        write_whole(self.path / "sweep.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+            with unfinished(self._file(name)) as file:
+                np.lib.format.open_memmap(file, "w+", dtype, shape)
+        (self.path / "done").mkdir()
 
     def check(self) -> None:
         """Raises `ValueError` unless the folder holds this sweep."""
@@ -161,12 +160,19 @@ def _checksum(arrays: Arrays) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a small file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    with unfinished(path) as file:
+        file.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A neighbour of a file, which takes the file's place once it is complete."""
+    neighbour = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
+        yield neighbour
+        neighbour.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        neighbour.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -179,8 +185,9 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     file = path / "sweep.json"
     if not file.exists():
         entries = sorted(path.iterdir()) if path.exists() else []
-        begun = (path / "done").is_dir()
-        if others := [entry.name for entry in entries if not _is_own(entry, begun)]:
+        if others := [entry.name for entry in entries if not entry.name.startswith(".")]:
+            if file.exists():  # by now
+                return read_manifest(path)
             raise FileExistsError(f"{path} holds other files ({others[0]}) and no sweep: choose a new folder")
         return None
     try:
@@ -192,22 +199,13 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _is_own(entry: Path, begun: bool) -> bool:
-    """Whether a file may be left from a start that ended before there was a sweep, or be another process's just now."""
-    return (
-        entry.name in ("done", ".lock", "sweep.json")
-        or entry.suffix == ".unfinished"
-        or (begun and entry.suffix == ".npy")
-    )
-
-
 def _refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
     """Raises an error that names what differs, unless a store was made by what wants to go on with it."""
     for name in sorted({**stored, **wanted}):
         old, new = stored.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_other(path, old, new, f"{within}{name}.")
-        elif old != new:
+        elif json.dumps(old) != json.dumps(new):  # 0.0 is not -0.0, and 1 not True
             change = f"{within}{name} was {_shortened(old)} and is now {_shortened(new)}"
             raise ValueError(f"{path} holds another sweep: {change}; choose another folder")
 

@@ -56,7 +56,7 @@ def test_floats_are_traced(values, expected):
         ([None, 0.5], ["None", 0.5]),
         ([(8,), (8, 8)], ["(8,)", "(8, 8)"]),
         ([((1,), (1, 2)), ()], ["((1,), (1, 2))", "()"]),
-        ([functools.partial(double, 1), "x"], [str(functools.partial(double, 1)), "x"]),
+        ([functools.partial(double, 1), "x"], ["functools.partial(<function double>, 1)", "x"]),
     ],
 )
 def test_anything_else_is_discrete(values, labels):
@@ -75,16 +75,22 @@ def test_a_run_gets_numbers_of_pythons_for_discrete_values(key):
 
 def test_the_last_axis_varies_fastest():
     axes = read_axes(anything, {"a": [1.0, 2.0], "b": ["x", "y"], "c": [3.0, 4.0], "d": [5, 6]})
-    assert axes.points["a"].tolist() == [1, 1, 2, 2]
-    assert axes.points["c"].tolist() == [3, 4, 3, 4]
+    assert axes.points(slice(0, 4))["a"].tolist() == [1, 1, 2, 2]
+    assert axes.points(slice(0, 4))["c"].tolist() == [3, 4, 3, 4]
     assert [tuple(point.values()) for point in axes.combinations] == [("x", 5), ("x", 6), ("y", 5), ("y", 6)]
     assert axes.names == ("a", "b", "c", "d")
     assert axes.shape == {"a": 2, "b": 2, "c": 2, "d": 2}
 
 
+def test_labels_of_several_kinds_stay_what_they_are(key):
+    result = sweep.grid(lambda key, *, a: float(a or 0.0), key, num_seeds=1, a=[None, 0.5, True])["result"].isel(seed=0)
+    assert result["a"].values.tolist() == ["None", 0.5, True]
+    assert result.sel(a=0.5) == 0.5
+
+
 def test_no_axes_are_one_point():
     axes = read_axes(anything, {})
-    assert (axes.num_points, axes.points, axes.combinations) == (1, {}, [{}])
+    assert (axes.num_points, axes.points(slice(0, 1)), axes.combinations) == (1, {}, [{}])
 
 
 def test_discrete_values_label_results(key):
@@ -115,6 +121,11 @@ def test_discrete_values_label_results(key):
         (ValueError, r"axis a must be finite, got 1e\+300", [1.0, 1e300]),
         (ValueError, "axis a has the value 0.5 twice", [0.5, 1.0, 0.5]),
         (ValueError, "axis a has the value 1.0 twice", [1, 0.5, 1.0]),
+        (ValueError, "axis a must be finite, got nan", [None, np.nan]),
+        (ValueError, "axis a must be finite, got inf", [True, np.inf]),
+        (ValueError, "axis a must be finite, got a number of 401 digits", [10**400, 0.5]),
+        (ValueError, "axis a has values that float32 does not tell apart: 0.1 and 0.1000000001", [0.1, 0.1 + 1e-10]),
+        (ValueError, "axis a has values that float32 does not tell apart: 0.0 and 1e-50", [0.0, 1e-50]),
         (ValueError, "axis a has the value 'x' twice", ["x", "y", "x"]),
         (ValueError, "axis a has the value 'double' twice", [double, double]),
         (ValueError, "axis a has the value '<lambda>' twice", [lambda x: x, lambda x: -x]),

@@ -16,7 +16,7 @@ from tests.sweep import sweeps
 AXES = {"draws": [2, 3], "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 grid_module = importlib.import_module("dpo_jax.sweep.grid")
-planning = importlib.import_module("dpo_jax.sweep.planning")
+programs = importlib.import_module("dpo_jax.sweep.programs")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,11 @@ def test_a_run_is_traced_once_for_each_combination_of_discrete_values(key, runs_
 
 def flops(key, run, num_points):
     scale = np.linspace(1, 2, num_points).tolist()
-    return sweep.plan(run, key, num_seeds=2, runs_at_once=2 * num_points, scale=scale).first.cost_analysis()["flops"]
+    return (
+        sweep.plan(run, key, num_seeds=2, runs_at_once=2 * num_points, scale=scale)
+        .programs.runs[0]
+        .cost_analysis()["flops"]
+    )
 
 
 def test_what_does_not_depend_on_a_swept_value_is_computed_once_for_each_seed(key):
@@ -137,8 +141,8 @@ def test_what_does_not_depend_on_a_swept_value_is_computed_once_for_each_seed(ke
 
 def test_compiling_does_not_repeat_for_further_blocks(key, monkeypatch):
     compiled = []
-    compile_fast = planning.compile_fast
-    monkeypatch.setattr(planning, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
+    compile_fast = programs.compile_fast
+    monkeypatch.setattr(programs, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
     sweep.grid(sweeps.noisy, key, num_seeds=5, runs_at_once=2, **AXES)
     assert len(compiled) == 2
 

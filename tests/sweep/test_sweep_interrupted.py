@@ -102,10 +102,9 @@ def test_what_a_killed_process_left_behind_is_removed(out, expected):
     assert sweeps.contents(out) == expected
 
 
-def test_a_start_that_ended_before_there_was_a_sweep_is_no_obstacle(out, expected):
-    (out / "sweep.json").unlink()
+def test_a_start_that_ended_before_all_files_were_made_is_no_obstacle(out, expected):
     shutil.rmtree(out / "done")
-    (out / "done").mkdir()
-    (out / "part.column.npy").write_bytes(b"")
+    (out / "part.column.npy").unlink()
+    (out / ".total.npy.77.unfinished").write_bytes(b"")
     sweeps.make(out)
     assert sweeps.contents(out) == expected

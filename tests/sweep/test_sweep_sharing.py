@@ -10,25 +10,6 @@ from dpo_jax.sweep.programs import share_work, trace
 from tests.sweep import sweeps
 
 
-@pytest.fixture
-def calls():
-    return []
-
-
-@pytest.fixture
-def counted(calls):
-    """A function of a number that notes each call."""
-
-    def note(number):
-        calls.append(float(number))
-        return number
-
-    def noting(number):
-        return jax.pure_callback(note, jax.ShapeDtypeStruct((), number.dtype), number, vmap_method="sequential")
-
-    return noting
-
-
 def num_shared(run, **discrete):
     """How many values the runs share, which have a traced `scale`."""
     name, values = next(iter(discrete.items()))
@@ -37,25 +18,55 @@ def num_shared(run, **discrete):
 
 
 @pytest.mark.parametrize("runs_at_once", [4, 8, 1000])
-def test_what_depends_on_the_key_alone_is_made_once_for_each_seed(key, calls, counted, runs_at_once):
+def test_what_depends_on_the_key_alone_is_made_once_for_each_seed(key, monkeypatch, runs_at_once):
     def run(key, *, name, size, scale):
-        noise = counted(jax.random.normal(key))
+        noise = jax.random.normal(key)
         return {"a": scale * noise + size, "b": jnp.zeros(3) + noise if name == "zero" else noise * jnp.ones(3)}
 
     axes = {"name": ["zero", "one"], "size": [1, 2, 3], "scale": np.linspace(1, 2, 8)}
+    plan = sweep.plan(run, key, num_seeds=5, runs_at_once=runs_at_once, **axes)
+    assert all("erf_inv" in str(run.common) and "erf_inv" not in str(run.rest) for run in plan.runs)
+    seeds, values = [], sweep.Plan.values
+    monkeypatch.setattr(sweep.Plan, "values", lambda plan, made: seeds.extend(made.tolist()) or values(plan, made))
     results = sweep.grid(run, key, num_seeds=5, runs_at_once=runs_at_once, **axes)
+    assert seeds == list(range(5))
     noise = [float(jax.random.normal(jax.random.fold_in(key, seed))) for seed in range(5)]
-    np.testing.assert_allclose(calls, noise, rtol=1e-5)
     np.testing.assert_allclose(results["b"], np.broadcast_to(np.array(noise)[:, None], (2, 3, 8, 5, 3)), rtol=1e-5)
     np.testing.assert_allclose(results["a"].sel(size=2, name="one", scale=1.0), np.array(noise) + 2, rtol=1e-5)
 
 
-def test_what_depends_on_a_discrete_value_is_made_for_each(key, calls, counted):
+def test_what_depends_on_a_discrete_value_is_made_for_each(key):
     def run(key, *, size, scale):
-        return scale * counted(size * jax.random.uniform(key))
+        return scale * jnp.sin(size * jax.random.uniform(key))
 
-    sweep.grid(run, key, num_seeds=2, size=[1, 10], scale=[1.0, 2.0])
-    assert len(calls) == 4
+    for traced in sweep.plan(run, key, num_seeds=2, size=[1, 10], scale=[1.0, 2.0]).runs:
+        assert "sin" in str(traced.rest)
+        assert "sin" not in str(traced.common)
+
+
+def test_what_does_not_depend_on_the_key_is_not_repeated_for_each_seed(key):
+    def run(key, *, scale):
+        table = jnp.sin(jnp.arange(1e5))
+        return (scale * table).sum() * jax.random.uniform(key) * jnp.take(table, jax.random.randint(key, (), 0, 100))
+
+    axes = {"scale": [1.0, 2.0]}
+    plan = sweep.plan(run, key, num_seeds=64, **axes)
+    assert plan.runs[0].common is not None
+    assert plan.memory < 20 * 1e5 * 4
+    result = sweep.grid(run, key, num_seeds=64, **axes)["result"]
+    np.testing.assert_allclose(result, sweeps.loop(run, key, num_seeds=64, **axes), rtol=1e-4)
+
+
+def test_what_the_host_does_is_told_apart(key):
+    def run(key, *, name, scale):
+        function = (lambda x: np.float32(x + 100)) if name == "a" else (lambda x: np.float32(x + 200))
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        return scale * jax.jit(lambda x: jax.pure_callback(function, number, x, vmap_method="sequential"))(
+            jax.random.uniform(key)
+        )
+
+    result = sweep.grid(run, key, num_seeds=2, name=["a", "b"], scale=[1.0])["result"].squeeze()
+    np.testing.assert_allclose(result.sel(name="b") - result.sel(name="a"), 100, rtol=1e-5)
 
 
 def test_shared_values_may_be_keys(key):
