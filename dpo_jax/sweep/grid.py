@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 
 from dpo_jax.sweep.labels import dimension_names, labelled
 from dpo_jax.sweep.planning import Plan, check_programs_fit, check_results_fit, plan
-from dpo_jax.sweep.processes import barrier
+from dpo_jax.sweep.processes import together
 from dpo_jax.sweep.programs import BlockShape
 from dpo_jax.sweep.store import Block, Folder, Memory, Store, locked
 
@@ -63,7 +63,8 @@ def grid(
     each combination of discrete values is traced and compiled once. What depends on the key alone is computed once for
     each seed, as far as all combinations begin with the same. Work is cut into blocks of a fixed shape, each block made
     by one device, so memory and compile time do not grow with the grid, and results do not depend on how many devices
-    or processes share the work.
+    or processes share the work: not in their last bit if blocks are of the same size, as those of a folder always are,
+    and within rounding otherwise.
 
     Several processes (`sweep.join_processes`) each compute and store their share; all return the whole.
 
@@ -87,7 +88,8 @@ def grid(
       out: folder for the results, which are stored block by block. If it holds a part of the same sweep, that part is
         kept and the rest computed; the end is the same, bit by bit. Required for several processes.
       runs_at_once: how many runs a device makes at once at most; by default what suits the device.
-      memory_limit: bytes that programs may take on each device; by default most of what is free.
+      memory_limit: bytes that programs may take on each device, and results without a folder in all; by default most of
+        what is free (of this machine's memory: half, shared by the devices).
       devices: devices of this process to share the work; all of them by default.
       report: called after every block.
       **axes: by name, the values to try. The names of this function's own arguments cannot be axes.
@@ -103,6 +105,7 @@ def grid(
       FileExistsError: the folder holds other files.
       DamagedStoreError: the folder holds a sweep that is not what was written.
       BlockingIOError: another process writes to the folder.
+      RuntimeError: one of several processes failed.
       SystemExit: the process was asked to terminate (SIGTERM), and what was done is stored.
     """
     if jax.process_count() > 1 and out is None:
@@ -118,9 +121,8 @@ def grid(
             store = Memory(work.result_shapes)
         else:
             store = stack.enter_context(_opened(folder, work, names))
-        _compute(work, store, report)
-        if folder is not None:
-            barrier("the end of the sweep")
+        with together("make its share"):
+            _compute(work, store, report)
     return labelled(store.arrays(), work.axes.labels, tuple(work.axes.discrete), names)
 
 
@@ -129,15 +131,16 @@ def _opened(folder: Path, work: Plan, names: Mapping[str, Sequence[str]]) -> Ite
     """The folder, which holds this sweep and nothing else, and is this sweep's alone."""
     manifest = {**work.manifest(), "dims": {name: list(own) for name, own in names.items()}}
     store = Folder(folder, manifest)
-    if jax.process_index() == 0:
-        _check_space(folder, work)
-    with locked(folder) if jax.process_index() == 0 else nullcontext():
-        if jax.process_index() == 0:
-            store.create()
-        barrier("the folder is ready")
-        store.check()
-        done = store.done()
-        store.verify([block for block in work.blocks() if block.number in done])
+    with ExitStack() as stack:
+        with together("open the folder"):
+            if jax.process_index() == 0:
+                _check_space(folder, work)
+                stack.enter_context(locked(folder))
+                store.create()
+        with together("read the folder"):
+            store.check()
+            done = store.done()
+            store.verify([block for block in work.blocks() if block.number in done])
         yield store
 
 

@@ -18,7 +18,7 @@ import psutil
 from jaxtyping import Array, Key
 
 from dpo_jax import checks
-from dpo_jax.sweep.axes import Axes, read_axes
+from dpo_jax.sweep.axes import Axes, label, read_axes
 from dpo_jax.sweep.processes import least
 from dpo_jax.sweep.programs import (
     BlockShape,
@@ -43,6 +43,7 @@ class Plan:
     """What there is to do, before any of it is done.
 
     Attributes:
+      name: what `run` is called.
       axes: what is varied.
       key: the base key; seed `i` has `jax.random.fold_in(key, i)`.
       num_seeds: seeds for each point.
@@ -52,6 +53,7 @@ class Plan:
       memory_limit: bytes that programs may take on each device.
     """
 
+    name: str
     axes: Axes
     key: Key[Array, ""]
     num_seeds: int
@@ -128,6 +130,7 @@ class Plan:
         device = self.devices[0]
         return {
             "format": FORMAT,
+            "run": self.name,
             "versions": {package: version(package) for package in ("dpo_jax", "jax", "jaxlib")},
             "device": f"{device.platform} ({device.device_kind})",
             "key": [str(jax.random.key_impl(self.key)), *np.asarray(jax.random.key_data(self.key)).tolist()],
@@ -168,7 +171,7 @@ def plan(
         runs = share_work(runs)
     limit = least(memory_limit or free_memory(devices))
     wanted = int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
-    work = Plan(read, key, int(num_seeds), runs, BlockShape(1, 1), devices, limit)
+    work = Plan(str(label(run)), read, key, int(num_seeds), runs, BlockShape(1, 1), devices, limit)
     stored = None if out is None else _stored_shape(Path(out))
     if stored is None:
         return _in_largest_blocks(work, wanted)

@@ -1,6 +1,8 @@
 """Processes: several of them, on one machine or many, that share a sweep."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -35,16 +37,28 @@ def join_processes() -> None:
 
 def least(number: int) -> int:
     """The least of the numbers that all processes give, about: small enough for each of them, the same for all."""
-    if jax.process_count() == 1:
-        return number
+    return int(gather(number * (1 - 2**-23)).min()) if jax.process_count() > 1 else number
+
+
+@contextmanager
+def together(what: str) -> Iterator[None]:
+    """Work that all processes do, which ends when all have ended it, and fails in all if it fails in one.
+
+    Raises:
+      RuntimeError: another process has failed.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        failures = gather(float(failed)) if jax.process_count() > 1 else np.zeros(1)
+    if failures.any():
+        raise RuntimeError(f"process {failures.argmax()} could not {what}; it says itself why not")
+
+
+def gather(number: float) -> np.ndarray:
+    """The numbers that all processes give, by process."""
     from jax.experimental import multihost_utils
 
-    return int(np.min(multihost_utils.process_allgather(np.float32(number * (1 - 2**-23)))))
-
-
-def barrier(what: str) -> None:
-    """Waits until all processes have come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(what)
+    return np.ravel(multihost_utils.process_allgather(np.float32(number)))

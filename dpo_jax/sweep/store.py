@@ -7,6 +7,7 @@ block counts once that file is there, and it comes last: whatever happens before
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -101,7 +102,7 @@ class Folder:
 
     def done(self) -> set[int]:
         """The numbers of the blocks that are complete."""
-        return {int(path.name) for path in (self.path / "done").iterdir() if path.name.isdigit()}
+        return {int(path.name) for path in (self.path / "done").iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)}
 
     def write(self, block: Block, arrays: Arrays) -> None:
         for name, array in arrays.items():
@@ -119,7 +120,10 @@ class Folder:
         for block in blocks:
             part = {name: array[block.combination, block.points, block.seeds] for name, array in arrays.items()}
             if (self.path / "done" / str(block.number)).read_bytes() != _checksum(part).encode():
-                raise DamagedStoreError(f"{self.path} is damaged: block {block.number} is not what was written")
+                raise DamagedStoreError(
+                    f"{self.path} is damaged: block {block.number} is not what was written; remove "
+                    f"done/{block.number} to have it made again"
+                )
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name.replace('%', '%25').replace('/', '%2F')}.npy"
@@ -201,7 +205,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
     """Raises an error that names what differs, unless a store was made by what wants to go on with it."""
-    for name in sorted({**stored, **wanted}):
+    for name in {**wanted, **stored}:
         old, new = stored.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_other(path, old, new, f"{within}{name}.")

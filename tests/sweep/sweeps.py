@@ -1,5 +1,6 @@
 """Runs to sweep, what a plain loop makes of them, and sweeps in processes of their own."""
 
+import errno
 import functools
 import itertools
 import multiprocessing
@@ -132,11 +133,25 @@ def make_on_devices(out, name, num_devices):
     make(out, name)
 
 
-def make_together(out, name, returned, environment):
+def make_together(out, name, returned, environment, fails):
+    """Exits with 99 if another process fails, 98 if the folder holds another sweep, and with the system's error."""
     os.environ.update(environment)
     sweep.join_processes()
     assert jax.process_count() == 2
-    np.savez(returned, **make(out, name))
+
+    def report(_):
+        if fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    try:
+        np.savez(f"{returned}.npz", **make(out, name, report=report))
+    except OSError as problem:
+        sys.exit(problem.errno)
+    except RuntimeError as problem:
+        Path(f"{returned}.txt").write_text(str(problem))
+        sys.exit(99)
+    except ValueError:
+        sys.exit(98)
 
 
 def make_until_killed(out, line):

@@ -1,5 +1,6 @@
 """Several processes share a sweep."""
 
+import errno
 import socket
 
 import jax
@@ -18,15 +19,16 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def make_together(out, name, folder):
+def make_together(out, name, folder, failing=None):
     address = f"127.0.0.1:{free_port()}"
     processes = [
         sweeps.in_a_process(
             sweeps.make_together,
             out,
             name,
-            folder / f"{number}.npz",
+            folder / str(number),
             dict(zip(NAMES, (address, "2", str(number)), strict=True)),
+            number == failing,
         )
         for number in range(2)
     ]
@@ -54,20 +56,40 @@ def test_two_processes_finish_what_one_began(tmp_path):
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
-    counts = []
+    options = {"num_seeds": 11, "runs_at_once": 3, "scale": [1.0, 2.0]}
     monkeypatch.setattr(jax, "process_count", lambda: num_processes)
-    monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", counts.append)
-    told = []
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda mine: np.array([mine]))
+    shares = []
     for index in range(num_processes):
+        told = []
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        sweep.grid(sweeps.noisy, key, num_seeds=11, out=tmp_path, report=told.append, runs_at_once=3, scale=[1.0, 2.0])
-    assert sum(progress.total for progress in {progress.total: progress for progress in told}.values()) <= 22
-    assert len(counts) == 2 * num_processes
+        sweep.grid(sweeps.noisy, key, out=tmp_path, report=told.append, **options)
+        shares.append(told[-1].total)
+        assert len(list((tmp_path / "done").iterdir())) == sum(shares) / 2
+    assert sum(shares) == 22
     monkeypatch.undo()
-    again = sweep.grid(
-        sweeps.noisy, key, num_seeds=11, out=tmp_path, runs_at_once=3, scale=[1.0, 2.0], report=told.append
-    )
-    sweeps.assert_same(again, sweep.grid(sweeps.noisy, key, num_seeds=11, runs_at_once=3, scale=[1.0, 2.0]))
+    told = []
+    again = sweep.grid(sweeps.noisy, key, out=tmp_path, report=told.append, **options)
+    assert told == []
+    sweeps.assert_same(again, sweep.grid(sweeps.noisy, key, **options))
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_what_fails_in_one_process_ends_them_all(tmp_path, number):
+    codes = make_together(tmp_path / "out", "many blocks", tmp_path, failing=number)
+    assert codes[number] == errno.ENOSPC
+    assert codes[1 - number] == 99
+    assert (tmp_path / f"{1 - number}.txt").read_text().startswith(f"process {number} could not make its share")
+    assert make_together(tmp_path / "out", "many blocks", tmp_path) == [0, 0]
+    sweeps.make(tmp_path / "one")
+    assert sweeps.contents(tmp_path / "out") == sweeps.contents(tmp_path / "one")
+
+
+def test_a_folder_that_holds_something_else_is_refused_by_all(tmp_path):
+    sweeps.make(tmp_path / "out", "noisy")
+    before = sweeps.contents(tmp_path / "out")
+    assert make_together(tmp_path / "out", "many blocks", tmp_path) == [98, 98]
+    assert sweeps.contents(tmp_path / "out") == before
 
 
 def test_several_processes_need_a_folder(monkeypatch, key):

@@ -106,6 +106,17 @@ def noisy(key, *, scale, draws):
     return jax.tree.map(lambda leaf: 2 * leaf, sweeps.noisy(key, scale=scale, draws=draws))
 
 
+def named(key, *, scale, draws):
+    return sweeps.noisy(key, scale=scale, draws=draws)
+
+
+def less(key, *, scale, draws):
+    return {"total": scale}
+
+
+less.__name__ = "noisy"
+
+
 def with_a_table(key, *, scale, draws, entry):
     table = jnp.arange(5000.0).at[2500].set(entry)
     return scale * draws * table.sum()
@@ -119,7 +130,8 @@ OTHERS = {
     "more axes": (r"axes\.shift was null and is now \[0.5\]", {"shift": [0.5]}),
     "seeds": ("num_seeds was 9 and is now 10", {"num_seeds": 10}),
     "code": ("programs was", {"run": noisy}),
-    "results": (r"dims\.part\.column was", {"run": lambda key, *, scale, draws: {"total": scale}}),
+    "name": ('run was "noisy" and is now "named"', {"run": named}),
+    "results": (r"dims\.part\.column was|results\.part\.column was", {"run": less}),
     "dims": ("dims.part.column was", {"dims": {"part": ["column"]}}),
     "key": ("key was", {"key": jax.random.key(6)}),
 }
