@@ -176,13 +176,13 @@ class Measurements:
     ) -> Iterator[dict[str, Any]]:
         """Entries of the summary, one for each number of runs, each of so many optimizer steps, with that least work.
 
-        They end where one would take longer than the user wants.
+        There is one at least, and they end where one more would take longer than the user wants.
         """
-        for num in numbers:
+        for i, num in enumerate(numbers):
             job = make_job(self, num)
             job.call(0)  # warms up
             seconds = job.num_calls * measuring.seconds(partial(job.call, 0))
-            if seconds > self.options.max_seconds:
+            if seconds > self.options.max_seconds and i > 0:
                 return
             seconds = measuring.seconds(job) if seconds > LONG else measuring.median_seconds(job, self.options.repeats)
             yield {
@@ -557,8 +557,8 @@ def main(options: Options) -> None:
     start = perf_counter()
     summary = measure(options)
     summary |= harness.provenance(total=perf_counter() - start)
-    save_figures(summary, out)
     harness.save_summary({"seed": options.seed, "repeats": options.repeats, **summary}, out)
+    save_figures(summary, out)
     print_results(summary)
     harness.console.print(f"Measured in {summary['seconds']['total']:.0f} s. Figures and summary.json are in {out}.")
 

@@ -90,7 +90,12 @@ def enable_compilation_cache() -> None:
 def use_all_cores() -> None:
     """Lets each core of a CPU be a device of its own, so that sweeps use them all; nothing happens if JAX is in use."""
     with suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", num_cores())
+
+
+def num_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Stopwatch:
@@ -207,8 +212,9 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
 
 
 def interval(statistics: dict[str, Any], digits: int = 3) -> str:
-    """A mean and half the width of its 95 % confidence interval, from `mean_and_stderr`."""
-    return f"{statistics['mean']:.{digits}f} ± {1.96 * statistics['stderr']:.{digits}f}"
+    """A mean and half the width of its 95 % confidence interval, if there is one, from `mean_and_stderr`."""
+    half = 1.96 * statistics["stderr"]
+    return f"{statistics['mean']:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def on_terminal() -> bool:

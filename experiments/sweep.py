@@ -10,6 +10,7 @@ import csv
 import difflib
 import itertools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -121,8 +122,9 @@ def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
         gain=results.expected_reward - results.sft_reward,
         finished=(results.num_steps == STEPS_PER_EPOCH * NUM_EPOCHS).astype(float),
     )
-    means = runs.mean("seed", dtype=float)
-    stderrs = runs.std("seed", ddof=1, dtype=float) / np.sqrt(runs.sizes["seed"])
+    means, num = runs.mean("seed", dtype=float), runs.count("seed")  # of numbers that are some
+    deviations = runs.std("seed", dtype=float)
+    stderrs = (deviations / np.sqrt((num - 1).where(num > 1))).where(num > 1)
     return means.assign({f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"})
 
 
@@ -201,16 +203,36 @@ def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
         harness.console.print(f"... and {len(rows) - limit} more points in summary.csv")
 
 
-def describe(plan: sweep.Plan) -> None:
-    """Says what a sweep would do, and measures how long one block takes."""
-    seconds = plan.estimated_seconds()
+def check_folder(out: Path) -> None:
+    """Raises FileExistsError if a folder holds files, and they are not of a sweep."""
+    if out.is_dir() and not (out / "runs" / "sweep.json").exists():
+        others = sorted(path.name for path in out.iterdir() if path.name != "runs" and not path.name.startswith("."))
+        if others:
+            raise FileExistsError(f"{out} holds other files ({others[0]}) and no sweep: choose a new folder")
+
+
+@contextmanager
+def _saying_how_to_go_on() -> Iterator[None]:
+    """Says, if the sweep is stopped from outside, that nothing is lost."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        harness.console.print("Stopped. What is done is stored: the same command goes on from there.")
+        raise SystemExit(stopped.code if isinstance(stopped, SystemExit) else 130) from None
+
+
+def describe(plan: sweep.Plan, folder: Path) -> None:
+    """Says what a sweep would do, and measures how long one block of each program takes."""
+    seconds, num_done = plan.estimated_seconds(), len(list(folder.glob("done/[0-9]*")))
     harness.console.print(
         f"{plan.num_runs:,} runs: {plan.axes.num_points * len(plan.runs)} points, {plan.num_seeds:,} seeds each\n"
         f"{len(plan.runs)} programs, {len(plan.blocks()):,} blocks of up to {plan.shape.seeds * plan.shape.points} "
         f"runs, {len(plan.devices)} at once\n"
         f"{plan.memory / 1e6:,.0f} MB of memory on each device, {plan.result_bytes / 1e6:,.1f} MB of results\n"
-        f"about {seconds:,.0f} s, and the time to compile"
+        f"about {seconds:,.0f} s, and {plan.programs.seconds:,.0f} s to compile"
     )
+    if num_done:
+        harness.console.print(f"{num_done:,} blocks are done already, in {folder}")
 
 
 def main(options: Options) -> None:
@@ -222,11 +244,12 @@ def main(options: Options) -> None:
         arguments = _arguments(options)
     if options.dry_run:
         with harness.clear_errors():
-            describe(sweep.plan(**arguments))
+            describe(sweep.plan(**arguments, out=options.out / "runs"), options.out / "runs")
         return
-    out = harness.output_folder(options.out)
-    start = perf_counter()
-    with harness.clear_errors(), harness.sweep_report("Runs", options.log_every) as report:
+    with harness.clear_errors():
+        check_folder(options.out)
+    out, start = harness.output_folder(options.out), perf_counter()
+    with harness.clear_errors(), _saying_how_to_go_on(), harness.sweep_report("Runs", options.log_every) as report:
         results = sweep.grid(**arguments, out=out / "runs", report=report)
     if jax.process_index() != 0:
         return
@@ -252,6 +275,10 @@ def _arguments(options: Options) -> dict[str, Any]:
     for name in options.fixed:
         if name not in FIXED:
             raise ValueError(f"--fixed: no loss has {name!r}; there are: {', '.join(FIXED)}")
+    if options.log_every is not None:
+        checks.positive("--log-every", np.array(options.log_every))
+    for name, value in options.fixed.items():
+        checks.finite(f"--fixed {name}", np.array(value))
     checks.positive("--beta", np.array(options.beta))
     checks.positive("--learning-rate", np.array(options.learning_rate))
     checks.probability("--label-noise", np.array(options.label_noise))

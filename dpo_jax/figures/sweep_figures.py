@@ -29,13 +29,14 @@ def reward_against_beta(
       of: what the titles should say of the curves.
     """
     figure, panes = panels(11.0, 4.8, columns=2, legend_width=2.0)
+    order = np.argsort(betas)
     columns = {"expected_reward": "Expected true reward", "gain": "Reward gained on SFT"}
     for axes, (column, label) in zip(panes, columns.items(), strict=True):
         for i, (name, curve) in enumerate(curves.items()):
-            mean, spread = curve[column], 1.96 * np.nan_to_num(curve[f"{column}_stderr"])
+            mean, spread = curve[column][order], 1.96 * np.nan_to_num(curve[f"{column}_stderr"][order])
             style = _style(i)
-            axes.plot(betas, mean, marker="o", markersize=4, label=name, **style)
-            axes.fill_between(betas, mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
+            axes.plot(betas[order], mean, marker="o", markersize=4, label=name, **style)
+            axes.fill_between(betas[order], mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
         zero = sft_reward if column == "expected_reward" else 0.0
         axes.axhline(zero, color=GREY, linestyle="--", label="SFT, the reference")
         axes.set(xscale="log", xlabel="β", ylabel=label, title=f"{of}, 95 % intervals" if of else "95 % intervals")

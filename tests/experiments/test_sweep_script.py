@@ -51,10 +51,46 @@ def test_tables_and_figures_say_what_the_runs_said(options, short, capsys):
 
 
 @pytest.mark.usefixtures("as_users_have_it")
+def test_other_files_are_left_alone(tmp_path, short):
+    (tmp_path / "summary.csv").write_text("mine")
+    with pytest.raises(SystemExit, match=r"holds other files \(summary.csv\) and no sweep"):
+        script.main(script.Options(num_seeds=1, out=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.csv"]
+    assert (tmp_path / "summary.csv").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_one_seed_has_no_interval(tmp_path, short, capsys):
+    script.main(script.Options(num_seeds=1, beta=(0.5, 0.1), out=tmp_path))
+    assert "±" not in capsys.readouterr().out.split("dpo")[-1]
+    with (tmp_path / "summary.csv").open() as file:
+        assert all(np.isnan(float(row["gain_stderr"])) for row in csv.DictReader(file))
+
+
+def test_means_and_standard_errors_are_of_the_numbers_there_are():
+    values = np.array([[1.0, 2.0, np.nan, 4.0]])
+    names = ("expected_reward", "sft_reward", "num_steps", "loss_at_the_end")
+    results = xarray.Dataset(dict.fromkeys(names, (("beta", "seed"), values)), coords={"beta": [0.1]})
+    summary = script.summarise(results)
+    assert summary.loss_at_the_end.item() == pytest.approx(7 / 3)
+    assert summary.loss_at_the_end_stderr.item() == pytest.approx(np.std([1, 2, 4], ddof=1) / 3**0.5)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_stopped_from_outside_it_says_how_to_go_on(tmp_path, short, monkeypatch, capsys):
+    for stopped, code in ((KeyboardInterrupt(), 130), (SystemExit(143), 143)):
+        monkeypatch.setattr(script.sweep, "grid", lambda stopped=stopped, **_: (_ for _ in ()).throw(stopped))
+        with pytest.raises(SystemExit) as ended:
+            script.main(script.Options(num_seeds=2, out=tmp_path))
+        assert ended.value.code == code
+        assert "the same command goes on" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("as_users_have_it")
 def test_the_same_command_goes_on_and_another_one_is_refused(options, short, monkeypatch):
     script.main(options)
     computed = []
-    monkeypatch.setattr(grid_module, "_dispatched", lambda work, blocks, program: iter(computed.extend(blocks) or ()))
+    monkeypatch.setattr(grid_module, "_dispatched", lambda work, blocks: iter(computed.extend(blocks) or ()))
     script.main(options)
     assert computed == []
     with pytest.raises(SystemExit, match="holds another sweep: num_seeds was 3 and is now 4"):
@@ -84,6 +120,8 @@ def test_figures_keep_conditions_apart_and_choose_only_the_learning_rate():
         ({"label_noise": (2.0,)}, "--label-noise"),
         ({"fixed": {"gama": 1.0}}, "no loss has 'gama'"),
         ({"num_seeds": 0}, "--num-seeds"),
+        ({"fixed": {"gamma": float("nan")}}, "--fixed gamma must be finite"),
+        ({"log_every": 0.0}, "--log-every must be positive"),
     ],
 )
 def test_bad_options_end_with_one_line(tmp_path, change, message):
@@ -98,3 +136,6 @@ def test_a_dry_run_says_how_much_there_is_to_do(tmp_path, short, capsys):
     assert "20 runs: 4 points, 5 seeds each" in said
     assert "MB of memory" in said
     assert not (tmp_path / "none").exists()
+    script.main(script.Options(num_seeds=5, out=tmp_path / "some"))
+    script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "some"))
+    assert "blocks are done already" in capsys.readouterr().out
