@@ -226,7 +226,7 @@ def describe(plan: sweep.Plan, folder: Path) -> None:
     seconds, num_done = plan.estimated_seconds(), len(list(folder.glob("done/[0-9]*")))
     harness.console.print(
         f"{plan.num_runs:,} runs: {plan.axes.num_points * len(plan.runs)} points, {plan.num_seeds:,} seeds each\n"
-        f"{len(plan.runs)} programs, {len(plan.blocks()):,} blocks of up to {plan.shape.seeds * plan.shape.points} "
+        f"{len(plan.runs)} programs, {plan.num_blocks:,} blocks of up to {plan.shape.seeds * plan.shape.points} "
         f"runs, {len(plan.devices)} at once\n"
         f"{plan.memory / 1e6:,.0f} MB of memory on each device, {plan.result_bytes / 1e6:,.1f} MB of results\n"
         f"about {seconds:,.0f} s, and {plan.programs.seconds:,.0f} s to compile"

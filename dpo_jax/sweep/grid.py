@@ -111,8 +111,16 @@ def grid(
     if jax.process_count() > 1 and out is None:
         raise ValueError("several processes need a folder that they share for their results: give out")
     folder = None if out is None else Path(out)
-    options = {"runs_at_once": runs_at_once, "memory_limit": memory_limit, "devices": devices}
-    work = plan(run, key, num_seeds=num_seeds, out=out, **options, **axes)  # type: ignore[arg-type]
+    work = plan(
+        run,
+        key,
+        num_seeds=num_seeds,
+        out=out,
+        runs_at_once=runs_at_once,
+        memory_limit=memory_limit,
+        devices=devices,
+        **axes,
+    )
     names = dimension_names(work, dims or {})
     with ExitStack() as stack:
         store: Store
@@ -148,7 +156,7 @@ def _check_space(folder: Path, work: Plan) -> None:
     """Raises ValueError if the disk has no room for the results that are still to come."""
     done = folder / "done"
     num_done = len(list(done.iterdir())) if done.exists() else 0
-    missing = work.result_bytes * max(0, len(work.blocks()) - num_done) // len(work.blocks())
+    missing = work.result_bytes * max(0, work.num_blocks - num_done) // work.num_blocks
     free = shutil.disk_usage(next(path for path in (folder, *folder.resolve().parents) if path.exists())).free
     if missing > free:
         raise ValueError(f"the results need {missing:,} more bytes in {folder}, and only {free:,} are free")

@@ -4,9 +4,9 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from dpo_jax.sweep.programs import (
     share_work,
     trace,
 )
-from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, read_manifest
+from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, read_manifest, refuse_other
 
 RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
@@ -90,13 +90,11 @@ class Plan:
     def estimated_seconds(self) -> float:
         """Makes a block of each program on each device, and tells how long the whole grid takes at that pace."""
         seeds, points = self.seeds([0]), self.points(slice(0, self.shape.points))
-        num_slices = math.ceil(self.num_seeds / self.shape.seeds)
-        num_rounds = math.ceil(num_slices / (len(self.devices) * jax.process_count()))
-        num_blocks = math.ceil(self.axes.num_points / self.shape.points)
-        values = self.values(seeds)
-        of_values = _seconds(lambda: self.values(seeds))
-        of_runs = [_seconds(lambda: run(values, self.key, seeds, points)) for run in self.programs.runs]  # noqa: B023
-        return num_rounds * (of_values + num_blocks * sum(of_runs))
+        num_rounds = math.ceil(self._num_parts.seeds / (len(self.devices) * jax.process_count()))
+        of_values = _seconds(partial(self.values, seeds))
+        arguments = self.values(seeds), self.key, seeds, points
+        of_runs = [_seconds(partial(program, *arguments)) for program in self.programs.runs]
+        return num_rounds * (of_values + self._num_parts.points * sum(of_runs))
 
     @property
     def num_runs(self) -> int:
@@ -113,6 +111,17 @@ class Plan:
     def result_bytes(self) -> int:
         """How much space all results take."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.result_shapes.values())
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the grid is cut into."""
+        return len(self.runs) * math.prod(self._num_parts)
+
+    @property
+    def _num_parts(self) -> BlockShape:
+        """How many parts seeds and points are cut into."""
+        totals = self.num_seeds, self.axes.num_points
+        return BlockShape(*(math.ceil(total / size) for total, size in zip(totals, self.shape, strict=True)))
 
     def blocks(self) -> list[Block]:
         """The whole grid, in the order in which it is computed."""
@@ -172,13 +181,13 @@ def plan(
     limit = least(memory_limit or free_memory(devices))
     wanted = int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
     work = Plan(str(label(run)), read, key, int(num_seeds), runs, BlockShape(1, 1), devices, limit)
-    stored = None if out is None else _stored_shape(Path(out))
-    if stored is None:
+    if out is None or (stored := read_manifest(Path(out))) is None:
         return _in_largest_blocks(work, wanted)
-    if runs_at_once is not None and stored.seeds * stored.points > runs_at_once:
-        number = stored.seeds * stored.points
-        raise ValueError(f"{out} holds a sweep of {number} runs at once, not {runs_at_once}; choose another folder")
-    return replace(work, shape=stored)
+    work = replace(work, shape=_stored_shape(Path(out), stored))
+    refuse_other(Path(out), {**stored, "dims": None}, {**work.manifest(), "dims": None})
+    if runs_at_once is not None and (number := work.shape.seeds * work.shape.points) > runs_at_once:
+        raise ValueError(f"{out} holds another sweep: {number} runs at once, not {runs_at_once}; choose another folder")
+    return work
 
 
 def _in_largest_blocks(work: Plan, num_runs: int) -> Plan:
@@ -255,11 +264,8 @@ def _check_same_results(axes: Axes, runs: list[TracedRun]) -> None:
             raise ValueError(f"run's results {differing} differ between {combination} and {axes.combinations[0]}")
 
 
-def _stored_shape(folder: Path) -> BlockShape | None:
-    """The block shape of the sweep that a folder holds, if any: another one would give other last bits."""
-    stored = read_manifest(folder)
-    if stored is None:
-        return None
+def _stored_shape(folder: Path, stored: Mapping[str, Any]) -> BlockShape:
+    """The block shape of the sweep that a folder holds: another one would give other last bits."""
     size = stored.get("runs_at_once")
     if (
         not isinstance(size, dict)

@@ -98,7 +98,7 @@ class Folder:
 
     def check(self) -> None:
         """Raises `ValueError` unless the folder holds this sweep."""
-        _refuse_other(self.path, read_manifest(self.path) or {}, self.manifest)
+        refuse_other(self.path, read_manifest(self.path) or {}, self.manifest)
 
     def done(self) -> set[int]:
         """The numbers of the blocks that are complete."""
@@ -203,12 +203,12 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def _refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
+def refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
     """Raises an error that names what differs, unless a store was made by what wants to go on with it."""
     for name in {**wanted, **stored}:
         old, new = stored.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            _refuse_other(path, old, new, f"{within}{name}.")
+            refuse_other(path, old, new, f"{within}{name}.")
         elif json.dumps(old) != json.dumps(new):  # 0.0 is not -0.0, and 1 not True
             change = f"{within}{name} was {_shortened(old)} and is now {_shortened(new)}"
             raise ValueError(f"{path} holds another sweep: {change}; choose another folder")

@@ -12,6 +12,7 @@ def screen(monkeypatch):
     """What the console shows; a terminal, if asked to be one."""
 
     def shown(terminal):
+        monkeypatch.setenv("TERM", "xterm")  # a terminal that calls itself dumb is shown no bar
         console = Console(file=io.StringIO(), force_terminal=terminal, width=150)
         monkeypatch.setattr(harness, "console", console)
         return console.file

@@ -86,6 +86,33 @@ def test_memory_decides_the_size_of_blocks_and_not_the_results(whole, key):
     sweeps.assert_same(*results, close)
 
 
+def product(key, *, size, scale):
+    return (scale * jax.random.normal(key, (size, 50)) @ jnp.ones((50, size))).sum()
+
+
+@pytest.mark.parametrize("sizes", [[4, 300], [300, 4]])
+def test_memory_and_time_are_those_of_all_programs(key, sizes):
+    plans = [sweep.plan(product, key, num_seeds=16, size=some, scale=[1.0, 2.0]) for some in (sizes, [300], [4])]
+    both, large, small = (plan.memory for plan in plans)
+    assert both > 0.9 * large > 10 * small
+    limit = large // 3
+    limited = sweep.plan(product, key, num_seeds=16, memory_limit=limit, size=sizes, scale=[1.0, 2.0])
+    assert limited.memory <= limit
+    with pytest.raises(ValueError, match="one run takes"):
+        sweep.plan(product, key, num_seeds=16, memory_limit=100 * small // 32, size=sizes, scale=[1.0, 2.0])
+    assert plans[0].estimated_seconds() > plans[2].estimated_seconds()
+
+
+@pytest.mark.parametrize("num_points", [128, 129, 200, 256, 257])
+def test_blocks_are_as_even_as_can_be(key, num_points):
+    plan = sweep.plan(sweeps.noisy, key, num_seeds=1, runs_at_once=128, scale=np.linspace(1, 2, num_points))
+    sizes = [block.points.stop - block.points.start for block in plan.blocks()]
+    assert len(sizes) == plan.num_blocks == -(-num_points // 128)
+    assert max(sizes) == plan.shape.points < min(sizes) + len(sizes)
+    seeds = sweep.plan(sweeps.noisy, key, num_seeds=num_points, runs_at_once=256, scale=[1.0, 2.0])
+    assert seeds.shape == (plan.shape.points, 2)
+
+
 # Common random numbers
 
 
@@ -297,6 +324,12 @@ def test_bad_input_is_refused_before_anything_is_computed(key, tmp_path, monkeyp
         with pytest.raises(error, match=message):
             sweep.grid(run, key, **{"num_seeds": 3, "out": out, **options})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_that_draw_otherwise_beside_others_are_refused(as_users_have_it, impl):
+    with pytest.raises(ValueError, match=f"of the kind {impl}.*threefry2x32"):
+        sweep.grid(scaled, jax.random.key(0, impl=impl), num_seeds=3, scale=[1.0])
 
 
 def test_only_one_typed_key_is_a_key(tmp_path, as_users_have_it):

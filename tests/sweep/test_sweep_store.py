@@ -1,5 +1,7 @@
 """Folders: what they hold, whose they are, and how damage shows."""
 
+import contextlib
+import functools
 import importlib
 import json
 import shutil
@@ -133,17 +135,68 @@ OTHERS = {
     "name": ('run was "noisy" and is now "named"', {"run": named}),
     "results": (r"dims\.part\.column was|results\.part\.column was", {"run": less}),
     "dims": ("dims.part.column was", {"dims": {"part": ["column"]}}),
+    "size of blocks": ("2 runs at once, not 1", {"runs_at_once": 1}),
     "key": ("key was", {"key": jax.random.key(6)}),
 }
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_another_sweep_is_refused(whole, expected, what):
+def test_another_sweep_is_refused_before_anything_is_compiled(whole, expected, monkeypatch, what):
     message, changes = OTHERS[what]
     options = {"run": sweeps.noisy, "key": sweeps.base_key(), **SWEEP, **changes}
+    monkeypatch.setattr(planning, "compile_all", lambda *_: pytest.fail("compiled"))
     with pytest.raises(ValueError, match=f"holds another sweep: {message}"):
         sweep.grid(out=whole, **options)
     assert sweeps.contents(whole) == expected
+
+
+def test_zeros_of_both_signs_are_told_apart(tmp_path, key):
+    run = lambda key, *, a: 1 / a  # noqa: E731
+    sweep.grid(run, key, num_seeds=1, out=tmp_path, a=[0.0, 1.0])
+    with pytest.raises(ValueError, match=r"axes\.a was \[0.0, 1.0\] and is now \[-0.0, 1.0\]"):
+        sweep.grid(run, key, num_seeds=1, out=tmp_path, a=[-0.0, 1.0])
+
+
+def test_a_sweep_goes_on_only_with_the_memory_that_it_was_begun_with(out, expected):
+    before = sweeps.contents(out)
+    with pytest.raises(ValueError, match=r"2 runs at once take .* bytes of memory .* only 20 may be used"):
+        sweeps.make(out, memory_limit=20)
+    assert sweeps.contents(out) == before
+    sweeps.make(out, memory_limit=10**6)
+    assert sweeps.contents(out) == expected
+
+
+def test_more_runs_at_once_are_allowed_and_not_made(out, expected):
+    sweep.grid(sweeps.noisy, sweeps.base_key(), out=out, **{**SWEEP, "runs_at_once": 3})
+    assert sweeps.contents(out) == expected
+
+
+def test_functions_without_names_of_their_own_can_go_on(tmp_path, key):
+    def run(key, *, function):
+        return function(jax.random.normal(key))
+
+    def stop(progress):
+        raise sweeps.StoppedError
+
+    options = {"num_seeds": 4, "runs_at_once": 1, "out": tmp_path}
+    for report in (stop, None):
+        function = [functools.partial(lambda x, factor: x * factor, factor=factor) for factor in (2.0, 3.0)]
+        with pytest.raises(sweeps.StoppedError) if report else contextlib.nullcontext():
+            results = sweep.grid(run, key, report=report, function=function, **options)["result"]
+    np.testing.assert_allclose(results[1] / results[0], 1.5, rtol=1e-6)
+    with pytest.raises(ValueError, match="programs was"):
+        sweep.grid(
+            run,
+            key,
+            function=[functools.partial(lambda x, factor: x + factor, factor=f) for f in (2.0, 3.0)],
+            **options,
+        )
+
+
+def test_what_the_disk_cannot_hold_is_not_begun(tmp_path, key):
+    with pytest.raises(ValueError, match=r"need 40,000,000,000,000,000 more bytes in .*, and only .* are free"):
+        sweep.grid(lambda key: jnp.zeros((10**7,)), key, num_seeds=10**9, runs_at_once=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_axes_in_another_order_are_another_sweep(whole, expected):
@@ -177,7 +230,9 @@ def test_every_process_looks_whether_it_is_its_sweep(whole, expected, monkeypatc
     assert sweeps.contents(whole) == expected
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "weights.npy", "total.npy", "data/notes.txt"])
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "weights.npy", "total.npy", "data/notes.txt", "done/total.npy", "done/0"]
+)
 def test_a_folder_with_other_files_is_left_alone(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
