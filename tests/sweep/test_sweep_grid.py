@@ -94,7 +94,7 @@ def product(key, *, size, scale):
 def test_memory_and_time_are_those_of_all_programs(key, sizes):
     plans = [sweep.plan(product, key, num_seeds=16, size=some, scale=[1.0, 2.0]) for some in (sizes, [300], [4])]
     both, large, small = (plan.memory for plan in plans)
-    assert both > 0.9 * large > 10 * small
+    assert both > large / 2 > 10 * small  # alone, the large one has its normal variables made once for both scales
     limit = large // 3
     limited = sweep.plan(product, key, num_seeds=16, memory_limit=limit, size=sizes, scale=[1.0, 2.0])
     assert limited.memory <= limit
