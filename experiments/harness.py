@@ -50,8 +50,9 @@ def parse(options: type[OptionsType]) -> OptionsType:
 
 
 def in_jupyter() -> bool:
-    """Whether this process is a Jupyter kernel."""
-    return "ipykernel" in sys.modules
+    """Whether this process is a Jupyter kernel, and not merely one that knows how to start some."""
+    kernels = sys.modules.get("ipykernel.kernelapp")
+    return kernels is not None and bool(kernels.IPKernelApp.initialized())
 
 
 @contextmanager

@@ -1,3 +1,4 @@
+import importlib
 import io
 
 import pytest
@@ -5,6 +6,11 @@ from rich.console import Console
 
 from dpo_jax import sweep
 from experiments import harness
+
+
+def test_knowing_jupyter_is_not_being_it():
+    importlib.import_module("ipykernel.kernelapp")  # as whoever starts a notebook does
+    assert not harness.in_jupyter()
 
 
 @pytest.fixture
