@@ -32,18 +32,21 @@ def permutation(key: Key[Array, ""], num: int) -> Int[Array, " num"]:
     rows, columns = _grid(num)
     round_keys = jax.random.bits(key, (_num_rounds(num), 2), jnp.uint32)
 
-    def roll(index: UInt32[Array, " num"]) -> UInt32[Array, " num"]:
-        row, column = index // columns, index % columns
-        for column_key, row_key in round_keys:
-            row = _wrap(row + _amount(column, column_key, rows), rows)
-            column = _wrap(column + _amount(row, row_key, columns), columns)
+    def roll(place: tuple[Array, Array], keys: UInt32[Array, " 2"]) -> tuple[tuple[Array, Array], None]:
+        row, column = place
+        row = _wrap(row + _amount(column, keys[0], rows), rows)
+        return (row, _wrap(column + _amount(row, keys[1], columns), columns)), None
+
+    def deal(index: UInt32[Array, " num"]) -> UInt32[Array, " num"]:
+        # a loop, so that XLA shuffles once, and not anew in everything that reads the order
+        (row, column), _ = jax.lax.scan(roll, (index // columns, index % columns), round_keys)
         return row * columns + column
 
-    shuffled = roll(jnp.arange(num, dtype=jnp.uint32))
+    shuffled = deal(jnp.arange(num, dtype=jnp.uint32))
     if rows * columns > num:
         shuffled = jax.lax.while_loop(
             lambda index: jnp.any(index >= num),
-            lambda index: jnp.where(index < num, index, roll(index)),
+            lambda index: jnp.where(index < num, index, deal(index)),
             shuffled,
         )
     return shuffled.astype(jnp.int32)

@@ -262,9 +262,9 @@ def runs_last(starts: Start, num: int, *, compiled: bool) -> Stack:
 
 def inputs(starts: Start, num: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The first runs as tensors, runs first: the SFT policies' weights and biases, cells, their tables, embeddings."""
-    layers = [starts.sft.params["params"][name] for name in ("Dense_0", "Dense_1")]
-    weights = [np.array(layer[part][:num]) for layer in layers for part in ("kernel", "bias")]
-    weights = [value if value.ndim == 3 else value[:, None] for value in weights]
+    first, last = (starts.sft.params["params"][name] for name in ("Dense_0", "Dense_1"))
+    parameters = first["kernel"], first["bias"][:, None], last["weight"].swapaxes(1, 2), last["bias"][:, None]
+    weights = [np.array(value[:num], order="C") for value in parameters]
     responses = np.stack([side[:num] for side in starts.preferences.responses], axis=1)
     cells = starts.preferences.prompts[:num, None] * starts.world.rewards.shape[-1] + responses
     arrays = (cells.astype(np.uint8), starts.sft.log_probs[:num], starts.world.embeddings[:num])  # fewer than 256 cells
@@ -336,12 +336,13 @@ def tutorial_run(starts: Start, run: int, num_epochs: int = NUM_EPOCHS) -> tuple
 
 def tutorial_network(starts: Start, run: int) -> Any:
     """The network of a run's SFT policy."""
-    first, second = (starts.sft.params["params"][name] for name in ("Dense_0", "Dense_1"))
-    network = nn.Sequential(nn.Linear(*first["kernel"][run].shape), nn.ReLU(), nn.Linear(*second["kernel"][run].shape))
+    first, last = (starts.sft.params["params"][name] for name in ("Dense_0", "Dense_1"))
+    weights = first["kernel"][run].T, last["weight"][run]
+    network = nn.Sequential(nn.Linear(*weights[0].shape[::-1]), nn.ReLU(), nn.Linear(*weights[1].shape[::-1]))
     with torch.no_grad():
-        for layer, values in ((network[0], first), (network[2], second)):
-            layer.weight.copy_(torch.from_numpy(np.array(values["kernel"][run].T)))
-            layer.bias.copy_(torch.from_numpy(np.array(values["bias"][run])))
+        for layer, weight, bias in ((network[0], weights[0], first["bias"]), (network[2], weights[1], last["bias"])):
+            layer.weight.copy_(torch.from_numpy(np.array(weight)))
+            layer.bias.copy_(torch.from_numpy(np.array(bias[run])))
     return network
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, Key
 
-from dpo_jax import checks
+from dpo_jax import checks, rows
 from dpo_jax.shuffle import permutation
 from dpo_jax.types import Metrics, Objective, Params, Scalar, StatefulObjective
 
@@ -106,7 +106,7 @@ def run_epoch(
     """
     step = partial(update, objective=objective, optimizer=optimizer)
     num_full, num_left = divmod(order.shape[0], batch_size)
-    shuffled = jax.tree.map(lambda leaf: leaf[order], data)
+    shuffled = jax.tree.map(lambda leaf: rows.take(leaf, order), data)
     full = jax.tree.map(lambda leaf: _in_batches(leaf, num_full, batch_size), shuffled)
     state, metrics = jax.lax.scan(step, state, full)
     metrics = {name: jnp.sum(metric, axis=0) for name, metric in metrics.items()}

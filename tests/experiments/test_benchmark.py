@@ -40,7 +40,7 @@ def test_least_work_is_what_xla_counts_in_a_plain_network(network):
     def forward(params):
         first, second = params["params"]["Dense_0"], params["params"]["Dense_1"]
         hidden = jax.nn.relu(embeddings @ first["kernel"] + first["bias"][None])
-        return jax.nn.log_softmax(hidden @ second["kernel"] + second["bias"][None])
+        return jax.nn.log_softmax(hidden @ second["weight"].T + second["bias"][None])
 
     def count(function):
         counts = jax.jit(function).lower(params).compile().cost_analysis()

@@ -40,12 +40,13 @@ def test_an_epoch_equals_pytorchs(stage, dtype, tolerance):
     with jax.enable_x64(dtype == np.float64):
 
         def params(moment):
-            return {
-                "params": {
-                    layer: {name: jnp.asarray(golden[f"{moment}_{layer}_{name}"], dtype) for name in ("kernel", "bias")}
-                    for layer in ("Dense_0", "Dense_1")
-                }
-            }
+            kernel, bias, last_kernel, last_bias = (
+                jnp.asarray(golden[f"{moment}_{layer}_{name}"], dtype)
+                for layer in ("Dense_0", "Dense_1")
+                for name in ("kernel", "bias")
+            )
+            first, last = {"kernel": kernel, "bias": bias}, {"weight": last_kernel.T, "bias": last_bias}
+            return {"params": {"Dense_0": first, "Dense_1": last}}
 
         log_prob = toy.log_prob_fn(POLICY, jnp.asarray(golden["embeddings"], dtype))
         if stage == "sft":
@@ -74,8 +75,8 @@ def test_an_epoch_equals_pytorchs(stage, dtype, tolerance):
         for i, (loss, gradient) in enumerate(zip(golden[f"{stage}_losses"], golden[f"{stage}_gradients"], strict=True)):
             rows = order[i * batch_size : (i + 1) * batch_size]
             batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
-            layers = gradient_of(state.params, batch)["params"]
-            flat = [layers[layer][name].ravel() for layer in ("Dense_0", "Dense_1") for name in ("kernel", "bias")]
+            first, last = (gradient_of(state.params, batch)["params"][layer] for layer in ("Dense_0", "Dense_1"))
+            flat = [leaf.ravel() for leaf in (first["kernel"], first["bias"], last["weight"].T, last["bias"])]
             np.testing.assert_allclose(np.concatenate(flat), gradient, rtol=0, atol=tolerance)
             state, metrics = step(state, batch)
             np.testing.assert_allclose(metrics["loss"], loss, rtol=tolerance)
