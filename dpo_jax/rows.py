@@ -37,9 +37,9 @@ def _scatter(values: Array, index: Array, *, num_rows: int) -> Array:
 
 
 def _take_stacked(args: tuple[Array, Array], axes: Axes) -> tuple[Array, int]:
+    if axes[0] is None:  # all runs have one array
+        return take(args[0], jnp.moveaxis(args[1], axes[1] or 0, 0)), 0
     array, index = _one_each(args, axes)
-    if axes[0] is None:
-        return take(args[0], index), 0  # of one array for all runs
     num_runs, num_rows, *row = array.shape
     if not _countable(num_runs * num_rows, index):
         return jax.vmap(_gather)(array, index), 0

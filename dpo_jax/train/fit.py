@@ -105,15 +105,15 @@ def run_epoch(
       The next state, and each metric's mean over the batches (each batch counts equally, a short one too).
     """
     step = partial(update, objective=objective, optimizer=optimizer)
-    num_full, num_left = divmod(order.shape[0], batch_size)
-    shuffled = jax.tree.map(lambda leaf: rows.take(leaf, order), data)
-    full = jax.tree.map(lambda leaf: _in_batches(leaf, num_full, batch_size), shuffled)
-    state, metrics = jax.lax.scan(step, state, full)
+    num_full = len(order) // batch_size
+    full, left = jnp.split(order, [num_full * batch_size])
+    full = full.reshape(num_full, batch_size)
+    state, metrics = jax.lax.scan(step, state, jax.tree.map(lambda leaf: rows.take(leaf, full), data))
     metrics = {name: jnp.sum(metric, axis=0) for name, metric in metrics.items()}
-    if num_left:
-        state, last = step(state, jax.tree.map(lambda leaf: leaf[num_full * batch_size :], shuffled))
+    if len(left):
+        state, last = step(state, jax.tree.map(lambda leaf: rows.take(leaf, left), data))
         metrics = {name: metrics[name] + last[name] for name in metrics}
-    return state, {name: metric / (num_full + bool(num_left)) for name, metric in metrics.items()}
+    return state, {name: metric / (num_full + bool(len(left))) for name, metric in metrics.items()}
 
 
 def fit(
@@ -244,7 +244,3 @@ def _run_with_reports(
             break
         report(min(start + epochs_per_report, len(keys)), {name: metric[-1] for name, metric in pieces[-1].items()})
     return state, {name: jnp.asarray(np.concatenate([piece[name] for piece in pieces])) for name in pieces[0]}
-
-
-def _in_batches(leaf: Array, num_batches: int, batch_size: int) -> Array:
-    return leaf[: num_batches * batch_size].reshape(num_batches, batch_size, *leaf.shape[1:])
