@@ -11,7 +11,18 @@ import pytest
 import dpo_jax
 
 ROOT = Path(dpo_jax.__file__).parent
-FLOORS = {"types": 0, "checks": 0, "shuffle": 1, "rows": 1, "toy": 2, "losses": 2, "train": 3, "rlhf": 4, "sweep": 5, "figures": 6}
+FLOORS = {
+    "types": 0,
+    "checks": 0,
+    "shuffle": 1,
+    "rows": 1,
+    "toy": 2,
+    "losses": 2,
+    "train": 3,
+    "rlhf": 4,
+    "sweep": 5,
+    "figures": 6,
+}
 MODULES = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
 
 

@@ -1,0 +1,91 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import gpu_traffic
+from experiments.benchmark import NOTEBOOK_STEPS
+from experiments.gpu_traffic import Kernel, Options
+
+PROGRAM = """HloModule jit_run, is_scheduled=true
+
+%part (param_0: f32[28,10], param_1: s32[], param_2: f32[10]) -> f32[10] {
+  %param_0 = f32[28,10]{1,0} parameter(0)
+  %param_1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,10]{1,0} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,10}
+  %row = f32[10]{0} bitcast(%slice)
+  %param_2 = f32[10]{0} parameter(2)
+  ROOT %sum = f32[10]{0} add(%row, %param_2)
+}
+
+%store (param_0.1: f32[28,10], param_1.1: f32[10], param_2.1: s32[]) -> (f32[28,10], pred[10]) {
+  %param_0.1 = f32[28,10]{1,0} parameter(0)
+  %param_1.1 = f32[10]{0} parameter(1)
+  %row.1 = f32[1,10]{1,0} bitcast(%param_1.1)
+  %param_2.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  %stored = f32[28,10]{1,0} dynamic-update-slice(%param_0.1, %row.1, %param_2.1, %zero.1)
+  %same = pred[10]{0} compare(%param_1.1, %param_1.1), direction=EQ
+  ROOT %both = (f32[28,10]{1,0}, pred[10]{0}) tuple(%stored, %same)
+}
+
+%step (state: (s32[], f32[28,10], f32[10])) -> (s32[], f32[28,10], f32[10]) {
+  %state = (s32[], f32[28,10]{1,0}, /*index=2*/f32[10]{0}) parameter(0)
+  %number = s32[] get-tuple-element(%state), index=0
+  %table = f32[28,10]{1,0} get-tuple-element(%state), index=1
+  %value = f32[10]{0} get-tuple-element(%state), index=2
+  %part_fusion = f32[10]{0} fusion(%table, %number, %value), kind=kLoop, calls=%part, metadata={op_name="jit(run)/add"}
+  %store_fusion = (f32[28,10]{1,0}, pred[10]{0}) fusion(%table, %part_fusion, %number), kind=kLoop, calls=%store
+  ROOT %next = (s32[], f32[28,10]{1,0}, f32[10]{0}) tuple(%number, %table, %part_fusion)
+}
+
+%more (state.1: (s32[], f32[28,10], f32[10])) -> pred[] {
+  %state.1 = (s32[], f32[28,10]{1,0}, f32[10]{0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (argument: (s32[], f32[28,10], f32[10])) -> (s32[], f32[28,10], f32[10]) {
+  %argument = (s32[], f32[28,10]{1,0}, f32[10]{0}) parameter(0)
+  %copied = f32[28,10]{0,1} copy(%argument)
+  ROOT %loop = (s32[], f32[28,10]{1,0}, f32[10]{0}) while(%argument), condition=%more, body=%step, \
+backend_config={"known_trip_count":{"n":"28"},"known_init_step":{"init":"0","step":"1"}}
+}
+"""
+
+
+def test_kernels_are_found_in_loops_and_parts_count_as_parts():
+    assert list(gpu_traffic.kernels(*gpu_traffic.read_module(PROGRAM))) == [
+        Kernel("copied", 1, 2 * 28 * 10 * 4),
+        Kernel("part_fusion", 28, 40 + 4 + 40 + 40),  # a row, its number, the other summand, the sum
+        Kernel("store_fusion", 28, 40 + 4 + 40 + 10),  # the value, its place, the row stored, truth values
+    ]
+
+
+def test_a_compiled_program_is_read():
+    def run(x):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x) * jnp.roll(x, 1), None), x, length=7)[0]
+
+    text = jax.jit(run).lower(jnp.zeros(1000)).compile().as_text()
+    found = list(gpu_traffic.kernels(*gpu_traffic.read_module(text)))
+    assert {kernel.runs for kernel in found} >= {7}
+    assert max(kernel.bytes for kernel in found if kernel.runs == 7) == 8000
+
+
+def test_time_is_bytes_by_bandwidth():
+    summary = gpu_traffic.reckon(PROGRAM, Options(num=50, bandwidth=1e3))
+    total = 2240 + 28 * (124 + 94)
+    assert summary["seconds_at_least"] == pytest.approx(total / 1e3)
+    assert summary["seconds_at_least_for_100000"] == pytest.approx(total / 1e3 * 2000)
+    assert summary["bytes_per_step_and_run"] == pytest.approx(total / 50 / NOTEBOOK_STEPS)
+    assert summary["kernels_per_step"] == pytest.approx(57 / NOTEBOOK_STEPS)
+    assert [kernel["name"] for kernel in summary["kernels"]] == ["part_fusion", "store_fusion", "copied"]
+
+
+def test_the_script_writes_its_summary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_traffic, "compiled_for", lambda description, num: PROGRAM)
+    monkeypatch.setattr("sys.argv", ["gpu_traffic", "--out", str(tmp_path)])
+    gpu_traffic.main()
+    assert "100,000 notebooks take" in " ".join(capsys.readouterr().out.split())
+    assert json.loads((tmp_path / "summary.json").read_text())["num"] == 131072
