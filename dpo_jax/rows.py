@@ -4,7 +4,12 @@
 reads them back, and the same for the gradient. Here stacked arrays become one long array, whose rows have one number
 each. Both functions are primitives of JAX: that is how to say what `vmap` makes of them, and still differentiate them
 forwards, backwards, and again.
+
+Runs are best split over devices by `jax.shard_map`, as sweeps do. `jit` with shardings no longer sees that stacked runs
+have nothing to do with each other, and makes the devices exchange rows.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +24,19 @@ _take, _accumulate = Primitive("take_rows"), Primitive("accumulate_rows")
 
 def take(array: Shaped[Array, " n *row"], index: Int[Array, "*m"]) -> Shaped[Array, "..."]:
     """`array[index]`, for numbers of rows known to be in range: the caller sees to that, and nobody checks it here."""
-    return _take.bind(array, index)
+    return _take.bind(*_varying_alike(array, index))
 
 
 def accumulate(values: Shaped[Array, "..."], index: Int[Array, "*m"], *, num_rows: int) -> Shaped[Array, " n *row"]:
     """The sum of the values for each row, zero for rows without any: the transpose of `take`, likewise unchecked."""
-    return _accumulate.bind(values, index, num_rows=num_rows)
+    return _accumulate.bind(*_varying_alike(values, index), num_rows=num_rows)
+
+
+def _varying_alike(*args: Array) -> list[Array]:
+    """Inside `jax.shard_map`, arguments that vary over the same axes of the mesh; JAX then sums gradients over them."""
+    axes = [jax.typeof(arg).manual_axis_type.varying for arg in args]
+    missing = [tuple(frozenset().union(*axes) - own) for own in axes]
+    return [jax.lax.pcast(arg, names, to="varying") if names else arg for arg, names in zip(args, missing, strict=True)]
 
 
 def _gather(array: Array, index: Array) -> Array:
@@ -75,16 +87,14 @@ def _counted_through(index: Array, num_rows: int) -> Array:
 
 
 _take.def_impl(jax.jit(_gather))
-_take.def_abstract_eval(lambda array, index: jax.core.ShapedArray((*index.shape, *array.shape[1:]), array.dtype))
+_take.def_abstract_eval(lambda *args: jax.make_jaxpr(_gather)(*args).out_avals[0])
 mlir.register_lowering(_take, mlir.lower_fun(_gather, multiple_results=False))
 batching.primitive_batchers[_take] = _take_stacked
 ad.deflinear2(_take, lambda sums, array, index: (accumulate(sums, index, num_rows=array.aval.shape[0]), None))
 ad.defjvp(_take, lambda tangent, _, index: take(tangent, index), None)
 
 _accumulate.def_impl(jax.jit(_scatter, static_argnames="num_rows"))
-_accumulate.def_abstract_eval(
-    lambda values, index, *, num_rows: jax.core.ShapedArray((num_rows, *values.shape[index.ndim :]), values.dtype)
-)
+_accumulate.def_abstract_eval(lambda *args, **sizes: jax.make_jaxpr(partial(_scatter, **sizes))(*args).out_avals[0])
 mlir.register_lowering(_accumulate, mlir.lower_fun(_scatter, multiple_results=False))
 batching.primitive_batchers[_accumulate] = _accumulate_stacked
 ad.deflinear2(_accumulate, lambda rows, _, index, **__: (take(rows, index), None))

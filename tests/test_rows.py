@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from functools import partial
 
 import chex
@@ -98,3 +100,31 @@ def test_rows_of_any_kind(key):
     taken = jax.vmap(rows.take)(jnp.stack([keys, keys]), jnp.stack([index, index]))
     chex.assert_trees_all_equal(jax.random.key_data(taken[1]), jax.random.key_data(keys[index]))
     assert rows.take(jnp.array([True, False, False]), index).tolist() == [False, True]
+
+
+SPREAD = """
+import jax, jax.numpy as jnp, numpy as np
+from dpo_jax import rows
+
+jax.config.update("jax_num_cpu_devices", 2)
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))
+whole, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("devices")
+index = jnp.array([1, 4, 4, 0])
+
+def total(array, values, index):
+    taken = rows.take(array, index)
+    sums = rows.accumulate(values, index, num_rows=5)
+    return jax.lax.psum(jnp.sum(jnp.sin(taken)) + jnp.sum(jnp.cos(sums)), "devices")
+
+def gradient(in_specs):
+    spread = jax.shard_map(total, mesh=mesh, in_specs=in_specs, out_specs=whole)
+    return jax.jit(jax.grad(spread, argnums=(0, 1)))(jnp.arange(5.0), jnp.arange(4.0), index)
+
+of_array, of_values = gradient((whole, split, split))
+np.testing.assert_allclose(of_array, [np.cos(0), np.cos(1), 0, 0, 2 * np.cos(4)], rtol=1e-5)
+np.testing.assert_allclose(of_values, -np.sin([0, 1, 2, 3]), rtol=1e-5)
+"""
+
+
+def test_gradients_are_summed_over_devices():
+    subprocess.run([sys.executable, "-c", SPREAD], check=True)

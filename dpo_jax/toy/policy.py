@@ -35,7 +35,7 @@ class ToyLM(nn.Module):
     hidden_dim: int = 32
 
     @nn.compact
-    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
+    def __call__(self, embeddings: Float[Array, "*prompts features"]) -> Float[Array, "*prompts responses"]:
         hidden = nn.relu(_dense(self.hidden_dim, embeddings)(embeddings))
         return _WideDense(self.num_responses, name="Dense_1")(hidden)
 
@@ -94,24 +94,25 @@ def lookup(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], 
     """Entries of a table for prompts and for responses: an array of ids, or any pytree of such arrays.
 
     Raises:
-      TypeError: ids are not integers.
+      TypeError: ids are not integers, or the table's entries no floats.
       ValueError: an id is out of range. Where ids are traced their values are unknown; there, an id outside the
         table yields NaN instead of another response's entry.
     """
     table = jnp.asarray(table)
     num_prompts, num_responses = table.shape
+    checks.floating("table", table)
     checks.ids("prompts", prompts, num_prompts)
     for path, leaf in jax.tree_util.tree_leaves_with_path(responses):
         name = f"responses{jax.tree_util.keystr(path)}"
         checks.ids(name, leaf, num_responses)
         checks.same_shape(**{"prompts": prompts, name: leaf})
-    rows, entries = jnp.asarray(prompts, jnp.int32), jnp.append(table, jnp.nan)
+    rows, entries = jnp.asarray(prompts, jnp.int32), table.ravel()
     in_a_row = (rows >= 0) & (rows < num_prompts)
 
     def entry(ids: Any) -> Array:
         columns = jnp.asarray(ids, jnp.int32)
         inside = in_a_row & (columns >= 0) & (columns < num_responses)
-        return take(entries, jnp.where(inside, rows * num_responses + columns, table.size))
+        return jnp.where(inside, take(entries, jnp.where(inside, rows * num_responses + columns, 0)), jnp.nan)
 
     return jax.tree.map(entry, responses)
 
@@ -154,7 +155,7 @@ def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n res
 
 
 class _WideDense(nn.Module):
-    """A dense layer that is wider than it has features, with a row of weights for each feature, as PyTorch keeps them.
+    """A dense layer for fewer features than inputs, with a row of weights for each feature, as PyTorch keeps them.
 
     Where runs are stacked, long rows are worked on by whole vectors of the processor, short ones are not: Adam takes a
     third of the time for 10 rows of 32 that it takes for 32 of 10.
@@ -163,7 +164,7 @@ class _WideDense(nn.Module):
     features: int
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "prompts fan_in"]) -> Float[Array, "prompts features"]:
+    def __call__(self, inputs: Float[Array, "*prompts fan_in"]) -> Float[Array, "*prompts features"]:
         fan_in = inputs.shape[-1]
         weight = self.param(
             "weight",
@@ -172,10 +173,11 @@ class _WideDense(nn.Module):
             inputs.dtype,
         )
         bias = self.param("bias", _uniform_bias(fan_in), (self.features,), inputs.dtype)
-        return _product_for(inputs)(inputs, weight.T, (((1,), (0,)), ((), ())), "highest") + bias[None]
+        product = _product_for(inputs)(inputs, weight.T, (((inputs.ndim - 1,), (0,)), ((), ())), "highest")
+        return product + jnp.broadcast_to(bias, product.shape)
 
 
-def _dense(features: int, inputs: Float[Array, "prompts fan_in"]) -> nn.Dense:
+def _dense(features: int, inputs: Float[Array, "*prompts fan_in"]) -> nn.Dense:
     """Flax's dense layer, from PyTorch's initial distribution."""
     return nn.Dense(
         features,
@@ -193,7 +195,7 @@ def _uniform_bias(fan_in: int) -> Callable[..., Array]:
 
 
 def _product_for(inputs: Array) -> Callable[..., Array]:
-    return _matrix_product if len(inputs) <= FEW_PROMPTS else jax.lax.dot_general
+    return _matrix_product if inputs.ndim == 2 and len(inputs) <= FEW_PROMPTS else jax.lax.dot_general
 
 
 def _matrix_product(

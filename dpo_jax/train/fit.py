@@ -103,7 +103,11 @@ def run_epoch(
 
     Returns:
       The next state, and each metric's mean over the batches (each batch counts equally, a short one too).
+
+    Raises:
+      TypeError, ValueError: `order` does not hold numbers of rows, from 0. Where it is traced nobody looks.
     """
+    checks.ids("order", order, checks.rows("data", data))
     step = partial(update, objective=objective, optimizer=optimizer)
     num_full = len(order) // batch_size
     full, left = jnp.split(order, [num_full * batch_size])

@@ -16,8 +16,15 @@ PROGRAM = """HloModule jit_run, is_scheduled=true
   %zero = s32[] constant(0)
   %slice = f32[1,10]{1,0} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,10}
   %row = f32[10]{0} bitcast(%slice)
+  %next = f32[1,10]{1,0} slice(%param_0), slice={[1:2], [0:10]}
+  %next_row = f32[10]{0} bitcast(%next)
   %param_2 = f32[10]{0} parameter(2)
-  ROOT %sum = f32[10]{0} add(%row, %param_2)
+  %seen = f32[1,10]{1,0} bitcast(%param_2)
+  %first = f32[1,5]{1,0} slice(%seen), slice={[0:1], [0:5]}
+  %five = f32[5]{0} bitcast(%first)
+  %ten = f32[10]{0} concatenate(%five, %five), dimensions={0}
+  %rows = f32[10]{0} add(%row, %next_row)
+  ROOT %sum = f32[10]{0} add(%rows, %ten)
 }
 
 %store (param_0.1: f32[28,10], param_1.1: f32[10], param_2.1: s32[]) -> (f32[28,10], pred[10]) {
@@ -58,9 +65,34 @@ backend_config={"known_trip_count":{"n":"28"},"known_init_step":{"init":"0","ste
 def test_kernels_are_found_in_loops_and_parts_count_as_parts():
     assert list(gpu_traffic.kernels(*gpu_traffic.read_module(PROGRAM))) == [
         Kernel("copied", 1, 2 * 28 * 10 * 4),
-        Kernel("part_fusion", 28, 40 + 4 + 40 + 40),  # a row, its number, the other summand, the sum
+        Kernel("part_fusion", 28, 40 + 40 + 4 + 20 + 40),  # a row, its number, another row, five of ten, the sum
         Kernel("store_fusion", 28, 40 + 4 + 40 + 10),  # the value, its place, the row stored, truth values
     ]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "bytes_more"),
+    [
+        ("add(%rows, %ten)", "add(%rows, %param_2)", 20),  # all ten are read, and count once
+        (
+            "%stored = f32[28,10]{1,0} dynamic-update-slice(%param_0.1,",
+            "%stored = f32[28,10]{1,0} add(%param_0.1,",
+            2200,
+        ),
+    ],
+)
+def test_what_is_used_whole_counts_whole(before, after, bytes_more):
+    counts = [
+        {kernel.name: kernel.bytes for kernel in gpu_traffic.kernels(*gpu_traffic.read_module(text))}
+        for text in (PROGRAM, PROGRAM.replace(before, after))
+    ]
+    assert sum(counts[1].values()) - sum(counts[0].values()) == bytes_more
+
+
+def test_unknown_kernels_are_refused():
+    program = PROGRAM.replace("%copied = f32[28,10]{0,1} copy(", "%copied = f32[28,10]{0,1} custom-call(")
+    with pytest.raises(ValueError, match="nothing is known of what this moves"):
+        list(gpu_traffic.kernels(*gpu_traffic.read_module(program)))
 
 
 def test_a_compiled_program_is_read():
@@ -75,11 +107,11 @@ def test_a_compiled_program_is_read():
 
 def test_time_is_bytes_by_bandwidth():
     summary = gpu_traffic.reckon(PROGRAM, Options(num=50, bandwidth=1e3))
-    total = 2240 + 28 * (124 + 94)
+    total = 2240 + 28 * (144 + 94)
     assert summary["seconds_at_least"] == pytest.approx(total / 1e3)
     assert summary["seconds_at_least_for_100000"] == pytest.approx(total / 1e3 * 2000)
     assert summary["bytes_per_step_and_run"] == pytest.approx(total / 50 / NOTEBOOK_STEPS)
-    assert summary["kernels_per_step"] == pytest.approx(57 / NOTEBOOK_STEPS)
+    assert summary["kernels_per_step"] == pytest.approx(57 / (1600 + 2 * 1450))
     assert [kernel["name"] for kernel in summary["kernels"]] == ["part_fusion", "store_fusion", "copied"]
 
 

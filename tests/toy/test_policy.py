@@ -188,12 +188,41 @@ def test_ids_out_of_range_are_refused_and_never_clamped(world):
         assert jnp.isnan(jax.jit(toy.lookup)(table, jnp.array([prompt]), jnp.array([response])))
 
 
+def test_stacked_ids_out_of_range_find_nothing_in_their_neighbours(world):
+    tables = jnp.log(jnp.stack([world.rewards, world.rewards[::-1]]))
+    prompts, responses = jnp.array([[0, 5, -1], [4, 0, 0]]), jnp.array([[0, 0, 0], [9, 10, -1]])
+
+    def look(table, prompts, responses):
+        found, pull = jax.vjp(lambda table: toy.lookup(table, prompts, responses), table)
+        return found, pull(jnp.ones(3))[0]
+
+    found, slopes = jax.vmap(look)(tables, prompts, responses)
+    assert jnp.isnan(found).tolist() == [[False, True, True], [False, True, True]]
+    assert (found[0, 0], found[1, 0]) == (tables[0, 0, 0], tables[1, 4, 9])
+    assert jnp.argwhere(slopes).tolist() == [[0, 0, 0], [1, 4, 9]]
+
+
+def test_nothing_is_nan_that_need_not_be(world):
+    with jax.debug_nans(True):
+        toy.lookup(jnp.log(world.rewards), jnp.array([0, 1]), jnp.array([1, 2]))
+
+
+def test_a_network_takes_one_prompt_too(key, world):
+    network = toy.ToyLM(num_responses=10)
+    params = network.init(key, world.embeddings)
+    table = network.apply(params, world.embeddings)
+    one_by_one = jax.vmap(lambda embedding: network.apply(params, embedding))(world.embeddings)
+    np.testing.assert_allclose(one_by_one, table, rtol=1e-5, atol=1e-6)
+
+
 def test_ids_that_do_not_match_are_refused(world):
     lookup = inspect.unwrap(toy.lookup)
     with pytest.raises(ValueError, match=r"prompts \(2,\), responses \(3,\)"):
         lookup(world.rewards, jnp.array([0, 1]), jnp.array([0, 1, 2]))
     with pytest.raises(TypeError, match="responses must hold integers"):
         lookup(world.rewards, jnp.array([0]), jnp.array([0.0]))
+    with pytest.raises(TypeError, match="table must"):
+        lookup(jnp.arange(6).reshape(2, 3), jnp.array([0]), jnp.array([0]))
 
 
 def test_a_prompt_without_possible_response_gets_none():

@@ -323,6 +323,14 @@ def test_one_diverging_run_leaves_its_neighbours_alone(make_start, key):
         assert history["step"][:, -1].tolist() == [9, 0]
 
 
+@pytest.mark.parametrize("order", [[0, 10], [-1, 0]])
+def test_an_order_of_rows_that_are_not_there_is_refused(order):
+    options = {"objective": lambda params, batch: (params * jnp.mean(batch), {}), "optimizer": optax.sgd(0.1)}
+    state = train.init_state(jnp.float32(0.0), **options)
+    with pytest.raises(ValueError, match="order must be between 0 and 9"):
+        train.run_epoch(state, jnp.arange(10.0), jnp.array(order), batch_size=2, **options)
+
+
 def test_nan_is_reported_between_pieces_too(key):
     with pytest.raises(train.NonFiniteError) as caught:
         train.fit(
