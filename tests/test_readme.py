@@ -179,6 +179,16 @@ def test_what_it_says_of_costs_is_what_was_measured():
     assert f"PyTorch {summary['torch']['version']}" in words
 
 
+def test_what_the_page_of_sweeps_says_of_a_gpu_is_what_was_reckoned():
+    summary = json.loads((ROOT / "experiments/reported/gpu_traffic/summary.json").read_text())
+    words = " ".join((ROOT / "dpo_jax/sweep/README.md").read_text(encoding="utf-8").split())
+    assert f"{summary['kernels_per_step']:.0f} kernels a step" in words
+    assert f"move {summary['bytes_per_step_and_run']:,.0f} bytes per step and run" in words
+    least = summary["bytes_per_step_and_run"] / summary["least_bytes_per_step_and_run"]
+    assert f"{least:.1f} times the least there is" in words
+    assert f"take about {summary['seconds_at_least_for_100000']:.1f} s at least" in words
+
+
 def test_what_it_says_of_claims_is_what_was_measured():
     summary = json.loads((ROOT / "experiments/reported/claims/summary.json").read_text())
     words = " ".join(README.split())

@@ -35,7 +35,8 @@ from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, read_manifest,
 RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
 
-RUNS_AT_ONCE_ON_ACCELERATORS = 16384
+RUNS_AT_ONCE_ON_ACCELERATORS = 65536
+"""Elsewhere, as many as give a kernel more to do than it takes to start (reckoned by `experiments.gpu_traffic`)."""
 
 
 @dataclass(frozen=True)
