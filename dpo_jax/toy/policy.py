@@ -37,7 +37,7 @@ class ToyLM(nn.Module):
     @nn.compact
     def __call__(self, embeddings: Float[Array, "*prompts features"]) -> Float[Array, "*prompts responses"]:
         hidden = nn.relu(_dense(self.hidden_dim, embeddings)(embeddings))
-        return _WideDense(self.num_responses, name="Dense_1")(hidden)
+        return _DenseByRows(self.num_responses, name="Dense_1")(hidden)
 
 
 class TablePolicy(nn.Module):
@@ -154,7 +154,7 @@ def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n res
     return jnp.where(total[..., 0] > 0, index, -1)
 
 
-class _WideDense(nn.Module):
+class _DenseByRows(nn.Module):
     """A dense layer for fewer features than inputs, with a row of weights for each feature, as PyTorch keeps them.
 
     Where runs are stacked, long rows are worked on by whole vectors of the processor, short ones are not: Adam takes a
