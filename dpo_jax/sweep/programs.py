@@ -1,21 +1,23 @@
-"""Programs: `run`, traced once for each combination of discrete values, stacked over points and seeds, compiled."""
+"""Programs: `prepare` and `run`, traced once, stacked over seeds and points, compiled.
+
+What a seed's runs start from is made by `prepare`, in a program of its own, once for each seed; `run` takes it from
+there, in one program for each combination of static values.
+"""
 
 import hashlib
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Key, UInt32
-
-from dpo_jax.sweep.sharing import share
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Key, PyTree, UInt32
 
 SPLIT, WHOLE = PartitionSpec("seeds"), PartitionSpec()
 
@@ -34,134 +36,152 @@ class BlockShape(NamedTuple):
     points: int
 
 
-class Programs(NamedTuple):
-    """What a sweep runs.
+class Struct(NamedTuple):
+    """The structure of a pytree of arrays, and the shape and dtype of each; it can be hashed.
 
     Attributes:
-      runs: the program of each combination of discrete values (see `lower`).
-      common: the program of what all runs do with the key alone (see `lower_common`), if there is any such thing.
-      seconds: how long it took to lower and compile them.
+      tree: the structure.
+      leaves: shape and dtype of each leaf.
     """
 
-    runs: list[jax.stages.Compiled]
-    common: jax.stages.Compiled | None
-    seconds: float
+    tree: Any
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+
+    @classmethod
+    def of(cls, values: PyTree) -> "Struct":
+        """The structure of arrays, or of anything that has shapes and dtypes."""
+        leaves, tree = jax.tree.flatten(values)
+        return cls(tree, tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves))
+
+    def stacked(self, *axes: int) -> list[jax.ShapeDtypeStruct]:
+        """Its leaves with further leading axes."""
+        return [jax.ShapeDtypeStruct((*axes, *shape), dtype) for shape, dtype in self.leaves]
+
+    @property
+    def example(self) -> PyTree:
+        """A pytree of this structure, of shapes and dtypes."""
+        return jax.tree.unflatten(self.tree, self.stacked())
 
 
-@dataclass(frozen=True, eq=False)
-class TracedRun:
-    """`run` for one combination of discrete values.
+@dataclass(eq=False)
+class TracedPrepare:
+    """What makes the start of a seed from its key.
 
     Attributes:
-      jaxpr: what it does to a key and one value of each traced axis.
+      jaxpr: from a key to the leaves of the start.
+      start: their structure.
+    """
+
+    jaxpr: ClosedJaxpr
+    start: Struct
+    programs: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells one program from another."""
+        return fingerprint(self.jaxpr)
+
+    def lower(self, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+        """The program `(key, seeds) -> leaves` that makes the starts of a block on each device."""
+
+        def block(key: Key[Array, ""], seeds: Seeds) -> list[Array]:
+            return jax.vmap(lambda seed: jaxpr_as_fun(self.jaxpr)(jax.random.fold_in(key, seed)))(seeds)
+
+        key = jax.ShapeDtypeStruct((), self.jaxpr.in_avals[0].dtype)
+        seeds = jax.ShapeDtypeStruct((len(devices) * shape.seeds,), jnp.uint32)
+        return _split_over(devices, block, (WHOLE, SPLIT)).lower(key, seeds)
+
+
+@dataclass(eq=False)
+class TracedRun:
+    """`run` for one combination of static values.
+
+    Attributes:
+      jaxpr: what it makes of the leaves of a start and of one value of each traced axis.
       outputs: the shape and dtype of each result, by name.
-      traced: names of the traced axes.
-      rest: what is left to do with the values that `common` made; the whole, with no such values, if nothing is shared.
-      common: what all runs of a grid do with the key alone, each of them the same.
+      start, point: the structure of its arguments.
     """
 
     jaxpr: ClosedJaxpr
     outputs: dict[str, jax.ShapeDtypeStruct]
-    traced: tuple[str, ...]
-    rest: ClosedJaxpr
-    common: ClosedJaxpr | None = None
+    start: Struct
+    point: Struct
+    programs: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
+
+    def lower(self, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+        """The program `(starts, points) -> results` that makes a block of runs on each device.
+
+        Its arguments are the leaves of starts, `[devices * shape.seeds]`, and of points, `[shape.points]`. Its results
+        have axes (seed, point) before their own.
+        """
+
+        def one(start: list[Array], point: list[Array]) -> dict[str, Array]:
+            results = jaxpr_as_fun(self.jaxpr)(*start, *point)
+            outputs = zip(self.outputs.items(), results, strict=True)
+            return {name: jnp.asarray(result, output.dtype) for (name, output), result in outputs}
+
+        def block(starts: list[Array], points: list[Array]) -> dict[str, Array]:
+            over_points = jax.vmap(one, in_axes=(None, 0), axis_size=shape.points)
+            return jax.vmap(over_points, in_axes=(0, None), axis_size=shape.seeds)(starts, points)
+
+        arguments = self.start.stacked(len(devices) * shape.seeds), self.point.stacked(shape.points)
+        return _split_over(devices, block, (SPLIT, WHOLE)).lower(*arguments)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells one program from another."""
+        return fingerprint(self.jaxpr)
+
+
+class Programs(NamedTuple):
+    """What a sweep runs.
+
+    Attributes:
+      prepare: makes starts, unless they are given.
+      runs: the program of each combination of static values.
+    """
+
+    prepare: jax.stages.Compiled | None
+    runs: list[jax.stages.Compiled]
 
     @property
-    def key(self) -> jax.ShapeDtypeStruct:
-        """The dtype of its key."""
-        return jax.ShapeDtypeStruct((), self.jaxpr.in_avals[0].dtype)
-
-    def points(self, *shape: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Arrays of points."""
-        return {name: jax.ShapeDtypeStruct(shape, jnp.result_type(float)) for name in self.traced}
-
-    def values(self, *shape: int) -> list[jax.ShapeDtypeStruct]:
-        """Arrays of what `common` makes."""
-        values = self.common.out_avals if self.common else []
-        return [jax.ShapeDtypeStruct((*shape, *value.shape), value.dtype) for value in values]
-
-    def __call__(
-        self, values: list[Array], key: Key[Array, ""], point: dict[str, Float[Array, ""]]
-    ) -> dict[str, Array]:
-        results = jaxpr_as_fun(self.rest)(*values, key, *(point[name] for name in self.traced))
-        outputs = zip(self.outputs.items(), results, strict=True)
-        return {name: jnp.asarray(result, output.dtype) for (name, output), result in outputs}
+    def memory(self) -> int:
+        """Bytes that the largest program takes on each device."""
+        return max(bytes_needed(program) for program in (self.prepare, *self.runs) if program)
 
 
-def trace(run: Callable[..., Any], key: Key[Array, ""], traced: Sequence[str], discrete: dict[str, Any]) -> TracedRun:
-    """Traces `run`, once.
+def trace_prepare(prepare: Callable[[Key[Array, ""]], PyTree] | None, key: Key[Array, ""]) -> TracedPrepare:
+    """Traces `prepare`, or the function that returns the key if there is none."""
+    return _remembered(_trace_prepare, prepare or _the_key, jax.random.key_impl(key))
+
+
+def trace_run(run: Callable[..., Any], start: Struct, point: Struct, combination: dict[str, Any]) -> TracedRun:
+    """Traces `run` for one combination of static values, once for each function and structure of arguments.
 
     Raises:
       TypeError: a result is not an array of numbers, or there are none.
       ValueError: two results have the same name.
     """
-
-    def flat(key: Key[Array, ""], *values: Array) -> dict[str, Array]:
-        results = run(key, **discrete, **dict(zip(traced, values, strict=True)))
-        leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results)]
-        if len(dict(leaves)) < len(leaves):
-            raise ValueError(f"two of run's results have the same name: {sorted(name for name, _ in leaves)}")
-        return {name: jnp.asarray(leaf) for name, leaf in leaves}
-
-    number = jax.ShapeDtypeStruct((), jnp.result_type(float))
-    jaxpr, outputs = jax.make_jaxpr(flat, return_shape=True)(key, *[number] * len(traced))
-    if not outputs:
-        raise TypeError("run returned nothing")
-    for name, output in outputs.items():
-        if jnp.issubdtype(output.dtype, jax.dtypes.extended):
-            raise TypeError(f"result {name!r} is a {output.dtype}; return numbers (jax.random.key_data for a key)")
-        if np.dtype(output.dtype).kind == "V":
-            raise TypeError(f"result {name!r} is a {output.dtype}, which files of arrays do not know; return float32")
-    names = sorted(outputs)  # as a dictionary's leaves are
-    shapes = {name: jax.ShapeDtypeStruct(outputs[name].shape, outputs[name].dtype) for name in names}
-    return TracedRun(jaxpr, shapes, tuple(traced), rest=jaxpr)
+    told_apart = tuple((name, type(value), repr(value), value) for name, value in combination.items())  # 1 == True
+    return _remembered(_trace_run, run, start, point, told_apart)
 
 
-def share_work(runs: Sequence[TracedRun]) -> list[TracedRun]:
-    """The same runs, which leave to a program of its own what all of them do with the key alone."""
-    commons, rests = share([run.jaxpr for run in runs])
-    if not commons[0].jaxpr.outvars or len(set(map(fingerprint, commons))) > 1:
-        return list(runs)
-    return [replace(run, common=commons[0], rest=rest) for run, rest in zip(runs, rests, strict=True)]
-
-
-def compile_all(runs: Sequence[TracedRun], shape: BlockShape, devices: Sequence[jax.Device]) -> Programs:
-    """Compiles what a sweep runs, as many programs at a time as there are cores."""
-    start = time.perf_counter()
+def compile_all(
+    prepare: TracedPrepare | None, runs: Sequence[TracedRun], shape: BlockShape, devices: Sequence[jax.Device]
+) -> Programs:
+    """Compiles what a sweep runs, as many programs at a time as there are cores; what is compiled already is kept."""
+    place = shape, tuple(devices)
+    todo = [each for each in (prepare, *runs) if each is not None]
     with ThreadPoolExecutor(os.cpu_count()) as compilers:
-        commons = [compilers.submit(compile_fast, lower_common(run, shape, devices)) for run in runs[:1] if run.common]
-        programs = [compilers.submit(compile_fast, lower(run, shape, devices)) for run in runs]
-        compiled = [program.result() for program in programs]
-        common = commons[0].result() if commons else None
-    return Programs(compiled, common, time.perf_counter() - start)
-
-
-def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-    """The program `(values, key, seeds, points) -> results` that makes a block of runs on each device.
-
-    Its arguments are what the program of `lower_common` made; the base key; numbers of seeds,
-    `[devices * shape.seeds]`; and traced values, each `[shape.points]`. Its results have axes (seed, point) before
-    their own.
-    """
-    over_points = jax.vmap(run, in_axes=(None, None, 0), axis_size=shape.points)
-
-    def block(values: list[Array], key: Key[Array, ""], seeds: Seeds, points: dict[str, Array]) -> dict[str, Array]:
-        over_seeds = jax.vmap(lambda values, seed: over_points(values, jax.random.fold_in(key, seed), points))
-        return over_seeds(values, seeds)
-
-    num_seeds = len(devices) * shape.seeds
-    arguments = run.values(num_seeds), run.key, jax.ShapeDtypeStruct((num_seeds,), jnp.uint32), run.points(shape.points)
-    return _split_over(devices, block, (SPLIT, WHOLE, SPLIT, WHOLE)).lower(*arguments)
-
-
-def lower_common(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-    """The program `(key, seeds) -> values` that makes what the runs of a block share."""
-
-    def block(key: Key[Array, ""], seeds: Seeds) -> list[Array]:
-        return jax.vmap(lambda seed: jaxpr_as_fun(run.common)(jax.random.fold_in(key, seed)))(seeds)
-
-    seeds = jax.ShapeDtypeStruct((len(devices) * shape.seeds,), jnp.uint32)
-    return _split_over(devices, block, (WHOLE, SPLIT)).lower(run.key, seeds)
+        started = {
+            id(each): compilers.submit(compile_fast, each.lower(shape, devices))
+            for each in todo
+            if place not in each.programs
+        }
+        for each in todo:
+            if id(each) in started:
+                each.programs[place] = started[id(each)].result()
+    return Programs(prepare and prepare.programs[place], [run.programs[place] for run in runs])
 
 
 def fingerprint(program: ClosedJaxpr) -> str:
@@ -194,6 +214,67 @@ def bytes_needed(program: jax.stages.Compiled) -> int:
     if memory is None:
         return 0
     return int(memory.temp_size_in_bytes + memory.argument_size_in_bytes + 2 * memory.output_size_in_bytes)
+
+
+def place(leaves: Sequence[Any], devices: Sequence[jax.Device]) -> list[Array]:
+    """Arrays whose leading axis, of seeds, is split over devices."""
+    return jax.device_put(list(leaves), NamedSharding(Mesh(np.array(devices), ("seeds",)), SPLIT))
+
+
+def joined(parts: Sequence[Array]) -> np.ndarray | Array:
+    """Arrays one after another, on the host; typed keys stay where they are."""
+    return jnp.concatenate(parts) if is_key(parts[0].dtype) else np.concatenate([np.asarray(part) for part in parts])
+
+
+def is_key(dtype: Any) -> bool:
+    """Whether these are typed keys."""
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+def _remembered(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of these arguments returned last time, if they can be told from others (as `jax.jit` does)."""
+    flags = jax.config.jax_enable_x64
+    try:
+        hash(args)
+    except TypeError:
+        return function(*args)
+    return _cached(function, flags, *args)
+
+
+@lru_cache(maxsize=256)
+def _cached(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+    return function(*args)
+
+
+def _the_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    return key
+
+
+def _trace_prepare(prepare: Callable[[Key[Array, ""]], PyTree], implementation: Any) -> TracedPrepare:
+    key = jax.eval_shape(lambda: jax.random.key(0, impl=implementation))
+    jaxpr, start = jax.make_jaxpr(lambda key: jax.tree.map(jnp.asarray, prepare(key)), return_shape=True)(key)
+    return TracedPrepare(jaxpr, Struct.of(start))
+
+
+def _trace_run(run: Callable[..., Any], start: Struct, point: Struct, combination: tuple[Any, ...]) -> TracedRun:
+    def flat(start: PyTree, point: dict[str, PyTree]) -> dict[str, Array]:
+        results = run(start, **{name: value for name, *_, value in combination}, **point)
+        leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results)]
+        if len(dict(leaves)) < len(leaves):
+            raise ValueError(f"two of run's results have the same name: {sorted(name for name, _ in leaves)}")
+        return {name: jnp.asarray(leaf) for name, leaf in leaves}
+
+    jaxpr, outputs = jax.make_jaxpr(flat, return_shape=True)(start.example, point.example)
+    if not outputs:
+        raise TypeError("run returned nothing")
+    for name, output in outputs.items():
+        if jnp.issubdtype(output.dtype, jax.dtypes.extended):
+            raise TypeError(f"result {name!r} is a {output.dtype}; return numbers (jax.random.key_data for a key)")
+        if np.dtype(output.dtype).kind == "V":
+            raise TypeError(f"result {name!r} is a {output.dtype}, which files of arrays do not know; return float32")
+    names = sorted(outputs)  # as a dictionary's leaves are
+    shapes = {name: jax.ShapeDtypeStruct(outputs[name].shape, outputs[name].dtype) for name in names}
+    return TracedRun(jaxpr, shapes, start, point)
 
 
 def _split_over(devices: Sequence[jax.Device], block: Callable[..., Any], arguments: tuple[PartitionSpec, ...]) -> Any:

@@ -1,182 +1,198 @@
 """Stores: where results go, block by block; in memory, or in a folder that outlives the process.
 
-A folder holds `sweep.json`, which comes first and says what makes the results; one `.npy` file for each result, at its
-full size from the beginning; and in `done/` one file for each block that is complete, with the checksum of its data. A
-block counts once that file is there, and it comes last: whatever happens before leaves a block that will be made again.
+A folder holds `sweep.json`, which comes first and says what makes the results, and in `blocks/` one `.npz` file for each
+block that is complete, an array for each result. Files are written beside their place, synced and renamed, so a block
+counts if its file is there. `sweep.json` lists *boxes*: products of combinations, points and seeds, each cut into blocks.
+A sweep that is asked for more appends boxes that hold what is missing, so nothing is computed twice.
 """
 
 import json
 import os
-import re
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-FORMAT = 1
+from dpo_jax.sweep.programs import BlockShape
+
+FORMAT = 2
+
+Arrays = Mapping[str, np.ndarray]
+"""Results by name; those of a block have axes (point, seed) before their own."""
 
 
 class DamagedStoreError(ValueError):
     """A store does not hold what it says it holds."""
 
 
-class Block(NamedTuple):
-    """A part of the grid that is computed and stored as one.
+class Box(NamedTuple):
+    """A product of combinations, points and seeds that is computed as one.
 
     Attributes:
-      number: its place in the grid.
-      combination: which combination of discrete values.
-      points: which combinations of traced values.
-      seeds: which seeds.
+      combinations, points: numbers of combinations of static values, and of traced ones.
+      seeds: the seeds.
+    """
+
+    combinations: Sequence[int]
+    points: Sequence[int]
+    seeds: Sequence[int]
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs it holds."""
+        return len(self.combinations) * len(self.points) * len(self.seeds)
+
+    def num_blocks(self, shape: BlockShape) -> int:
+        """How many blocks it is cut into."""
+        return len(self.combinations) * -(-len(self.points) // shape.points) * -(-len(self.seeds) // shape.seeds)
+
+
+class Block(NamedTuple):
+    """A part of a box that is computed and stored as one.
+
+    Attributes:
+      number: its place among all blocks.
+      box: the number of its box.
+      combination: the combination of static values.
+      points: the combinations of traced values.
+      seeds: the seeds.
     """
 
     number: int
+    box: int
     combination: int
-    points: slice
-    seeds: slice
+    points: Sequence[int]
+    seeds: Sequence[int]
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs it holds."""
+        return len(self.points) * len(self.seeds)
 
 
-Arrays = Mapping[str, np.ndarray]
-"""Results by name, with axes (combination, point, seed) before their own; those of a block lack the first."""
+def blocks_of(boxes: Sequence[Box], shape: BlockShape) -> Iterator[Block]:
+    """All blocks, in the order in which they are computed: by box, then by seeds."""
+    number = 0
+    for place, box in enumerate(boxes):
+        for seeds in _parts(box.seeds, shape.seeds):
+            for combination in box.combinations:
+                for points in _parts(box.points, shape.points):
+                    yield Block(number, place, combination, points, seeds)
+                    number += 1
 
 
-class Memory:
-    """Results in memory."""
+def missing_boxes(covered: np.ndarray, seeds: Sequence[int]) -> list[Box]:
+    """Boxes that hold what is not covered.
 
-    def __init__(self, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-        self.results = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-
-    def done(self) -> set[int]:
-        """The numbers of the blocks that were complete at the start."""
-        return set()
-
-    def write(self, block: Block, arrays: Arrays) -> None:
-        for name, array in arrays.items():
-            self.results[name][block.combination, block.points, block.seeds] = array
-
-    def arrays(self) -> Arrays:
-        return self.results
+    Args:
+      covered: Booleans `[combinations, points, seeds]`.
+      seeds: the seed of each place on the last axis.
+    """
+    groups: dict[tuple[Any, Any], list[int]] = {}
+    for combination, of_points in enumerate(covered):
+        points_by_seeds: dict[tuple[int, ...], list[int]] = {}
+        for point, of_seeds in enumerate(of_points):
+            points_by_seeds.setdefault(tuple(np.flatnonzero(~of_seeds).tolist()), []).append(point)
+        for places, points in points_by_seeds.items():
+            if places:
+                groups.setdefault((tuple(points), places), []).append(combination)
+    return [Box(who, points, [seeds[i] for i in places]) for (points, places), who in groups.items()]
 
 
 class Folder:
-    """Results in a folder.
+    """A sweep in a folder.
 
-    Args:
+    Attributes:
       path: the folder.
-      manifest: what made the results; `results` holds the shape and dtype of each.
+      manifest: what `sweep.json` says; `None` if there is no sweep yet.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
-        self.shapes = {
-            name: (tuple(result["shape"]), np.dtype(result["dtype"])) for name, result in manifest["results"].items()
-        }
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = read_manifest(path)
 
-    def create(self) -> None:
-        """Makes all files, results full of zeros that take no space yet; goes on where an earlier start stopped.
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Makes the folder, if there is none, and says what it holds."""
+        (self.path / "blocks").mkdir(parents=True, exist_ok=True)
+        self.manifest = manifest
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        _write_whole(self.path / "sweep.json", lambda file: file.write(text.encode()))
 
-        Raises:
-          ValueError: the folder holds another sweep.
-          FileExistsError: it holds other files.
-        """
-        if read_manifest(self.path) is not None:
-            self.check()
-        for left_behind in [*self.path.glob(".*.unfinished"), *self.path.glob("done/.*.unfinished")]:
-            left_behind.unlink()
-        if not (self.path / "sweep.json").exists():
-            write_whole(self.path / "sweep.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
-        if (self.path / "done").exists():  # so are all results, made before
-            return
-        for name, (shape, dtype) in self.shapes.items():
-            with unfinished(self._file(name)) as file:
-                np.lib.format.open_memmap(file, "w+", dtype, shape)
-        (self.path / "done").mkdir()
+    @property
+    def shape(self) -> BlockShape:
+        """The size of its blocks, which it keeps: blocks of another size would have other last bits."""
+        assert self.manifest is not None
+        return BlockShape(**self.manifest["block"])
 
-    def check(self) -> None:
-        """Raises `ValueError` unless the folder holds this sweep."""
-        refuse_other(self.path, read_manifest(self.path) or {}, self.manifest)
+    def boxes(self, combinations: Sequence[Any], points: Sequence[Any]) -> list[Box]:
+        """Its boxes, in places of lists of combinations and points; -1 stands for what the lists do not hold."""
+        assert self.manifest is not None
+        places = [{_key(name): i for i, name in enumerate(names)} for names in (combinations, points)]
+        return [
+            Box(
+                *(
+                    [known.get(_key(name), -1) for name in names]
+                    for known, names in zip(places, (box["combinations"], box["points"]), strict=True)
+                ),
+                _unpacked(box["seeds"]),
+            )
+            for box in self.manifest["boxes"]
+        ]
 
     def done(self) -> set[int]:
         """The numbers of the blocks that are complete."""
-        return {int(path.name) for path in (self.path / "done").iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)}
+        names = (path.name for path in (self.path / "blocks").glob("*.npz"))
+        return {int(name[:-4]) for name in names if name[:-4].isdecimal()}
 
     def write(self, block: Block, arrays: Arrays) -> None:
-        for name, array in arrays.items():
-            self._write_array(name, block, np.ascontiguousarray(array))
-        write_whole(self.path / "done" / str(block.number), _checksum(arrays))
+        """Stores a block; it counts as soon as its file has its name."""
+        _write_whole(self._file(block.number), lambda file: np.savez(file, **{f"_{k}": v for k, v in arrays.items()}))
 
-    def arrays(self) -> Arrays:
-        return {name: np.load(self._file(name), mmap_mode="r") for name in self.shapes}
+    def read(self, block: Block, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> Arrays:
+        """A block that is complete.
 
-    def verify(self, blocks: list[Block]) -> None:
-        """Reads what is complete, and raises `DamagedStoreError` unless it is as it was written."""
-        for name, (shape, dtype) in self.shapes.items():
-            self._check_file(name, shape, dtype)
-        arrays = self.arrays()
-        for block in blocks:
-            part = {name: array[block.combination, block.points, block.seeds] for name, array in arrays.items()}
-            if (self.path / "done" / str(block.number)).read_bytes() != _checksum(part).encode():
-                raise DamagedStoreError(
-                    f"{self.path} is damaged: block {block.number} is not what was written; remove "
-                    f"done/{block.number} to have it made again"
-                )
-
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name.replace('%', '%25').replace('/', '%2F')}.npy"
-
-    def _check_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        Raises:
+          DamagedStoreError: the file is not what was written.
+        """
         try:
-            array = np.load(self._file(name), mmap_mode="r")
-        except Exception as problem:  # whatever a parser of headers raises
-            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy cannot be read ({problem})") from problem
-        if array.shape != shape or array.dtype != dtype:
-            holds, wanted = f"{array.dtype}{list(array.shape)}", f"{dtype}{list(shape)}"
-            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy holds {holds} and not {wanted}")
-        if self._file(name).stat().st_size != array.offset + array.nbytes or not array.flags.c_contiguous:
-            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy is not as it was made")
+            with np.load(self._file(block.number), allow_pickle=False) as file:
+                arrays = {name: file[f"_{name}"] for name in shapes}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
+            raise DamagedStoreError(f"{self._file(block.number)} cannot be read ({problem})") from problem
+        for name, (own, dtype) in shapes.items():
+            wanted = (len(block.points), len(block.seeds), *own)
+            if (arrays[name].shape, arrays[name].dtype) != (wanted, dtype):
+                raise DamagedStoreError(f"{self._file(block.number)} holds something else as {name}")
+        return arrays
 
-    def _write_array(self, name: str, block: Block, array: np.ndarray) -> None:
-        """Writes by ordinary calls, which raise when the disk is full; through a memory map the process would die."""
-        (_, num_points, num_seeds, *rest), dtype = self.shapes[name]
-        row_bytes = int(np.prod(rest, dtype=int)) * dtype.itemsize
-        with self._file(name).open("r+b") as file:
-            header = os.fstat(file.fileno()).st_size - int(np.prod(self.shapes[name][0], dtype=int)) * dtype.itemsize
-            for i, point in enumerate(range(block.points.start, block.points.stop)):
-                first = (block.combination * num_points + point) * num_seeds + block.seeds.start
-                file.seek(header + first * row_bytes)
-                file.write(array[i].tobytes())
+    def forget(self, blocks: Sequence[Block]) -> None:
+        """Removes blocks, so that they are made again."""
+        for block in blocks:
+            self._file(block.number).unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Removes what killed processes left behind."""
+        for left_behind in [*self.path.glob(".*.unfinished"), *self.path.glob("blocks/.*.unfinished")]:
+            with suppress(OSError):
+                left_behind.unlink()
 
-Store: TypeAlias = Memory | Folder
-"""Where results go."""
-
-
-def _checksum(arrays: Arrays) -> str:
-    checksum = 0
-    for name in sorted(arrays):
-        checksum = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), checksum)
-    return f"{checksum:08x}\n"
+    def _file(self, number: int) -> Path:
+        return self.path / "blocks" / f"{number}.npz"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    with unfinished(path) as file:
-        file.write_text(text, encoding="utf-8")
+def packed(seeds: Sequence[int]) -> Any:
+    """Seeds as a manifest lists them: two numbers for all from the one to below the other."""
+    if list(seeds[:1]) and len(seeds) == seeds[-1] - seeds[0] + 1 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+        return {"from": int(seeds[0]), "below": int(seeds[-1]) + 1}
+    return [int(seed) for seed in seeds]
 
 
-@contextmanager
-def unfinished(path: Path) -> Iterator[Path]:
-    """A neighbour of a file, which takes the file's place once it is complete."""
-    neighbour = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        yield neighbour
-        neighbour.replace(path)
-    finally:
-        neighbour.unlink(missing_ok=True)
+def _unpacked(seeds: Any) -> Sequence[int]:
+    return range(seeds["from"], seeds["below"]) if isinstance(seeds, dict) else seeds
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -192,7 +208,8 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         if others := [entry.name for entry in entries if not entry.name.startswith(".")]:
             if file.exists():  # by now
                 return read_manifest(path)
-            raise FileExistsError(f"{path} holds other files ({others[0]}) and no sweep: choose a new folder")
+            if others != ["blocks"] or any((path / "blocks").iterdir()):
+                raise FileExistsError(f"{path} holds other files ({others[0]}) and no sweep: choose a new folder")
         return None
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -200,7 +217,20 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         raise DamagedStoreError(f"{path} is damaged: sweep.json cannot be read ({problem})") from problem
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedStoreError(f"{path} is of a format that this version of dpo_jax does not read")
+    _check_manifest(path, manifest)
     return manifest
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    size = manifest.get("block")
+    if not isinstance(size, dict) or size.keys() != set(BlockShape._fields) or not all(
+        isinstance(number, int) and number > 0 for number in size.values()
+    ):
+        raise DamagedStoreError(f"{path} is damaged: sweep.json gives the size of blocks as {size}")
+    kinds = {"axes": dict, "results": dict, "programs": dict, "boxes": list, "key": list, "versions": dict}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise DamagedStoreError(f"{path} is damaged: sweep.json gives {name} as {manifest.get(name)}")
 
 
 def refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any], within: str = "") -> None:
@@ -215,7 +245,7 @@ def refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, name: str = "lock", *, wait: bool = False) -> Iterator[None]:
     """Holds a folder, made if there is none, against other processes; the lock ends with the process, however it ends.
 
     Raises:
@@ -224,10 +254,43 @@ def locked(path: Path) -> Iterator[None]:
     path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
-            stack.enter_context(FileLock(path / ".lock", blocking=False))
+            stack.enter_context(FileLock(path / f".{name}", blocking=wait))
         except Timeout:
             raise BlockingIOError(f"{path} is in use by another process that writes its sweep there") from None
         yield
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """Writes a file whole or not at all, and to the disk before it counts."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Writes a folder's list of files to the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _key(name: Any) -> str:
+    return json.dumps(name, sort_keys=True)
 
 
 def _shortened(value: Any) -> str:
