@@ -89,15 +89,10 @@ def latex(summary: "xarray.Dataset", names: Sequence[str], *, digits: int = 3) -
       digits: after the decimal point.
     """
     axes = [str(axis) for axis in _axes(summary)]
-    lines = [
-        " & ".join(
-            [
-                *(_escaped(value) for value in point.values()),
-                *(f"${interval(found[name], digits=digits, plus_minus=r' \pm ')}$" for name in names),
-            ]
-        )
-        for point, found in points(summary)
-    ]
+    lines = []
+    for point, found in points(summary):
+        numbers = (interval(found[name], digits=digits).replace("±", r"\pm") for name in names)
+        lines.append(" & ".join([*map(_escaped, point.values()), *(f"${number}$" for number in numbers)]))
     head = " & ".join(_escaped(name) for name in (*axes, *names))
     columns = "l" * len(axes) + "r" * len(names)
     body = " \\\\\n".join(lines)
@@ -112,10 +107,10 @@ def points(summary: "xarray.Dataset") -> Iterator[tuple[dict[str, Any], "xarray.
         yield {str(axis): found[axis].item() for axis in axes}, found
 
 
-def interval(statistics: "xarray.DataArray", *, digits: int = 3, plus_minus: str = " ± ") -> str:
+def interval(statistics: "xarray.DataArray", *, digits: int = 3) -> str:
     """A mean, and half the width of its interval if there is one."""
     mean, low, high = (statistics.sel(statistic=name).item() for name in ("mean", "low", "high"))
-    half = "" if np.isnan(high) else f"{plus_minus}{(high - low) / 2:.{digits}f}"
+    half = "" if np.isnan(high) else f" ± {(high - low) / 2:.{digits}f}"
     return f"{mean:.{digits}f}{half}"
 
 

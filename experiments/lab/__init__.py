@@ -1,0 +1,1 @@
+"""What experiments share: the standard pipeline, methods, tuning; options, files, tables."""
