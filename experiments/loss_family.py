@@ -43,8 +43,8 @@ def of_margin(loss: Callable[..., Array], margins: Float[Array, " points"]) -> C
     """Values, and the pull towards a larger margin; with beta = 1, so that the margin is in units of reward."""
     zeros = jnp.zeros_like(margins)
 
-    def of(chosen: Float[Array, " points"]) -> Float[Array, " points"]:
-        return loss(Pair(chosen, zeros), Pair(zeros, zeros), beta=1.0)
+    def of(margins: Float[Array, " points"]) -> Float[Array, " points"]:
+        return loss(Pair(jnp.minimum(margins, 0), -jnp.maximum(margins, 0)), Pair(zeros, zeros), beta=1.0)
 
     return np.asarray(of(margins)), pulls(of, margins)
 

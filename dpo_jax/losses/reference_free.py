@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import log1mexp, power_score
-from dpo_jax.types import Pair, PairLike, Scalar
+from dpo_jax.losses.ratios import difference, fitted, log1mexp, power_score, times
+from dpo_jax.types import PairLike, Scalar
 
 
 def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma: Scalar) -> Float[Array, "*batch"]:
@@ -42,8 +42,8 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma:
     """
     checks.positive("beta", beta)
     checks.not_negative("gamma", gamma)
-    chosen, rejected = _checked(policy, beta=beta, gamma=gamma)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+    chosen, rejected, beta, gamma = _checked(policy, beta=beta, gamma=gamma)
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected)) - gamma)
 
 
 def alphapo_loss(
@@ -71,9 +71,9 @@ def alphapo_loss(
     checks.positive("beta", beta)
     checks.not_negative("gamma", gamma)
     checks.finite("alpha", alpha)
-    policy = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
-    chosen, rejected = (power_score(logp, -jnp.asarray(alpha)) for logp in policy)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+    *logps, beta, gamma, alpha = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
+    chosen, rejected = (power_score(logp, -jnp.asarray(alpha)) for logp in logps)
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected)) - gamma)
 
 
 def cpo_loss(
@@ -97,8 +97,8 @@ def cpo_loss(
     """
     checks.positive("beta", beta)
     checks.not_negative("sft_weight", sft_weight)
-    chosen, rejected = _checked(policy, beta=beta, sft_weight=sft_weight)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected)) - sft_weight * chosen
+    chosen, rejected, beta, sft_weight = _checked(policy, beta=beta, sft_weight=sft_weight)
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected))) - times(sft_weight, chosen)
 
 
 def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) -> Float[Array, "*batch"]:
@@ -121,11 +121,9 @@ def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) 
       odds_weight: :math:`\lambda`; zero or positive. TRL calls it beta.
     """
     checks.not_negative("odds_weight", odds_weight)
-    policy = _checked(policy, odds_weight=odds_weight)
-    checks.not_positive("policy.chosen", policy.chosen)
-    checks.not_positive("policy.rejected", policy.rejected)
-    chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in policy)
-    return -policy.chosen - odds_weight * jax.nn.log_sigmoid(chosen_odds - rejected_odds)
+    *logps, odds_weight = _checked(policy, odds_weight=odds_weight)
+    chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in logps)
+    return -logps[0] - times(odds_weight, jax.nn.log_sigmoid(difference(chosen_odds, rejected_odds)))
 
 
 def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar) -> Float[Array, "*batch"]:
@@ -145,8 +143,8 @@ def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar
       alpha: weight of the rejected response, between 0 and 1.
     """
     checks.probability("alpha", alpha)
-    chosen, rejected = _checked(policy, alpha=alpha)
-    return -chosen + alpha * rejected
+    chosen, rejected, alpha = _checked(policy, alpha=alpha)
+    return difference(times(alpha, rejected), chosen)
 
 
 def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]:
@@ -164,12 +162,15 @@ def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]
     Args:
       policy: pair of log-probabilities (sums).
     """
-    return -_checked(policy).chosen
+    chosen, _ = _checked(policy)
+    return -chosen
 
 
-def _checked(policy: Any, **hyperparameters: Scalar) -> Pair:
+def _checked(policy: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+    """The two log-probabilities, and the hyperparameters in their order, `fitted` to them."""
     checks.pair("policy", policy)
-    checks.same_shape(policy_chosen=policy[0], policy_rejected=policy[1])
-    checks.same_dtype(policy_chosen=policy[0], policy_rejected=policy[1])
-    checks.hyperparameters(policy[0].shape, **hyperparameters)
-    return Pair(*policy)
+    sides = {"policy_chosen": policy[0], "policy_rejected": policy[1]}
+    checks.same_shape(**sides)
+    checks.same_dtype(**sides)
+    checks.log_probabilities(**sides)
+    return (*policy, *fitted(policy[0], **hyperparameters))
