@@ -233,6 +233,16 @@ def rows(name: str, data: Any) -> int:
     return next(iter(shapes.values()))[0]
 
 
+def one_per_row(name: str, value: Any, num_rows: int) -> None:
+    """Each leaf of `value` has one number for each row: a comparison's loss is no loss of its tokens."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if jnp.shape(leaf) != (num_rows,):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must have one number for each of the {num_rows} rows of the "
+                f"batch, got shape {jnp.shape(leaf)}: take sums or means over tokens (losses.sequence_logps)"
+            )
+
+
 def distinct(name: str, first: Any, second: Any) -> None:
     """The two arrays differ in every row."""
     if is_traced((first, second)):

@@ -6,6 +6,7 @@ a response that policy and reference both rule out has a log-ratio of 0, and a c
 policy rules out a margin of 0. Nothing is learnt from either.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.types import Pair, PairLike, Scalar
+
+_as_one = partial(jax.jit, inline=True)
+"""Outside of `jax.jit` a function of many operations is called as one; inside, nothing changes."""
 
 
 def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]) -> Pair:
@@ -71,12 +75,14 @@ def fitted(like: Float[Array, "*batch"], **hyperparameters: Any) -> tuple[Any, .
     return tuple(value.astype(like.dtype) if hasattr(value, "dtype") else value for value in hyperparameters.values())
 
 
+@_as_one
 def difference(first: Float[Array, "*batch"], second: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`first - second`; where the two are the same infinity it is 0, without a gradient."""
     same = jnp.isinf(first) & (first == second)
     return jnp.where(same, 0, first) - jnp.where(same, 0, second)
 
 
+@_as_one
 def times(factor: Scalar, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`factor * value`, in the dtype of the value, where 0 times infinity is 0.
 
@@ -87,6 +93,7 @@ def times(factor: Scalar, value: Float[Array, "*batch"]) -> Float[Array, "*batch
     return factor * jnp.where(infinite & (factor == 0), 0, value)
 
 
+@_as_one
 def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
     r"""Minus the log-likelihood (nats) of a label that is flipped with a given probability.
 
@@ -99,6 +106,7 @@ def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -
     return times(label_smoothing, jnp.where(lost, 0, logits)) - kept * jax.nn.log_sigmoid(logits)
 
 
+@_as_one
 def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The exponential, continued along its tangent beyond a quarter of the exponents that the dtype can hold.
 
@@ -111,6 +119,7 @@ def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return jnp.exp(jnp.where(beyond, limit, exponent)) * (1 + jnp.where(beyond, exponent - limit, 0))
 
 
+@_as_one
 def power_score(logp: Float[Array, "*batch"], power: Scalar) -> Float[Array, "*batch"]:
     r""":math:`(e^{a x} - 1) / a`, accurate near its limit :math:`x` at :math:`a = 0`, in value and in slope.
 
@@ -127,6 +136,7 @@ def power_score(logp: Float[Array, "*batch"], power: Scalar) -> Float[Array, "*b
     return jnp.where(near_limit, series, change / jnp.where(near_limit, 1, power))
 
 
+@_as_one
 def log1mexp(logp: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`log(1 - exp(logp))` for log-probabilities, accurate at both ends; finite at 0, read as the next number below.
 

@@ -1,7 +1,8 @@
 """Objectives: what a loss of log-probabilities becomes when there are parameters and batches.
 
 An objective scores responses through the `LogProbFn` it is given, takes the mean of a loss, and adds the metrics that
-tell how training goes. A hyperparameter of the loss may be
+tell how training goes. A row of a batch is one comparison, label or demonstration, and has one log-probability for each
+response: numbers of tokens are refused. A hyperparameter of the loss may be
 
 - a number or an array, traced perhaps;
 - a function `(params, batch, logps) -> value`, called for each batch, through which no gradient flows: a statistic of
@@ -70,6 +71,7 @@ def sft_objective(log_prob: LogProbFn) -> Objective:
     def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
         _check_noun(batch, Demonstrations)
         logps = log_prob(params, batch.prompts, batch.responses)
+        checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         return -_mean(logps, batch.weights), {}
 
     return objective
@@ -244,9 +246,11 @@ def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
 
     Raises:
       TypeError: `log_prob` did not return what it was given: a pair for a pair of responses.
+      ValueError: `log_prob` did not return one number for each response; of tokens, for instance.
     """
     logps = log_prob(reference, data.prompts, data.responses)
     checks.same_structure("log_prob(params, prompts, responses)", logps, data.responses)
+    checks.one_per_row("log_prob(params, prompts, responses)", logps, len(data.prompts))
     return data._replace(reference=jax.lax.stop_gradient(logps))
 
 
@@ -272,6 +276,7 @@ def _objective(
     def apply(params: Params, batch: Any, memory: dict[str, Any]) -> tuple[Array, Metrics, dict[str, Any]]:
         _check_noun(batch, noun)
         logps = log_prob(params, batch.prompts, batch.responses)
+        checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         arguments, memory = _arguments(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
         values, metrics = evaluate(logps, batch, arguments)
         shares = None if batch.weights is None else _shares(batch.weights)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.losses import MarginMoments, Shift, kto_reference_point, log_ratios, update_margin_moments, update_shift
+from dpo_jax.losses.ratios import difference
 from dpo_jax.train.objectives import Batchwise, Running, reference_of, with_reference
 from dpo_jax.types import Labels, LogProbFn, Metrics, Objective, Params, Preferences, Scalar, StatefulObjective
 
@@ -46,7 +47,7 @@ def running_shift(*, beta: Scalar) -> Running:
     def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array, Shift]:
         reference, weights = reference_of(batch), batch.weights
         if isinstance(batch, Labels):
-            rewards, desirable = beta * (logps - reference), batch.desirable
+            rewards, desirable = beta * difference(logps, reference), batch.desirable
         else:
             rewards = beta * jnp.concatenate(log_ratios(logps, reference))
             desirable = jnp.arange(len(rewards)) < len(logps[0])
@@ -69,7 +70,7 @@ def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Ru
 
     def update(memory: MarginMoments, _: Params, batch: Preferences, logps: Any) -> tuple[Any, MarginMoments]:
         ratios = log_ratios(logps, reference_of(batch))
-        memory = update_margin_moments(memory, ratios.chosen - ratios.rejected, momentum=momentum)
+        memory = update_margin_moments(memory, difference(*ratios), momentum=momentum)
         return memory, memory
 
     return Running(MarginMoments(key), update)

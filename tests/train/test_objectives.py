@@ -76,6 +76,24 @@ def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
         train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
 
 
+def test_numbers_of_tokens_are_refused(start):
+    """A comparison is one row; the loss of its tokens is another loss."""
+    _, log_prob, params, demos, preferences = start
+
+    def of_tokens(params, prompts, responses):
+        return jax.tree.map(lambda logps: jnp.stack([logps, logps], axis=1), log_prob(params, prompts, responses))
+
+    message = r"one number for each of the \d+ rows of the batch, got shape \(\d+, 2\): take sums or means over tokens"
+    for call in (
+        lambda: train.with_reference(of_tokens, params, preferences),
+        lambda: train.sft_objective(of_tokens)(params, demos),
+        lambda: train.preference_objective(of_tokens, losses.dpo_loss, beta=0.1)(params, preferences),
+        lambda: train.reference_free_objective(of_tokens, losses.simpo_loss, beta=2.0, gamma=0.5)(params, preferences),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_preferences_without_reference_are_refused(start):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
