@@ -7,9 +7,9 @@ A constant added to both log-ratios changes nothing, so whatever depends on the 
 That is why these losses can take other divergences (`with_divergence`).
 
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
-tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns
-one number per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `dpo_loss`
-does.
+tokens of a response unless its docstring says otherwise (`sequence_logps`); the reference is a constant to the caller.
+Every loss returns one number per comparison, in the dtype of the log-probabilities. Hyperparameters are scalars, or
+have one value per comparison. All raise what `dpo_loss` does.
 """
 
 import jax
@@ -54,7 +54,9 @@ def dpo_loss(
 
     Raises:
       TypeError: an argument is not a pair of floating-point arrays, or they differ in dtype.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
+        rounding (checked unless they are traced). That an axis is one of tokens cannot be told here; objectives refuse
+        it (`train.preference_objective`).
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)

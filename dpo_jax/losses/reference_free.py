@@ -3,8 +3,9 @@ r"""Losses of the policy alone: no reference, nothing to stray from.
 .. math:: \ell_w = \log \pi(y_w|x), \qquad \ell_l = \log \pi(y_l|x)
 
 Every loss takes `policy`, a pair (chosen, rejected) of log-probabilities in nats. Some eat sums over the tokens of a
-response and some eat means, as their docstrings say; the caller divides by the length. Every loss returns one number
-per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
+response and some eat means, as their docstrings say; the caller divides by the length (`sequence_logps`). Which one it
+was given no loss can tell, nor whether an axis is one of tokens: it is elementwise. Every loss returns one number per
+comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
 """
 
 from typing import Any
@@ -23,9 +24,10 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma:
 
     .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l - \gamma)
 
-    Eats **means** over tokens. Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free
-    Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen response by default (`cpo_alpha=1`); the paper does
-    not (`with_sft` does).
+    Eats **means** over tokens. Of sums it is another loss, whose margins are as many times too large as responses have
+    tokens: it is 0 almost at once, and the shorter response is favoured. Source: Meng et al. 2024, "SimPO: Simple
+    Preference Optimization with a Reference-Free Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen
+    response by default (`cpo_alpha=1`); the paper does not (`with_sft` does).
 
     >>> import jax.numpy as jnp
     >>> print(simpo_loss((jnp.array([-1.0]), jnp.array([-3.0])), beta=2.0, gamma=1.0))  # -log sigmoid(2 * 2 - 1)
@@ -38,7 +40,8 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma:
 
     Raises:
       TypeError: `policy` is not a pair of floating-point arrays, or they differ in dtype.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
+        rounding (checked unless they are traced).
     """
     checks.positive("beta", beta)
     checks.not_negative("gamma", gamma)

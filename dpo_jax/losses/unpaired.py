@@ -53,7 +53,8 @@ def kto_loss(
 
     Raises:
       TypeError: arrays are not floating-point, differ in dtype, or the labels are not Booleans.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
+        rounding (checked unless they are traced).
     """
     checks.positive("beta", beta)
     checks.not_negative("reference_point", reference_point)
