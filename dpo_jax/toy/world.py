@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.toy.policy import generate, invert_cumulative, lookup
+from dpo_jax.toy.policy import at_least_float32, generate, invert_cumulative, lookup
 from dpo_jax.types import Demonstrations, Pair, Preferences, Scalar
 
 Ids: TypeAlias = Sequence[int] | ArrayLike
@@ -122,7 +122,7 @@ def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Dem
     checks.choices("world.rewards", world.rewards)
     prompt_key, response_key = jax.random.split(key)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
-    return Demonstrations(prompts, generate(response_key, jnp.log(world.rewards), prompts))
+    return Demonstrations(prompts, generate(response_key, jnp.log(at_least_float32(world.rewards)), prompts))
 
 
 def preference_probability(
@@ -150,7 +150,8 @@ def preference_probability(
     """
     checks.not_negative("temperature", temperature)
     checks.probability("flip_probability", flip_probability)
-    difference = reward - other_reward
+    both_infinite = (reward == other_reward) & jnp.isinf(reward)
+    difference = jnp.where(both_infinite, 0, reward) - jnp.where(both_infinite, 0, other_reward)
     rational = jnp.asarray(temperature) == 0
     preferred = jnp.where(
         rational,
@@ -224,6 +225,7 @@ def sample_policy_pairs(
     """
     checks.key(key)
     checks.size("num", num)
+    log_probs = at_least_float32(log_probs)
     checks.choices("exp(log_probs)", jnp.exp(log_probs), at_least=2)
     prompt_key, pair_key = jax.random.split(key)
     num_prompts, num_responses = log_probs.shape
@@ -260,7 +262,7 @@ def label_pairs(
     _check_world(world)
     first, second = pair
     checks.distinct("pair", first, second)
-    first_reward, second_reward = lookup(world.rewards, prompts, pair)
+    first_reward, second_reward = lookup(at_least_float32(world.rewards), prompts, pair)
     first_wins: Bool[Array, " n"] = jax.random.bernoulli(
         key,
         preference_probability(first_reward, second_reward, temperature=temperature, flip_probability=flip_probability),
