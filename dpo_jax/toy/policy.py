@@ -154,9 +154,9 @@ def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts
 def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n responses"]) -> Int[Array, "*n"]:
     """Draws an index with probability proportional to the weights, given uniform numbers in [0, 1).
 
-    An index of weight zero is never drawn. Where no weight is positive, or one is NaN, the index is -1. Weights narrower
-    than float32 are added in float32: next to a sum of 0.9 the smallest step of bfloat16 is 0.004, so that rarer
-    responses would vanish.
+    An index of weight zero is never drawn. Where no weight is positive, or one is NaN, the index is -1. Weights of 16
+    bits are added in float32: next to a sum of 0.9 the smallest step of bfloat16 is 0.004, so that rarer responses
+    would vanish.
     """
     cumulative = jnp.cumsum(at_least_float32(weights), axis=-1)
     total = cumulative[..., -1:]

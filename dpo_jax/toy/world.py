@@ -18,6 +18,9 @@ Ids: TypeAlias = Sequence[int] | ArrayLike
 Weights: TypeAlias = Sequence[float] | ArrayLike | None
 """Numbers, zero or positive, relative to 1; or `None` for all equal."""
 
+LARGEST_WEIGHT_RATIO = 1e30
+"""By how much a weight may differ from others: float32 ends at 1e-38, and means of weights have to be above that."""
+
 
 class World(NamedTuple):
     """A contextual bandit whose rewards are known.
@@ -316,10 +319,12 @@ def _checked_ids(world: World, **columns: Ids) -> list[Int[Array, " n"]]:
 def _checked_weights(prompts: Int[Array, " n"], weights: Weights) -> Float[Array, " n"] | None:
     if weights is None:
         return None
-    array = jnp.asarray(_as_array("weights", weights), jnp.float32)
+    array = _as_array("weights", weights)
     checks.same_shape(prompts=prompts, weights=array)
-    checks.not_negative("weights", array)
-    return array
+    checks.zero_or_within("weights", array, 1 / LARGEST_WEIGHT_RATIO, LARGEST_WEIGHT_RATIO)
+    if not array.any():
+        raise ValueError("weights must not all be 0")
+    return jnp.asarray(array, jnp.float32)
 
 
 def _as_array(name: str, values: Any) -> np.ndarray:
