@@ -297,8 +297,8 @@ def _majority(for_it: float, against: float) -> float:
 
 def _weighted_mean_and_stderr(values: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     """The weighted mean, and its standard error when the values are independent."""
+    mean = float(weights @ values / weights.sum())
     shares = weights / weights.sum()
-    mean = float(shares @ values)
     return {"mean": mean, "stderr": float(np.sqrt(np.sum((shares * (values - mean)) ** 2)))}
 
 

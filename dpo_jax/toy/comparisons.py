@@ -288,7 +288,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]
 
 def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
     csv.field_size_limit(2**31 - 1)  # responses may be long
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, skipinitialspace=True)
     rows: list[tuple[str, list[str]]] = []
     try:
         header = next(reader, [])

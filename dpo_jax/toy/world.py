@@ -259,18 +259,21 @@ def label_pairs(
       temperature, flip_probability: see `preference_probability`.
 
     Raises:
-      TypeError, ValueError: an id is out of range, or the two responses of a pair are the same, among others.
+      TypeError, ValueError: an id is out of range, the two responses of a pair are the same, or a reward is not finite,
+        among others. Where rewards are traced their values are unknown; there, the ids are -1, which is no response, if
+        a reward is NaN.
     """
     checks.key(key)
     _check_world(world)
     first, second = pair
     checks.distinct("pair", first, second)
     first_reward, second_reward = lookup(at_least_float32(world.rewards), prompts, pair)
-    first_wins: Bool[Array, " n"] = jax.random.bernoulli(
-        key,
-        preference_probability(first_reward, second_reward, temperature=temperature, flip_probability=flip_probability),
+    probability = preference_probability(
+        first_reward, second_reward, temperature=temperature, flip_probability=flip_probability
     )
-    return Preferences(prompts, Pair(jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)))
+    first_wins: Bool[Array, " n"] = jax.random.bernoulli(key, probability)
+    chosen, rejected = jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)
+    return Preferences(prompts, Pair(*(jnp.where(jnp.isnan(probability), -1, ids) for ids in (chosen, rejected))))
 
 
 def all_preferences(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Preferences:

@@ -174,6 +174,20 @@ def test_headers_as_other_programs_write_them(tmp_path):
         assert toy.read_comparisons(path).names == toy.Names(("q",), (("a", "b"),))
 
 
+def test_spaces_before_quotes_are_not_part_of_a_name(tmp_path):
+    path = tmp_path / "file.csv"
+    path.write_text('prompt, chosen, rejected\nq, "a, b", c\nq,c,"a, b "\n')
+    assert toy.read_comparisons(path).names.responses == (("a, b", "c"),)
+
+
+def test_nested_cells_are_refused_by_row(tmp_path):
+    for cells in ([["b"], ["c"]], [{"text": "b"}, {"text": "c"}]):
+        columns = {"prompt": ["q", "q"], "chosen": ["a", "a"], "rejected": cells}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match="row 1: rejected must be text, got "):
+            toy.read_comparisons(tmp_path / "a.parquet")
+
+
 def test_responses_may_be_long(tmp_path):
     long = "x" * 300_000
     names, *_ = toy.read_comparisons(write_csv(tmp_path / "file.csv", [("q", long, "b")]))
