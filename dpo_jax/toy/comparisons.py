@@ -372,6 +372,8 @@ def _values(column: Any, place: str) -> list[Any]:
         except UnicodeDecodeError as problem:
             byte = problem.object[problem.start]
             raise ValueError(f"{place}, row {number}: not UTF-8 text (byte {byte:#04x})") from problem
+        except ValueError as problem:  # dates that Python has no type for
+            raise ValueError(f"{place}, row {number}: {problem}") from problem
     return cells
 
 
