@@ -35,6 +35,12 @@ def not_negative(name: str, value: Any) -> None:
     _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
 
 
+def zero_or_within(name: str, value: Any, low: float, high: float) -> None:
+    """`value` is zero, or `low <= value <= high`, in every entry."""
+    holds = lambda x: (x == 0) | ((low <= x) & (x <= high))  # noqa: E731
+    _require(name, value, holds, f"zero or positive, and if positive between {low:g} and {high:g}")
+
+
 def at_least(name: str, value: Any, low: float) -> None:
     """`value` is finite and no smaller than `low`, in every entry."""
     _require(name, value, lambda x: np.isfinite(x) & (x >= low), f"at least {low} and finite")
@@ -74,6 +80,11 @@ def log_probabilities(**arrays: Any) -> None:
 def finite(name: str, value: Any) -> None:
     """`value` is finite in every entry."""
     _require(name, value, np.isfinite, "finite")
+
+
+def not_nan(name: str, value: Any) -> None:
+    """`value` is a number in every entry, perhaps an infinite one."""
+    _require(name, value, lambda x: ~np.isnan(x), "a number, not NaN")
 
 
 def probability(name: str, value: Any) -> None:
