@@ -1,5 +1,6 @@
 """What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks
+from dpo_jax.losses.structure import name_of, refuse_weights_if_rows_mix
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -39,7 +41,7 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
             raise TypeError("with_sft needs a loss of pairs or rankings: its term is that of the chosen response")
         return loss(policy, *args, **hyperparameters) - weight * policy[0]
 
-    return loss_with_sft
+    return _described(loss_with_sft, f"with_sft({name_of(loss)})", loss)
 
 
 def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., Array]:
@@ -74,7 +76,7 @@ def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., A
         first, *others = (weight * loss(*args, **hyperparameters) for weight, loss in terms)
         return sum(others, first)
 
-    return summed
+    return _described(summed, f"weighted_sum({', '.join(name_of(loss) for _, loss in terms)})", terms[0][1])
 
 
 def wpo_weights(
@@ -117,6 +119,9 @@ def wpo_weights(
 def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
     """A loss whose comparisons count by the further hyperparameter `weights`, for instance `wpo_weights`.
 
+    The weights of a loss that compares whole batches, such as `aot_loss`, are refused by ValueError, unless it is one
+    for all.
+
     >>> import jax.numpy as jnp
     >>> from dpo_jax.losses import dpo_loss
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -128,9 +133,11 @@ def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
         values = loss(*args, **hyperparameters)
         checks.not_negative("weights", weights)
         checks.broadcasts("weights", weights, values.shape)
+        if jnp.ndim(weights):
+            refuse_weights_if_rows_mix(loss, *args, **hyperparameters)
         return weights * values
 
-    return weighted
+    return _described(weighted, f"with_weights({name_of(loss)})", loss)
 
 
 def length_desensitized_logps(
@@ -165,3 +172,12 @@ def length_desensitized_logps(
     place = jax.lax.broadcasted_iota(lengths.dtype, token_logps.shape, token_logps.ndim - 1)
     weights = jnp.where(place < common_lengths[..., None], 1, jnp.asarray(alpha, token_logps.dtype))
     return jnp.sum(jnp.where(place < lengths[..., None], weights * token_logps, 0), axis=-1)
+
+
+def _described(wrapper: Callable[..., Array], name: str, loss: Callable[..., Array]) -> Callable[..., Array]:
+    """A wrapper with a name for error messages, and the positional arguments of the loss inside."""
+    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+    hyperparameters = inspect.Parameter("hyperparameters", inspect.Parameter.VAR_KEYWORD)
+    wrapper.__name__ = name
+    wrapper.__signature__ = inspect.Signature([*positional, hyperparameters])  # type: ignore[attr-defined]
+    return wrapper

@@ -235,7 +235,7 @@ def test_weights_must_match_and_only_scale_the_loss(start, key):
     loss, metrics = objective(params, preferences)
     tripled, same = objective(params, preferences._replace(weights=jnp.full(70, 3.0)))
     np.testing.assert_allclose(tripled, 3 * loss, rtol=1e-5)
-    chex.assert_trees_all_close(same, metrics, rtol=1e-5)
+    chex.assert_trees_all_close({name: np.asarray(metric) for name, metric in same.items()}, metrics, rtol=1e-5)
     with pytest.raises(ValueError, match=r"losses \(70,\), weights \(70, 1\)"):
         objective(params, preferences._replace(weights=jnp.ones((70, 1))))
 
