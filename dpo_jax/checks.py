@@ -71,6 +71,11 @@ def finite(name: str, value: Any) -> None:
     _require(name, value, np.isfinite, "finite")
 
 
+def not_nan(name: str, value: Any) -> None:
+    """`value` is a number, perhaps infinite, in every entry."""
+    _require(name, value, lambda x: ~np.isnan(x), "a number")
+
+
 def probability(name: str, value: Any) -> None:
     """`value` lies between 0 and 1, both included, in every entry."""
     _require(name, value, lambda x: (x >= 0) & (x <= 1), "between 0 and 1")

@@ -3,6 +3,7 @@
 An objective may remember something from batch to batch (`StatefulObjective`); that, too, is carried by the scan.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -95,10 +96,8 @@ def update(
         return loss, (metrics, memory_like(state.memory, memory, "objective"))
 
     (loss, (metrics, memory)), gradient = jax.value_and_grad(evaluate, has_aux=True)(state.params)
-    extra = {"value": loss, "grad": gradient, "value_fn": lambda params: evaluate(params)[0]}
-    updates, opt_state = optax.with_extra_args_support(optimizer).update(
-        gradient, state.opt_state, state.params, **extra
-    )
+    known = {"value": loss, "grad": gradient, "value_fn": lambda params: evaluate(params)[0]}
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **_asked_for(optimizer, known))
     params = optax.apply_updates(state.params, updates)
     finite = state.finite & jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):
@@ -264,6 +263,13 @@ def make_optimizer(
     return transformation
 
 
+def _asked_for(optimizer: optax.GradientTransformation, known: dict[str, Any]) -> dict[str, Any]:
+    """Those of the known arguments that an optimizer's `update` takes."""
+    parameters = inspect.signature(optimizer.update).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return known if takes_all else {name: value for name, value in known.items() if name in parameters}
+
+
 def _refuse_gathering(opt_state: Any) -> None:
     """An optimizer that gathers gradients takes each part of a batch for a batch."""
     kinds = (optax.MultiStepsState, optax.ApplyEvery)
@@ -284,26 +290,19 @@ def memory_like(old: Any, new: Any, name: str) -> Any:
       TypeError: it has another structure, other shapes, or a dtype that does not fit into the old one.
     """
     new = jax.tree.map(jnp.asarray, new)
-    if _described(old) != _described(new):
-        raise TypeError(
-            f"{name} must return a memory like the one it was given, {_described(old)}, got {_described(new)}"
-        )
+    wanted, found = (jax.tree.map(jnp.shape, memory) for memory in (old, new))
+    if jax.tree.structure(old) != jax.tree.structure(new) or wanted != found:
+        raise TypeError(f"{name} must return a memory of the shapes that it was given, {wanted}, got {found}")
     return jax.tree.map(partial(_cast, name), old, new)
 
 
 def _cast(name: str, old: Array, new: Array) -> Array:
-    old_is_python_number = getattr(old, "weak_type", False)
-    if old_is_python_number or new.dtype == old.dtype:
+    if getattr(old, "weak_type", False) or new.dtype == old.dtype:  # a Python number takes whatever dtype it is given
         return new
     both_floating = jnp.issubdtype(old.dtype, jnp.floating) and jnp.issubdtype(new.dtype, jnp.floating)
     if both_floating or jnp.promote_types(old.dtype, new.dtype) == old.dtype:
         return new.astype(old.dtype)
-    raise TypeError(f"{name} must return a memory like the one it was given, but made {new.dtype} of {old.dtype}")
-
-
-def _described(memory: Any) -> str:
-    leaves, structure = jax.tree.flatten(memory)
-    return f"{structure} with shapes {', '.join(str(jnp.shape(leaf)) for leaf in leaves)}"
+    raise TypeError(f"{name} must return a memory of the dtypes that it was given, but made {new.dtype} of {old.dtype}")
 
 
 def check_learning_rate(learning_rate: Scalar | optax.Schedule) -> None:
