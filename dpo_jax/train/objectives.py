@@ -300,11 +300,10 @@ def _objective(
         values, memory = _values(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
         if batch.weights is not None:
             refuse_weights_if_rows_mix(loss, *called_with, **values)
-        means = {
-            name: metric if isinstance(metric, Ratio) else _average(metric, batch.weights)
-            for name, metric in metrics(logps, batch, values).items()
-        }
-        return _mean(loss(*called_with, **values), batch.weights), means, memory
+        mean = _mean(loss(*called_with, **values), batch.weights)
+        of_rows = metrics(logps, batch, values)
+        means = {name: x if isinstance(x, Ratio) else _average(x, batch.weights) for name, x in of_rows.items()}
+        return mean, means, memory
 
     memory = {name: value.memory for name, value in hyperparameters.items() if isinstance(value, Running)}
     if memory:

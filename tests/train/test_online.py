@@ -180,7 +180,11 @@ def test_under_jit_it_freezes(key):
         ({"key": 7}, TypeError, "key must be a typed key"),
         ({"learner": Learner(lambda *_: ({}, None), squared_error)}, ValueError, "collected data holds no arrays"),
         ({"learner": Learner(lambda *_: START, squared_error)}, TypeError, r"must return \(data, memory\), got dict"),
-        ({"learner": Learner(lambda *_: (START, 0), squared_error)}, TypeError, "learner.collect must return a memory"),
+        (
+            {"learner": Learner(lambda *_: ({"target": START["x"][None]}, 0), squared_error)},
+            TypeError,
+            "learner.collect must return a memory",
+        ),
         ({"optimizer": optax.adam(0.1)}, TypeError, "write optimizer=optax.adam, learning_rate=1e-3"),
         ({"evaluate": lambda params: {"loss": 0.0}}, ValueError, "evaluate must not return loss"),
     ],
