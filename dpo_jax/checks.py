@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.types import Ratio
+
 
 def is_traced(tree: Any) -> bool:
     """Whether any leaf of a pytree is being traced, so that its values are unknown."""
@@ -254,6 +256,48 @@ def one_per_row(name: str, value: Any, num_rows: int) -> None:
             )
 
 
+def weights(data: Any) -> None:
+    """The weights of a data set, if it has any, are finite, none is negative, and at least one is positive."""
+    value = getattr(data, "weights", None)
+    if value is None or is_traced(value):
+        return
+    not_negative("data.weights", value)
+    if not np.any(np.asarray(value) > 0):
+        raise ValueError("data.weights must not all be zero: then no row counts, and nothing can be learnt")
+
+
+def outcome(value: Any, *, parts: tuple[str, ...]) -> None:
+    """`value`, what an objective returned, is a tuple of a scalar loss, a dict of numbers, and perhaps a memory."""
+    wanted = f"objective must return ({', '.join(parts)})"
+    if not isinstance(value, tuple) or len(value) != len(parts):
+        hint = " (without metrics, an empty dict)" if hasattr(value, "shape") or isinstance(value, float) else ""
+        raise TypeError(f"{wanted}{hint}, got {_describe(value)}")
+    loss, metrics = value[:2]
+    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(f"{wanted}, where loss is one floating-point number, got {_describe(loss)}: take its mean")
+    metric_names("objective", metrics, taken={"loss", "step"})
+    for name, metric in metrics.items():
+        for leaf in jax.tree.leaves(metric) if isinstance(metric, Ratio) else [metric]:
+            if not _is_numeric(leaf) or jnp.shape(leaf) != ():
+                raise TypeError(f"metrics[{name!r}] must be one number for each batch, got {_describe(leaf)}")
+
+
+def metric_names(function: str, metrics: Any, *, taken: Any) -> None:
+    """`metrics`, what a function returned, is a dict with names of its own."""
+    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
+        raise TypeError(f"{function} must return metrics as a dict from names to numbers, got {_describe(metrics)}")
+    if both := sorted(metrics.keys() & taken):
+        raise ValueError(f"{function} must not return {', '.join(both)}: training has metrics of that name")
+
+
+def evaluation(metrics: Any, *, taken: Any) -> None:
+    """`metrics`, what `evaluate` returned, is a dict of arrays with names of its own."""
+    metric_names("evaluate", metrics, taken=taken)
+    for name, metric in metrics.items():
+        if not (isinstance(metric, Ratio) or _is_numeric(metric)):
+            raise TypeError(f"evaluate must return arrays, got {_describe(metric)} for {name!r}")
+
+
 def distinct(name: str, first: Any, second: Any) -> None:
     """The two arrays differ in every row."""
     if is_traced((first, second)):
@@ -285,6 +329,13 @@ def _require(name: str, value: Any, holds: Any, what: str) -> None:
         index = tuple(int(i) for i in wrong[0])
         where = f" in row {_position(index)}" if index else ""
         raise ValueError(f"{name} must be {what}, got {array[index]}{where}")
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether it is a number or an array of numbers."""
+    return isinstance(value, bool | int | float) or (
+        hasattr(value, "dtype") and (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool)
+    )
 
 
 def _position(index: tuple[int, ...]) -> int | tuple[int, ...]:

@@ -1,5 +1,6 @@
 """What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, times
+from dpo_jax.losses.structure import name_of, refuse_weights_if_rows_mix
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -42,7 +44,7 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
         (share,) = fitted(policy[0], weight=weight)
         return loss(policy, *args, **hyperparameters) - times(share, policy[0])
 
-    return loss_with_sft
+    return _described(loss_with_sft, f"with_sft({name_of(loss)})", loss)
 
 
 def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., Array]:
@@ -79,7 +81,7 @@ def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., A
             checks.same_shape(one_term=first, another_term=other)
         return sum(others, first)
 
-    return summed
+    return _described(summed, f"weighted_sum({', '.join(name_of(loss) for _, loss in terms)})", terms[0][1])
 
 
 def wpo_weights(
@@ -124,6 +126,9 @@ def wpo_weights(
 def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
     """A loss whose comparisons count by the further hyperparameter `weights`, for instance `wpo_weights`.
 
+    The weights of a loss that compares whole batches, such as `aot_loss`, are refused by ValueError, unless it is one
+    for all.
+
     >>> import jax.numpy as jnp
     >>> from dpo_jax.losses import dpo_loss
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -133,9 +138,12 @@ def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
 
     def weighted(*args: Any, weights: Scalar, **hyperparameters: Any) -> Array:
         checks.not_negative("weights", weights)
-        return _weighted(loss(*args, **hyperparameters), weights=weights)
+        values = _weighted(loss(*args, **hyperparameters), weights=weights)
+        if jnp.ndim(weights):
+            refuse_weights_if_rows_mix(loss, *args, **hyperparameters)
+        return values
 
-    return weighted
+    return _described(weighted, f"with_weights({name_of(loss)})", loss)
 
 
 def length_desensitized_logps(
@@ -181,3 +189,12 @@ def _weighted(values: Float[Array, "*batch"], **weights: Scalar) -> Float[Array,
     """Losses times their weights; a loss that is infinite and has no weight counts as 0."""
     (factor,) = fitted(values, **weights)
     return times(factor, values)
+
+
+def _described(wrapper: Callable[..., Array], name: str, loss: Callable[..., Array]) -> Callable[..., Array]:
+    """A wrapper with a name for error messages, and the positional arguments of the loss inside."""
+    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+    hyperparameters = inspect.Parameter("hyperparameters", inspect.Parameter.VAR_KEYWORD)
+    wrapper.__name__ = name
+    wrapper.__signature__ = inspect.Signature([*positional, hyperparameters])  # type: ignore[attr-defined]
+    return wrapper

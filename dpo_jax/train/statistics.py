@@ -17,7 +17,8 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
     """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
 
     Where neighbours happen to have the same prompt, the response is one to that prompt; in a batch of one it is the
-    response itself. It does not follow a `moving_reference`.
+    response itself. It does not follow a `moving_reference`. Where the batch has weights, such a pair counts by the
+    product of the weights of the prompt's row and of the response's.
 
     Args:
       log_prob: scores responses.
@@ -31,7 +32,11 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
     def reference_point(params: Params, batch: Labels, _: Array) -> Float[Array, ""]:
         mismatched = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), batch.responses)
         scores = (log_prob(policy, batch.prompts, mismatched) for policy in (params, reference))
-        return kto_reference_point(*scores)
+        if batch.weights is None:
+            return kto_reference_point(*scores)
+        weights = batch.weights * jnp.roll(batch.weights, -1)
+        shares = weights / jnp.where(jnp.any(weights > 0), jnp.mean(weights), 1)
+        return kto_reference_point(*(shares * score for score in scores))
 
     return reference_point
 
