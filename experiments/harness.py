@@ -62,7 +62,8 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as problem:
         if isinstance(problem, kinds or (TypeError, ValueError, OSError)):
-            sys.exit(f"error: {problem}")
+            notes = [note for note in getattr(problem, "__notes__", []) if not note.startswith("---")]  # JAX's own
+            sys.exit(" ".join([f"error: {problem}", *notes]))
         raise
 
 

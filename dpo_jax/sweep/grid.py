@@ -3,11 +3,10 @@
 import itertools
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,11 +14,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from dpo_jax.sweep.axes import name_run
 from dpo_jax.sweep.labels import dimension_names, labelled
-from dpo_jax.sweep.planning import Plan, check_programs_fit, check_results_fit, plan
-from dpo_jax.sweep.processes import together
-from dpo_jax.sweep.programs import BlockShape
-from dpo_jax.sweep.store import Block, Folder, Memory, Store, locked
+from dpo_jax.sweep.planning import Plan, check_programs_fit, check_results_fit, plan, stored_shape
+from dpo_jax.sweep.processes import Others, forget_those_before, others
+from dpo_jax.sweep.programs import BlockShape, impatient
+from dpo_jax.sweep.stopping import Stop, stopping
+from dpo_jax.sweep.store import Block, Folder, Memory, Store, check_place, locked, read_manifest
 
 if TYPE_CHECKING:
     import xarray
@@ -50,6 +51,7 @@ def grid(
     num_seeds: int,
     dims: Mapping[str, Sequence[str]] | None = None,
     out: str | os.PathLike[str] | None = None,
+    repair: bool = False,
     runs_at_once: int | None = None,
     memory_limit: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -66,7 +68,12 @@ def grid(
     or processes share the work: not in their last bit if blocks are of the same size, as those of a folder always are,
     and within rounding otherwise.
 
-    Several processes (`sweep.join_processes`) each compute and store their share; all return the whole.
+    Several processes (`sweep.join_processes`) each compute and store their share; all return the whole. If one fails or
+    is stopped, the others end within seconds; if one dies, within half a minute. What is done is stored.
+
+    Ctrl-C and SIGTERM stop a sweep in the main thread at once, whatever it does, unless the caller handles these
+    signals. What is done is stored. XLA cannot be interrupted: the process itself ends when what is being compiled, or
+    run, is done (`os._exit` does not wait).
 
     >>> import jax
     >>> def run(key, *, scale):
@@ -86,7 +93,9 @@ def grid(
       dims: names of the results' own dimensions, for instance `{"history": ["epoch"]}`: of a result, or of all results
         below a name.
       out: folder for the results, which are stored block by block. If it holds a part of the same sweep, that part is
-        kept and the rest computed; the end is the same, bit by bit. Required for several processes.
+        kept and the rest computed; the end is the same, bit by bit. A folder that is complete is only read. Several
+        processes need one.
+      repair: whether blocks of the folder that are damaged shall be made again, instead of an error that names them.
       runs_at_once: how many runs a device makes at once at most; by default what suits the device.
       memory_limit: bytes that programs may take on each device, and results without a folder in all; by default most of
         what is free (of this machine's memory: half, shared by the devices).
@@ -97,59 +106,92 @@ def grid(
     Returns:
       A data set with a dimension for each axis, `seed`, and the results' own dimensions; results of nested structures
       have their names joined by dots. With `out` it reads from the files there, and takes no memory until it is used.
+      An axis given as float32 has float32 coordinates, so that 0.1 is found by 0.1, whatever it is in float32.
 
     Raises:
       TypeError: `run` does not take an axis, or needs an argument that is no axis; or its results are not arrays.
-      ValueError: an axis has no values, or one twice, or one that is not finite; results differ in structure between
-        discrete values; not even one run fits into memory, or all results on the disk; the folder holds another sweep.
+      ValueError: an axis has no values, or one twice, or one that is not finite, or so small that it becomes 0; results
+        differ in structure between discrete values; not even one run fits into memory, or all results on the disk; the
+        folder holds another sweep.
       FileExistsError: the folder holds other files.
       DamagedStoreError: the folder holds a sweep that is not what was written.
       BlockingIOError: another process writes to the folder.
-      RuntimeError: one of several processes failed.
-      SystemExit: the process was asked to terminate (SIGTERM), and what was done is stored.
+      OtherProcessError: another one of several processes failed, was stopped, or died.
+      KeyboardInterrupt: Ctrl-C.
+      SystemExit: the process was asked to terminate (SIGTERM).
+
+    What `run` raises has a note that says for which values.
     """
     if jax.process_count() > 1 and out is None:
         raise ValueError("several processes need a folder that they share for their results: give out")
     folder = None if out is None else Path(out)
-    work = plan(
-        run,
-        key,
-        num_seeds=num_seeds,
-        out=out,
-        runs_at_once=runs_at_once,
-        memory_limit=memory_limit,
-        devices=devices,
-        **axes,
-    )
-    names = dimension_names(work, dims or {})
     with ExitStack() as stack:
+        stop, company = stack.enter_context(stopping()), None
+        if folder is not None:
+            check_place(folder)
+            read_manifest(folder)
+            company = stack.enter_context(others(folder, stop))
+        work = plan(
+            run,
+            key,
+            num_seeds=num_seeds,
+            out=out,
+            runs_at_once=runs_at_once,
+            memory_limit=memory_limit,
+            devices=devices,
+            **axes,
+        )
+        names = dimension_names(work, dims or {})
         store: Store
         if folder is None:
             check_results_fit(work, memory_limit)
             store = Memory(work.result_shapes)
         else:
-            store = stack.enter_context(_opened(folder, work, names))
-        with together("make its share"):
-            _compute(work, store, report)
-    return labelled(store.arrays(), work.axes.labels, tuple(work.axes.discrete), names)
+            work, store = stack.enter_context(_opened(folder, work, names, repair, company, stop))
+        _compute(work, store, report, stop)
+        if company:
+            _until(lambda: store.is_done(work.num_blocks), company, stop)
+    return labelled(store.arrays(), work.axes.coordinates, tuple(work.axes.discrete), names)
 
 
 @contextmanager
-def _opened(folder: Path, work: Plan, names: Mapping[str, Sequence[str]]) -> Iterator[Folder]:
-    """The folder, which holds this sweep and nothing else, and is this sweep's alone."""
-    manifest = {**work.manifest(), "dims": {name: list(own) for name, own in names.items()}}
-    store = Folder(folder, manifest)
+def _opened(
+    folder: Path, work: Plan, names: Mapping[str, Sequence[str]], repair: bool, company: Others | None, stop: Stop
+) -> Iterator[tuple[Plan, Folder]]:
+    """The folder, which holds this sweep and nothing else, and is this sweep's alone; and the plan, in its blocks."""
+    dims = {"dims": {name: list(own) for name, own in names.items()}}
+    store = Folder(folder, {**work.manifest(), **dims})
     with ExitStack() as stack:
-        with together("open the folder"):
-            if jax.process_index() == 0:
+        if repair or not store.is_done(work.num_blocks):
+            if company and company.number > 0:
+                _until(lambda: company.hear()[0] == "open", company, stop)
+                work = replace(work, shape=stored_shape(folder, read_manifest(folder) or {}))
+                store = Folder(folder, {**work.manifest(), **dims})
+            else:
                 _check_space(folder, work)
                 stack.enter_context(locked(folder))
                 store.create()
-        with together("read the folder"):
-            store.check()
-            done = store.done()
-            store.verify([block for block in work.blocks() if block.number in done])
-        yield store
+                if repair:
+                    store.repair(_done_blocks(work, store))
+                forget_those_before(folder, company)
+                if company:
+                    company.say("open")
+        store.check()
+        store.verify(_done_blocks(work, store))
+        yield work, store
+
+
+def _done_blocks(work: Plan, store: Store) -> list[Block]:
+    done = store.done()
+    return [block for block in work.blocks() if block.number in done]
+
+
+def _until(is_so: Callable[[], bool], company: Others, stop: Stop) -> None:
+    """Waits until something is so, or another process fails."""
+    while not is_so():
+        stop.check()
+        company.hear()
+        time.sleep(0.2)
 
 
 def _check_space(folder: Path, work: Plan) -> None:
@@ -162,7 +204,7 @@ def _check_space(folder: Path, work: Plan) -> None:
         raise ValueError(f"the results need {missing:,} more bytes in {folder}, and only {free:,} are free")
 
 
-def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None) -> None:
+def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None, stop: Stop) -> None:
     """Computes and stores the blocks of this process's share that are not done."""
     done, mine = store.done(), [block for block in work.blocks() if _is_mine(block, work.shape)]
     pending = [block for block in mine if block.number not in done]
@@ -171,17 +213,28 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
     check_programs_fit(work)
     total, left = sum(map(_num_runs, mine)), sum(map(_num_runs, pending))
     resumed, start = total - left, time.perf_counter()
-    with _terminating() as asked_to_stop:
+    with impatient(1) as waiting:
         for blocks, results in _one_ahead(_dispatched(work, pending)):
-            for block, arrays in _parts(work, blocks, jax.device_get(results)):
+            try:
+                fetched = waiting.submit(jax.device_get, results).result()
+            except Exception as problem:
+                _name_runs(problem, work, next(iter(blocks.values())))
+                raise
+            for block, arrays in _parts(work, blocks, fetched):
                 store.write(block, arrays)
                 left -= _num_runs(block)
-            del results
+            del results, fetched
             if report:
                 seconds = work.programs.seconds, time.perf_counter() - start
                 report(Progress(total - left, total, resumed, *seconds))
-            if asked_to_stop.is_set():
-                raise SystemExit(128 + signal.SIGTERM)
+            stop.check()
+
+
+def _name_runs(problem: Exception, work: Plan, block: Block) -> None:
+    """Adds to an error of a block which runs these were."""
+    points = {name: values.tolist() for name, values in work.axes.points(block.points).items()}
+    ranges = {name: f"{min(values)} to {max(values)}" for name, values in points.items()}
+    name_run(problem, work.axes.combinations[block.combination], ranges)
 
 
 def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:
@@ -209,20 +262,6 @@ def _parts(
         seeds = slice(first, first + block.seeds.stop - block.seeds.start)
         num_points = block.points.stop - block.points.start
         yield block, {name: np.moveaxis(result[seeds, :num_points], 0, 1) for name, result in results.items()}
-
-
-@contextmanager
-def _terminating() -> Iterator[threading.Event]:
-    """An event that is set when the process is asked to terminate, which then happens when the caller chooses."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _is_mine(block: Block, shape: BlockShape) -> bool:

@@ -18,8 +18,7 @@ import psutil
 from jaxtyping import Array, Key
 
 from dpo_jax import checks
-from dpo_jax.sweep.axes import Axes, label, read_axes
-from dpo_jax.sweep.processes import least
+from dpo_jax.sweep.axes import Axes, label, name_run, read_axes
 from dpo_jax.sweep.programs import (
     BlockShape,
     Programs,
@@ -27,10 +26,12 @@ from dpo_jax.sweep.programs import (
     bytes_needed,
     compile_all,
     fingerprint,
+    impatient,
     share_work,
     trace,
 )
-from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, read_manifest, refuse_other
+from dpo_jax.sweep.stopping import stopping
+from dpo_jax.sweep.store import FORMAT, Block, DamagedStoreError, check_place, read_manifest, refuse_other
 
 RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
@@ -52,6 +53,7 @@ class Plan:
       shape: how many runs a device makes at once.
       devices: the devices of this process.
       memory_limit: bytes that programs may take on each device.
+      fingerprints: of what `run` computes, for each combination of discrete values; none without a folder.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Plan:
     shape: BlockShape
     devices: Sequence[jax.Device]
     memory_limit: int
+    fingerprints: tuple[str, ...] = ()
 
     @cached_property
     def programs(self) -> Programs:
@@ -100,12 +103,17 @@ class Plan:
     @property
     def num_runs(self) -> int:
         """How many runs the grid has."""
-        return len(self.runs) * self.axes.num_points * self.num_seeds
+        return self.num_points * self.num_seeds
+
+    @property
+    def num_points(self) -> int:
+        """How many points the grid has."""
+        return len(self.axes.combinations) * self.axes.num_points
 
     @property
     def result_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape, with axes (combination, point, seed) first, and dtype of each result."""
-        grid = (len(self.runs), self.axes.num_points, self.num_seeds)
+        grid = (len(self.axes.combinations), self.axes.num_points, self.num_seeds)
         return {name: ((*grid, *result.shape), np.dtype(result.dtype)) for name, result in self.runs[0].outputs.items()}
 
     @property
@@ -135,8 +143,8 @@ class Plan:
             Block(number, combination, points, seeds) for number, (seeds, combination, points) in enumerate(product)
         ]
 
-    def manifest(self) -> dict[str, Any]:
-        """What decides the results, to the last bit."""
+    def known_at_once(self) -> dict[str, Any]:
+        """What is known of the manifest before anything is traced."""
         device = self.devices[0]
         return {
             "format": FORMAT,
@@ -147,11 +155,17 @@ class Plan:
             "num_seeds": self.num_seeds,
             "axes": self.axes.labels,
             "order of axes": list(self.axes.names),
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """What decides the results, to the last bit."""
+        return {
+            **self.known_at_once(),
             "runs_at_once": self.shape._asdict(),
             "results": {
                 name: {"shape": list(shape), "dtype": dtype.str} for name, (shape, dtype) in self.result_shapes.items()
             },
-            "programs": [fingerprint(run.jaxpr) for run in self.runs],
+            "programs": list(self.fingerprints),
         }
 
 
@@ -166,29 +180,74 @@ def plan(
     devices: Sequence[jax.Device] | None = None,
     **axes: Iterable[Any],
 ) -> Plan:
-    """What `grid` would do: how many runs, programs and bytes. See `grid` for arguments and errors."""
+    """What `grid` would do: how many runs, programs and bytes. See `grid` for arguments and errors.
+
+    What a folder does not fit is told as soon as it can be: axes and sizes first, then each program once it is traced.
+    """
     _check_key(key)
     for name, number in {"num_seeds": num_seeds, "runs_at_once": runs_at_once, "memory_limit": memory_limit}.items():
         if name == "num_seeds" or number is not None:
             checks.size(name, number)
+    if num_seeds > 2**32:
+        raise ValueError(f"num_seeds must be at most 2**32, got {num_seeds}")
     read = read_axes(run, axes)
     devices = list(jax.local_devices() if devices is None else devices)
     if not devices:
         raise ValueError("devices names none")
-    runs = [trace(run, key, tuple(read.traced), combination) for combination in read.combinations]
-    _check_same_results(read, runs)
-    if len(runs) * read.num_points > 1:
-        runs = share_work(runs)
-    limit = least(memory_limit or free_memory(devices))
-    wanted = int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
-    work = Plan(str(label(run)), read, key, int(num_seeds), runs, BlockShape(1, 1), devices, limit)
-    if out is None or (stored := read_manifest(Path(out))) is None:
-        return _in_largest_blocks(work, wanted)
-    work = replace(work, shape=_stored_shape(Path(out), stored))
-    refuse_other(Path(out), {**stored, "dims": None}, {**work.manifest(), "dims": None})
-    if runs_at_once is not None and (number := work.shape.seeds * work.shape.points) > runs_at_once:
-        raise ValueError(f"{out} holds another sweep: {number} runs at once, not {runs_at_once}; choose another folder")
-    return work
+    limit = memory_limit or free_memory(devices)
+    work = Plan(str(label(run)), read, key, int(num_seeds), [], BlockShape(1, 1), devices, limit)
+    stored = None if out is None else _stored(Path(out), work, runs_at_once)
+    if stored is not None:
+        work = replace(work, shape=stored_shape(Path(out), stored))
+    with stopping():
+        for combination in read.combinations:
+            try:
+                traced = trace(run, key, tuple(read.traced), combination)
+            except Exception as problem:
+                name_run(problem, combination, dict.fromkeys(read.traced, "any"))
+                raise
+            work = replace(work, runs=[*work.runs, traced])
+            _check_same_results(work)
+            if out is not None:
+                work = replace(work, fingerprints=(*work.fingerprints, fingerprint(traced.jaxpr)))
+            if stored is not None:
+                _refuse_changed(Path(out), work, stored)
+        if work.num_points > 1:
+            work = replace(work, runs=share_work(work.runs))
+        if stored is not None:
+            refuse_other(Path(out), {**stored, "dims": None}, {**work.manifest(), "dims": None})
+            return work
+        return _in_largest_blocks(
+            work, int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
+        )
+
+
+def _stored(folder: Path, work: Plan, runs_at_once: int | None) -> dict[str, Any] | None:
+    """What a folder says of its sweep, if it holds one; refuses another one as far as it is known without tracing."""
+    check_place(folder)
+    stored = read_manifest(folder)
+    if stored is not None:
+        known = work.known_at_once()
+        refuse_other(folder, {name: stored.get(name) for name in known}, known)
+        number = math.prod(stored_shape(folder, stored))
+        if runs_at_once is not None and number > runs_at_once:
+            raise ValueError(
+                f"{folder} holds another sweep: {number} runs at once, not {runs_at_once}; choose another folder"
+            )
+    return stored
+
+
+def _refuse_changed(folder: Path, work: Plan, stored: Mapping[str, Any]) -> None:
+    """Raises ValueError if the last combination that was traced is not what made a folder."""
+    results, programs = work.manifest()["results"], stored.get("programs")
+    refuse_other(folder, {"results": stored.get("results")}, {"results": results})
+    i = len(work.runs) - 1
+    if not isinstance(programs, list) or programs[i : i + 1] != [work.fingerprints[i]]:
+        values = ", ".join(f"{name}={label(value)!r}" for name, value in work.axes.combinations[i].items())
+        raise ValueError(
+            f"{folder} holds another sweep: what run computes{f' with {values}' if values else ''} has changed since "
+            "the folder was made (its code, or numbers that it uses); choose another folder"
+        )
 
 
 def _in_largest_blocks(work: Plan, num_runs: int) -> Plan:
@@ -220,10 +279,11 @@ def check_programs_fit(work: Plan) -> None:
 
 def _seconds(make: Callable[[], Any]) -> float:
     """How long something takes, the second time."""
-    jax.block_until_ready(make())
-    start = time.perf_counter()
-    jax.block_until_ready(make())
-    return time.perf_counter() - start
+    with impatient(1) as waiting, stopping():
+        waiting.submit(jax.block_until_ready, make()).result()
+        start = time.perf_counter()
+        waiting.submit(jax.block_until_ready, make()).result()
+        return time.perf_counter() - start
 
 
 def free_memory(devices: Sequence[jax.Device]) -> int:
@@ -257,15 +317,16 @@ def _check_key(key: Key[Array, ""]) -> None:
         )
 
 
-def _check_same_results(axes: Axes, runs: list[TracedRun]) -> None:
-    for combination, run in zip(axes.combinations, runs, strict=True):
-        if run.outputs != runs[0].outputs:
-            names = sorted({**run.outputs, **runs[0].outputs})
-            differing = [name for name in names if run.outputs.get(name) != runs[0].outputs.get(name)]
-            raise ValueError(f"run's results {differing} differ between {combination} and {axes.combinations[0]}")
+def _check_same_results(work: Plan) -> None:
+    """Raises ValueError if the last combination that was traced has other results than the first."""
+    first, last = work.runs[0].outputs, work.runs[-1].outputs
+    if last != first:
+        differing = [name for name in sorted({**last, **first}) if last.get(name) != first.get(name)]
+        combination = work.axes.combinations[len(work.runs) - 1]
+        raise ValueError(f"run's results {differing} differ between {combination} and {work.axes.combinations[0]}")
 
 
-def _stored_shape(folder: Path, stored: Mapping[str, Any]) -> BlockShape:
+def stored_shape(folder: Path, stored: Mapping[str, Any]) -> BlockShape:
     """The block shape of the sweep that a folder holds: another one would give other last bits."""
     size = stored.get("runs_at_once")
     if (

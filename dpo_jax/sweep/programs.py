@@ -3,8 +3,9 @@
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -128,12 +129,26 @@ def share_work(runs: Sequence[TracedRun]) -> list[TracedRun]:
 def compile_all(runs: Sequence[TracedRun], shape: BlockShape, devices: Sequence[jax.Device]) -> Programs:
     """Compiles what a sweep runs, as many programs at a time as there are cores."""
     start = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+    with impatient(os.cpu_count()) as compilers:
         commons = [compilers.submit(compile_fast, lower_common(run, shape, devices)) for run in runs[:1] if run.common]
         programs = [compilers.submit(compile_fast, lower(run, shape, devices)) for run in runs]
         compiled = [program.result() for program in programs]
         common = commons[0].result() if commons else None
     return Programs(compiled, common, time.perf_counter() - start)
+
+
+@contextmanager
+def impatient(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads to wait for: a Ctrl-C reaches the main thread while they work.
+
+    After an error nothing more is begun and nobody waits for what has begun, but the end of the process does: what XLA
+    compiles or runs cannot be cancelled.
+    """
+    executor = ThreadPoolExecutor(num_threads)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:

@@ -2,15 +2,18 @@
 
 A folder holds `sweep.json`, which comes first and says what makes the results; one `.npy` file for each result, at its
 full size from the beginning; and in `done/` one file for each block that is complete, with the checksum of its data. A
-block counts once that file is there, and it comes last: whatever happens before leaves a block that will be made again.
+block counts once that file is there, and it comes last, when the data are on the disk: whatever happens before, a loss
+of power too, leaves a block that will be made again.
 """
 
+import errno
 import json
 import os
 import re
+import stat
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -54,6 +57,10 @@ class Memory:
         """The numbers of the blocks that were complete at the start."""
         return set()
 
+    def is_done(self, num_blocks: int) -> bool:  # noqa: ARG002
+        """Whether all blocks are complete."""
+        return False
+
     def write(self, block: Block, arrays: Arrays) -> None:
         for name, array in arrays.items():
             self.results[name][block.combination, block.points, block.seeds] = array
@@ -91,10 +98,10 @@ class Folder:
             write_whole(self.path / "sweep.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
         if (self.path / "done").exists():  # so are all results, made before
             return
-        for name, (shape, dtype) in self.shapes.items():
-            with unfinished(self._file(name)) as file:
-                np.lib.format.open_memmap(file, "w+", dtype, shape)
+        for name in self.shapes:
+            self._make_file(name)
         (self.path / "done").mkdir()
+        _sync(self.path)
 
     def check(self) -> None:
         """Raises `ValueError` unless the folder holds this sweep."""
@@ -104,6 +111,10 @@ class Folder:
         """The numbers of the blocks that are complete."""
         return {int(path.name) for path in (self.path / "done").iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)}
 
+    def is_done(self, num_blocks: int) -> bool:
+        """Whether all blocks are complete."""
+        return (self.path / "done").is_dir() and self.done() >= set(range(num_blocks))
+
     def write(self, block: Block, arrays: Arrays) -> None:
         for name, array in arrays.items():
             self._write_array(name, block, np.ascontiguousarray(array))
@@ -112,32 +123,62 @@ class Folder:
     def arrays(self) -> Arrays:
         return {name: np.load(self._file(name), mmap_mode="r") for name in self.shapes}
 
-    def verify(self, blocks: list[Block]) -> None:
+    def verify(self, blocks: Sequence[Block]) -> None:
         """Reads what is complete, and raises `DamagedStoreError` unless it is as it was written."""
-        for name, (shape, dtype) in self.shapes.items():
-            self._check_file(name, shape, dtype)
+        broken, damaged = self._damage(blocks)
+        found = list(broken.values())
+        if damaged:
+            numbers = ", ".join(str(block.number) for block in damaged[:10])
+            more = f", ... ({len(damaged)} in all)" if len(damaged) > 10 else ""
+            which = f"blocks {numbers}{more} are" if len(damaged) > 1 else f"block {numbers} is"
+            found.append(f"{which} not what was written")
+        if found:
+            raise DamagedStoreError(
+                f"{self.path} is damaged: {'; '.join(found)}. With repair=True (--repair) it is made again"
+            )
+
+    def repair(self, blocks: Sequence[Block]) -> None:
+        """Forgets blocks that are damaged, so that they are made again: all of them if a file of results is broken."""
+        broken, damaged = self._damage(blocks)
+        for block in blocks if broken else damaged:
+            (self.path / "done" / str(block.number)).unlink(missing_ok=True)
+        _sync(self.path / "done")
+        for name in broken:
+            self._make_file(name)
+
+    def _damage(self, blocks: Sequence[Block]) -> tuple[dict[str, str], list[Block]]:
+        """What is wrong with each file of results that is broken; and damaged blocks, as far as files can be read."""
+        problems = {name: self._problem(name, shape, dtype) for name, (shape, dtype) in self.shapes.items()}
+        broken = {name: problem for name, problem in problems.items() if problem}
+        if broken:
+            return broken, []
         arrays = self.arrays()
-        for block in blocks:
+
+        def is_damaged(block: Block) -> bool:
             part = {name: array[block.combination, block.points, block.seeds] for name, array in arrays.items()}
-            if (self.path / "done" / str(block.number)).read_bytes() != _checksum(part).encode():
-                raise DamagedStoreError(
-                    f"{self.path} is damaged: block {block.number} is not what was written; remove "
-                    f"done/{block.number} to have it made again"
-                )
+            return (self.path / "done" / str(block.number)).read_bytes() != _checksum(part).encode()
+
+        return {}, list(filter(is_damaged, blocks))
+
+    def _make_file(self, name: str) -> None:
+        shape, dtype = self.shapes[name]
+        with unfinished(self._file(name)) as file:
+            np.lib.format.open_memmap(file, "w+", dtype, shape)
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name.replace('%', '%25').replace('/', '%2F')}.npy"
 
-    def _check_file(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def _problem(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> str:
+        """What is wrong with a file of results; nothing if it is as it was made."""
         try:
             array = np.load(self._file(name), mmap_mode="r")
         except Exception as problem:  # whatever a parser of headers raises
-            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy cannot be read ({problem})") from problem
+            return f"{name}.npy cannot be read ({problem})"
         if array.shape != shape or array.dtype != dtype:
-            holds, wanted = f"{array.dtype}{list(array.shape)}", f"{dtype}{list(shape)}"
-            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy holds {holds} and not {wanted}")
+            return f"{name}.npy holds {array.dtype}{list(array.shape)} and not {dtype}{list(shape)}"
         if self._file(name).stat().st_size != array.offset + array.nbytes or not array.flags.c_contiguous:
-            raise DamagedStoreError(f"{self.path} is damaged: {name}.npy is not as it was made")
+            return f"{name}.npy is not as it was made"
+        return ""
 
     def _write_array(self, name: str, block: Block, array: np.ndarray) -> None:
         """Writes by ordinary calls, which raise when the disk is full; through a memory map the process would die."""
@@ -149,6 +190,8 @@ class Folder:
                 first = (block.combination * num_points + point) * num_seeds + block.seeds.start
                 file.seek(header + first * row_bytes)
                 file.write(array[i].tobytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 Store: TypeAlias = Memory | Folder
@@ -170,13 +213,33 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """A neighbour of a file, which takes the file's place once it is complete."""
+    """A neighbour of a file, which takes the file's place once it is complete and on the disk."""
     neighbour = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield neighbour
+        _sync(neighbour)
         neighbour.replace(path)
+        _sync(path.parent)
     finally:
         neighbour.unlink(missing_ok=True)
+
+
+def check_place(path: Path) -> None:
+    """Raises an OSError that says why, if a path is not a folder and cannot become one."""
+    for place in (path, *path.absolute().parents):
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                raise FileNotFoundError(f"{place} is a link to {place.readlink()}, which does not exist") from None
+            continue
+        except OSError as problem:
+            if problem.errno == errno.ELOOP:
+                raise OSError(f"{place} is in a loop of symbolic links: choose another folder") from None
+            raise
+        if not is_folder:
+            raise NotADirectoryError(f"{place} is a file: choose another folder")
+        return
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -197,7 +260,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as problem:
-        raise DamagedStoreError(f"{path} is damaged: sweep.json cannot be read ({problem})") from problem
+        raise DamagedStoreError(
+            f"{path} is damaged: sweep.json cannot be read ({problem}); without it nothing can be repaired: choose "
+            "another folder"
+        ) from problem
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedStoreError(f"{path} is of a format that this version of dpo_jax does not read")
     return manifest
@@ -228,6 +294,16 @@ def locked(path: Path) -> Iterator[None]:
         except Timeout:
             raise BlockingIOError(f"{path} is in use by another process that writes its sweep there") from None
         yield
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the list of a folder's files, is on the disk, where the system can tell."""
+    with suppress(PermissionError):  # Windows does not open folders
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _shortened(value: Any) -> str:
