@@ -643,6 +643,10 @@ def main(options: Options) -> None:
     harness.enable_compilation_cache()
     watch, start = harness.Stopwatch(), time.perf_counter()
     seeds = np.arange(options.seed, options.seed + options.num_seeds + options.num_tuning_seeds).astype(np.uint32)
+    harness.console.print(
+        f"The notebook's claims in {options.num_seeds:,} worlds, and {options.num_tuning_seeds:,} more for tuning. "
+        f"{harness.FIRST_START}"
+    )
     reported, tuning = np.split(seeds, [options.num_seeds])
     claims = judge(gather(reported, tuning, options.num_candidates, watch))
     seconds = {"total": time.perf_counter() - start, "compile": watch.compile, "run": watch.run}

@@ -15,7 +15,6 @@ A program is compiled once for each method: it takes a chunk of runs, whatever t
 import difflib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,10 +181,14 @@ def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatc
     """
     num_all = options.num_seeds + options.num_tuning_seeds
     seeds = np.arange(options.seed, options.seed + num_all).astype(np.uint32)
-    starts = prepare_all(seeds, watch)
     plan = Plan(np.arange(options.num_seeds), np.arange(options.num_seeds, num_all), options.num_candidates)
-    num_runs = len(SETTINGS) * (plan.num_tuning_runs + 2 * options.num_seeds)
-    with harness.progress("runs", num_runs * len(methods)) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    num_runs = len(methods) * len(SETTINGS) * (plan.num_tuning_runs + 2 * options.num_seeds)
+    harness.console.print(
+        f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs in {options.num_seeds:,} "
+        f"worlds, and {options.num_tuning_seeds:,} more for tuning. {harness.FIRST_START}"
+    )
+    starts = prepare_all(seeds, watch)
+    with harness.progress("runs", num_runs, watch) as show_done, harness.threads(THREADS) as threads:
         runner = Runner(starts, watch, Counter(show_done))
         learned = list(threads.map(partial(tune_and_run, runner, plan), methods))
     baselines = jax.jit(jax.vmap(baseline))
