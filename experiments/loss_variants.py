@@ -308,7 +308,7 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         points[entry["setting"]][entry["name"]] = kl["mean"], reward["mean"]
     harness.save_figure(figures.loss_gains(families, gains), out / "gains.png")
     panels = {
-        setting: {
+        setting.capitalize(): {
             **{
                 curve: {name: values["mean"] for name, values in baseline[curve].items()}
                 for curve in ("frontier", "sharpened")
