@@ -287,6 +287,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
         for contender, found in zip(CONTENDERS, results["contenders"], strict=True)
     ]
     return {
+        "num_seeds": len(sft["expected_reward"]),
         "learning_rates": LEARNING_RATES,
         "methods": entries,
         "baselines": jax.tree.map(harness.mean_and_stderr, results["baseline"]),
@@ -363,7 +364,7 @@ def print_results(summary: dict[str, Any]) -> None:
     """Prints the table of methods."""
     columns = ["method", "labels", "samples", "steps", "ms per run", "learning rate", "reward", "gain over SFT"]
     columns += ["spread", "KL", "model's gain", "worse than SFT"]
-    rows = [row_of(entry) for entry in summary["methods"]]
+    rows = [row_of(entry, summary["num_seeds"]) for entry in summary["methods"]]
     harness.print_table("DPO and RLHF, means over worlds and 95% intervals", columns, rows)
     untrained = {name: entry for name, entry in summary["baseline_gains"].items() if entry["gain"]["mean"].ndim == 0}
     harness.print_table(
@@ -372,7 +373,7 @@ def print_results(summary: dict[str, Any]) -> None:
         [
             [
                 name,
-                harness.interval(e["gain"]),
+                harness.interval(e["gain"], summary["num_seeds"]),
                 f"{e['kl_to_reference']['mean']:.3f}",
                 f"{e['learned_gain']['mean']:.3f}",
             ]
@@ -381,7 +382,7 @@ def print_results(summary: dict[str, Any]) -> None:
     )
 
 
-def row_of(entry: dict[str, Any]) -> list[str]:
+def row_of(entry: dict[str, Any], num_seeds: int) -> list[str]:
     """A row of the table of methods."""
     return [
         entry["name"],
@@ -391,7 +392,7 @@ def row_of(entry: dict[str, Any]) -> list[str]:
         f"{1000 * entry['seconds']['run']:.0f}",
         f"{entry['learning_rate']:g}",
         f"{entry['expected_reward']['mean']:.3f}",
-        harness.interval(entry["gain"]),
+        harness.interval(entry["gain"], num_seeds),
         f"{entry['spread_of_gain']:.3f}",
         f"{entry['kl_to_reference']['mean']:.3f}",
         f"{entry['learned_gain']['mean']:.3f}",

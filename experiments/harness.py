@@ -34,6 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_jax import checks, sweep
+from dpo_jax.intervals import half_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -268,9 +269,9 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
     return {"mean": values.mean(axis=0), "stderr": spread / np.sqrt(len(values))}
 
 
-def interval(statistics: dict[str, Any], digits: int = 3) -> str:
-    """A mean and half the width of its 95 % confidence interval, if there is one, from `mean_and_stderr`."""
-    half = 1.96 * statistics["stderr"]
+def interval(statistics: dict[str, Any], num: int, digits: int = 3) -> str:
+    """A mean of `num` values and half the width of its 95 % confidence interval, if there is one."""
+    half = half_width(statistics["stderr"], num)
     return f"{statistics['mean']:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks, figures, toy, train
+from dpo_jax.intervals import half_width
 from dpo_jax.types import Params, Scalar
 from experiments import harness, notebook
 from experiments.methods import METHODS, Feedback, Method, Setup
@@ -267,7 +268,7 @@ def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, A
                     "diverged": float(np.mean(np.isnan(reward))),
                 }
             )
-    return {"losses": entries, "baselines": baselines}
+    return {"num_seeds": len(sft), "losses": entries, "baselines": baselines}
 
 
 def print_results(summary: dict[str, Any]) -> None:
@@ -282,6 +283,7 @@ def print_results(summary: dict[str, Any]) -> None:
         "accuracy": "accuracy",
         "chosen_logp_change": "log-prob. of chosen",
     }
+    num = summary["num_seeds"]
     for setting in SETTINGS:
         entries = [entry for entry in summary["losses"] if entry["setting"] == setting]
         entries.sort(key=lambda entry: -np.nan_to_num(entry["expected_reward"]["mean"], nan=-np.inf))
@@ -289,7 +291,7 @@ def print_results(summary: dict[str, Any]) -> None:
         harness.print_table(
             f"{setting} labels, mean and 95% interval",
             ["loss", *(columns[name] for name in shown)],
-            [[entry["name"], *(harness.interval(entry[name]) for name in shown)] for entry in entries],
+            [[entry["name"], *(harness.interval(entry[name], num) for name in shown)] for entry in entries],
         )
 
 
@@ -300,10 +302,11 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         if entry["setting"] == next(iter(SETTINGS)):
             families.setdefault(entry["family"], []).append(entry["name"])
     gains: dict[str, Any] = {name: {setting: {} for setting in SETTINGS} for name in GAINS}
+    num = summary["num_seeds"]
     points: dict[str, Any] = {setting: {} for setting in SETTINGS}
     for entry in summary["losses"]:
         for name, label in GAINS.items():
-            gains[name][entry["setting"]][entry["name"]] = entry[label]["mean"], 1.96 * entry[label]["stderr"]
+            gains[name][entry["setting"]][entry["name"]] = entry[label]["mean"], half_width(entry[label]["stderr"], num)
         kl, reward = entry["kl_to_reference"], entry["expected_reward"]
         points[entry["setting"]][entry["name"]] = kl["mean"], reward["mean"]
     harness.save_figure(figures.loss_gains(families, gains), out / "gains.png")

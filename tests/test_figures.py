@@ -166,6 +166,7 @@ def test_sweeps_show_means_with_intervals_and_mark_the_smallest_beta_largest():
         "expected_reward_stderr": np.array([0.01, np.nan]),  # one seed has no interval
         "gain": np.array([0.1, 0.2]),
         "gain_stderr": np.array([0.001, 0.002]),
+        "num_seeds": np.array([4, 4]),
         "kl_to_reference": np.array([0.8, 0.2]),
     }
     left, right = drawn(figures.reward_against_beta(np.array(BETAS), {"dpo": curve}, sft_reward=0.3, of="Rate 1"))
@@ -174,7 +175,9 @@ def test_sweeps_show_means_with_intervals_and_mark_the_smallest_beta_largest():
     assert [list(line.get_ydata()) for line in left.lines] == [[0.4, 0.5], [0.3, 0.3]]
     assert [list(line.get_ydata()) for line in right.lines] == [[0.1, 0.2], [0.0, 0.0]]
     bands = [axes.collections[0].get_paths()[0].vertices[:, 1] for axes in (left, right)]
-    np.testing.assert_allclose([[band.min(), band.max()] for band in bands], [[0.3804, 0.5], [0.09804, 0.20392]])
+    np.testing.assert_allclose(
+        [[band.min(), band.max()] for band in bands], [[0.368176, 0.5], [0.0968176, 0.2063648]], rtol=1e-5
+    )
     (axes,) = drawn(figures.reward_against_kl(np.array(BETAS), {"dpo": curve}, sft_reward=0.3))
     points = axes.collections[0]
     assert points.get_offsets().tolist() == [[0.8, 0.4], [0.2, 0.5]]
@@ -194,6 +197,7 @@ def test_heat_maps_write_values_where_their_axes_say():
 
 CURVE = {"kl_to_reference": np.array([0.0, 1.0]), "expected_reward": np.array([0.3, 0.6])}
 SWEPT = {**CURVE, "expected_reward_stderr": np.ones(2), "gain": np.ones(2), "gain_stderr": np.ones(2)}
+SWEPT |= {"num_seeds": np.array([4, 4])}
 STRANGE = r"_{} $b$ c^2 a\b x_y ß"
 
 

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from numpy import ndarray
 
 from dpo_jax.figures.style import GREY, LINE_STYLES, PALETTE, as_written, named, panels
+from dpo_jax.intervals import half_width
 
 Curve = Mapping[str, Float[ndarray, " betas"]]
 """For each beta `expected_reward`, the reward gained on the reference, `gain`, their standard errors over seeds,
-`expected_reward_stderr` and `gain_stderr`, and `kl_to_reference` (nats)."""
+`expected_reward_stderr` and `gain_stderr`, how many seeds there were, `num_seeds`, and `kl_to_reference` (nats)."""
 
 
 def reward_against_beta(
@@ -33,7 +34,8 @@ def reward_against_beta(
     columns = {"expected_reward": "Expected true reward", "gain": "Reward gained on SFT"}
     for axes, (column, label) in zip(panes, columns.items(), strict=True):
         for i, (name, curve) in enumerate(curves.items()):
-            mean, spread = curve[column][order], 1.96 * np.nan_to_num(curve[f"{column}_stderr"][order])
+            mean = curve[column][order]
+            spread = np.nan_to_num(half_width(curve[f"{column}_stderr"], curve["num_seeds"]))[order]
             style = _style(i)
             axes.plot(betas[order], mean, marker="o", markersize=4, label=named(name), **style)
             axes.fill_between(betas[order], mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
