@@ -86,8 +86,8 @@ LOSSES: dict[str, Callable[..., Array]] = {
 class Options:
     """How long notebooks, training runs and losses take, beside what the machine can do.
 
-    On two quiet cores that is about 8 minutes and 3 GB of memory, and 10 minutes more where PyTorch is installed; with
-    `--max-seconds 600`, an hour. `--quick` takes half a minute, and measures nothing worth knowing.
+    On two quiet cores that is about 8 minutes and 2 GB of memory, and 10 minutes more where PyTorch is installed; with
+    `--max-seconds 600`, a quarter of an hour more. `--quick` takes a minute, and measures nothing worth knowing.
     """
 
     seed: int = 0

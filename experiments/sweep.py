@@ -129,7 +129,7 @@ def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
     deviations = runs.std("seed", dtype=float)
     stderrs = (deviations / np.sqrt((num - 1).where(num > 1))).where(num > 1)
     named = {f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"}
-    return means.assign(named, num_seeds=num.expected_reward)
+    return means.assign({**named, "num_seeds": num.expected_reward})
 
 
 def points(summary: "xarray.Dataset") -> Iterator[tuple[dict[str, Any], "xarray.Dataset"]]:

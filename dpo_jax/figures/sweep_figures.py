@@ -35,7 +35,7 @@ def reward_against_beta(
     for axes, (column, label) in zip(panes, columns.items(), strict=True):
         for i, (name, curve) in enumerate(curves.items()):
             mean = curve[column][order]
-            spread = np.nan_to_num(half_width(curve[f"{column}_stderr"], curve["num_seeds"]))[order]
+            spread = np.nan_to_num(half_width(curve[f"{column}_stderr"][order], curve["num_seeds"][order]))
             style = _style(i)
             axes.plot(betas[order], mean, marker="o", markersize=4, label=named(name), **style)
             axes.fill_between(betas[order], mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)

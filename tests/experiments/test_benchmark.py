@@ -189,7 +189,7 @@ def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
 )
 def test_what_cannot_be_compared_is_refused(text, problem, tmp_path):
     if text is not None:
-        if text.startswith('{"pairs"') or text.startswith('{"notebooks"'):
+        if text.startswith(('{"pairs"', '{"notebooks"')):
             text = json.dumps(json.loads((REPORTED / "summary.json").read_text()) | json.loads(text))
         (tmp_path / "summary.json").write_text(text)
     with pytest.raises(SystemExit, match=problem):
