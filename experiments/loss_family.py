@@ -198,7 +198,7 @@ def main(options: Options) -> None:
     out = harness.output_folder(options.out)
     harness.enable_compilation_cache()
     watch = harness.Stopwatch()
-    with watch.counting("run"):
+    with watch.counting("run"), harness.waiting("Evaluating the losses and their gradients"):
         drawn = families()
     harness.save_figure(figures.loss_family(drawn), out / "family.png")
     rounded = [

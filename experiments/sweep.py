@@ -122,7 +122,10 @@ def run(
 
 
 def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
-    """Means over seeds with standard errors, for every point; `gain` is the reward gained on the SFT policy."""
+    """Means over seeds with standard errors, for every point; `gain` is the reward gained on the SFT policy.
+
+    `num_seeds` is over how many seeds those of the reward are taken.
+    """
     runs = results.assign(
         gain=results.expected_reward - results.sft_reward,
         finished=(results.num_steps == STEPS_PER_EPOCH * NUM_EPOCHS).astype(float),
@@ -130,7 +133,8 @@ def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
     means, num = runs.mean("seed", dtype=float), runs.count("seed")  # of numbers that are some
     deviations = runs.std("seed", dtype=float)
     stderrs = (deviations / np.sqrt((num - 1).where(num > 1))).where(num > 1)
-    return means.assign({f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"})
+    named = {f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"}
+    return means.assign({**named, "num_seeds": num.expected_reward})
 
 
 def points(summary: "xarray.Dataset") -> Iterator[tuple[dict[str, Any], "xarray.Dataset"]]:
@@ -195,7 +199,9 @@ def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
         [
             *(f"{point[axis]:g}" if isinstance(point[axis], float) else str(point[axis]) for axis in varied),
             *(
-                harness.interval({"mean": found[name].item(), "stderr": found[f"{name}_stderr"].item()})
+                harness.interval(
+                    {"mean": found[name].item(), "stderr": found[f"{name}_stderr"].item()}, found.num_seeds.item()
+                )
                 for name in ("expected_reward", "gain", "kl_to_reference")
             ),
             f"{found.finished.item():.0%}",
