@@ -86,9 +86,9 @@ def update(
 
     def evaluate(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
         if not isinstance(objective, StatefulObjective):
-            outcome = objective(params, batch)
-            checks.outcome(outcome, parts=("loss", "metrics"))
-            loss, metrics = outcome
+            plain = objective(params, batch)
+            checks.outcome(plain, parts=("loss", "metrics"))
+            loss, metrics = plain
             return loss, (metrics, None)
         outcome = objective.apply(params, batch, state.memory)
         checks.outcome(outcome, parts=("loss", "metrics", "memory"))
@@ -291,7 +291,7 @@ def memory_like(old: Any, new: Any, name: str) -> Any:
     """
     new = jax.tree.map(jnp.asarray, new)
     wanted, found = (jax.tree.map(jnp.shape, memory) for memory in (old, new))
-    if jax.tree.structure(old) != jax.tree.structure(new) or wanted != found:
+    if jax.tree.structure(old) != jax.tree.structure(new) or wanted != found:  # type: ignore[operator]
         raise TypeError(f"{name} must return a memory of the shapes that it was given, {wanted}, got {found}")
     return jax.tree.map(partial(_cast, name), old, new)
 
