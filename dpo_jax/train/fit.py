@@ -86,14 +86,10 @@ def update(
 
     def evaluate(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
         if not isinstance(objective, StatefulObjective):
-            plain = objective(params, batch)
-            checks.outcome(plain, parts=("loss", "metrics"))
-            loss, metrics = plain
-            return loss, (metrics, None)
-        outcome = objective.apply(params, batch, state.memory)
-        checks.outcome(outcome, parts=("loss", "metrics", "memory"))
-        loss, metrics, memory = outcome
-        return loss, (metrics, memory_like(state.memory, memory, "objective"))
+            checks.outcome(outcome := objective(params, batch), parts=("loss", "metrics"))
+            return outcome[0], (outcome[1], None)
+        checks.outcome(new := objective.apply(params, batch, state.memory), parts=("loss", "metrics", "memory"))
+        return new[0], (new[1], memory_like(state.memory, new[2], "objective"))
 
     (loss, (metrics, memory)), gradient = jax.value_and_grad(evaluate, has_aux=True)(state.params)
     known = {"value": loss, "grad": gradient, "value_fn": lambda params: evaluate(params)[0]}
@@ -291,7 +287,7 @@ def memory_like(old: Any, new: Any, name: str) -> Any:
     """
     new = jax.tree.map(jnp.asarray, new)
     wanted, found = (jax.tree.map(jnp.shape, memory) for memory in (old, new))
-    if jax.tree.structure(old) != jax.tree.structure(new) or wanted != found:  # type: ignore[operator]
+    if wanted != found or str(jax.tree.structure(old)) != str(jax.tree.structure(new)):
         raise TypeError(f"{name} must return a memory of the shapes that it was given, {wanted}, got {found}")
     return jax.tree.map(partial(_cast, name), old, new)
 
