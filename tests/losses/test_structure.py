@@ -61,6 +61,18 @@ def test_rows_that_depend_on_others(of_margin):
     assert mixes(of_margin)
 
 
+def test_random_numbers_disturb_nobody(capfd):
+    """Neither the search for NaN nor what a loss prints."""
+
+    def of_margin(margin):
+        jax.debug.print("margin {}", margin)
+        return jnp.log(margin)
+
+    with jax.debug_nans(True):
+        assert not mixes(of_margin)
+    assert "margin" not in capfd.readouterr().out
+
+
 def test_a_single_row_depends_on_no_other():
     assert not mixes(jnp.sort, rows=(jnp.zeros(1), jnp.zeros(1)))
 
