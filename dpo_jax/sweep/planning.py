@@ -196,9 +196,10 @@ def plan(
         raise ValueError("devices names none")
     limit = memory_limit or free_memory(devices)
     work = Plan(str(label(run)), read, key, int(num_seeds), [], BlockShape(1, 1), devices, limit)
-    stored = None if out is None else _stored(Path(out), work, runs_at_once)
-    if stored is not None:
-        work = replace(work, shape=stored_shape(Path(out), stored))
+    folder = None if out is None else Path(out)
+    stored = None if folder is None else _stored(folder, work, runs_at_once)
+    if folder and stored:
+        work = replace(work, shape=stored_shape(folder, stored))
     with stopping():
         for combination in read.combinations:
             try:
@@ -208,18 +209,17 @@ def plan(
                 raise
             work = replace(work, runs=[*work.runs, traced])
             _check_same_results(work)
-            if out is not None:
+            if folder:
                 work = replace(work, fingerprints=(*work.fingerprints, fingerprint(traced.jaxpr)))
-            if stored is not None:
-                _refuse_changed(Path(out), work, stored)
+            if folder and stored:
+                _refuse_changed(folder, work, stored)
         if work.num_points > 1:
             work = replace(work, runs=share_work(work.runs))
-        if stored is not None:
-            refuse_other(Path(out), {**stored, "dims": None}, {**work.manifest(), "dims": None})
+        if folder and stored:
+            refuse_other(folder, {**stored, "dims": None}, {**work.manifest(), "dims": None})
             return work
-        return _in_largest_blocks(
-            work, int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
-        )
+        wanted = runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS)
+        return _in_largest_blocks(work, int(wanted))
 
 
 def _stored(folder: Path, work: Plan, runs_at_once: int | None) -> dict[str, Any] | None:
