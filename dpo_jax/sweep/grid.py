@@ -213,7 +213,7 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
     check_programs_fit(work)
     total, left = sum(map(_num_runs, mine)), sum(map(_num_runs, pending))
     resumed, start = total - left, time.perf_counter()
-    with impatient(1) as waiting:
+    with impatient(1) as waiting, _synced(store):
         for blocks, results in _one_ahead(_dispatched(work, pending)):
             try:
                 fetched = waiting.submit(jax.device_get, results).result()
@@ -228,6 +228,15 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
                 seconds = work.programs.seconds, time.perf_counter() - start
                 report(Progress(total - left, total, resumed, *seconds))
             stop.check()
+
+
+@contextmanager
+def _synced(store: Store) -> Iterator[None]:
+    """What is written inside is on the disk in the end, however it ends."""
+    try:
+        yield
+    finally:
+        store.sync()
 
 
 def _name_runs(problem: Exception, work: Plan, block: Block) -> None:

@@ -218,9 +218,8 @@ def plan(
         if folder and stored:
             refuse_other(folder, {**stored, "dims": None}, {**work.manifest(), "dims": None})
             return work
-        return _in_largest_blocks(
-            work, int(runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS))
-        )
+        wanted = runs_at_once or RUNS_AT_ONCE.get(devices[0].platform, RUNS_AT_ONCE_ON_ACCELERATORS)
+        return _in_largest_blocks(work, int(wanted))
 
 
 def _stored(folder: Path, work: Plan, runs_at_once: int | None) -> dict[str, Any] | None:

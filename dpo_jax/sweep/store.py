@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,6 +22,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 FORMAT = 1
+
+SECONDS_BETWEEN_SYNCS = 0.5
+"""Blocks that take less are said to be done together: waiting for the disk takes milliseconds for each file."""
 
 
 class DamagedStoreError(ValueError):
@@ -65,6 +69,9 @@ class Memory:
         for name, array in arrays.items():
             self.results[name][block.combination, block.points, block.seeds] = array
 
+    def sync(self) -> None:
+        """Nothing has to be done."""
+
     def arrays(self) -> Arrays:
         return self.results
 
@@ -79,6 +86,8 @@ class Folder:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self.manifest = path, manifest
+        self.unmarked: dict[int, str] = {}
+        self.last_sync = 0.0
         self.shapes = {
             name: (tuple(result["shape"]), np.dtype(result["dtype"])) for name, result in manifest["results"].items()
         }
@@ -116,9 +125,23 @@ class Folder:
         return (self.path / "done").is_dir() and self.done() >= set(range(num_blocks))
 
     def write(self, block: Block, arrays: Arrays) -> None:
+        """Writes a block, which counts after the next `sync`: this one, unless the last one was just before."""
         for name, array in arrays.items():
             self._write_array(name, block, np.ascontiguousarray(array))
-        write_whole(self.path / "done" / str(block.number), _checksum(arrays))
+        self.unmarked[block.number] = _checksum(arrays)
+        if time.monotonic() - self.last_sync > SECONDS_BETWEEN_SYNCS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Waits until all that was written is on the disk, and then says that it is done."""
+        if not self.unmarked:
+            return
+        for name in self.shapes:
+            _sync(self._file(name))
+        for number, checksum in self.unmarked.items():
+            write_whole(self.path / "done" / str(number), checksum)
+        _sync(self.path / "done")
+        self.unmarked, self.last_sync = {}, time.monotonic()
 
     def arrays(self) -> Arrays:
         return {name: np.load(self._file(name), mmap_mode="r") for name in self.shapes}
@@ -145,6 +168,7 @@ class Folder:
         _sync(self.path / "done")
         for name in broken:
             self._make_file(name)
+        _sync(self.path)
 
     def _damage(self, blocks: Sequence[Block]) -> tuple[dict[str, str], list[Block]]:
         """What is wrong with each file of results that is broken; and damaged blocks, as far as files can be read."""
@@ -190,8 +214,6 @@ class Folder:
                 first = (block.combination * num_points + point) * num_seeds + block.seeds.start
                 file.seek(header + first * row_bytes)
                 file.write(array[i].tobytes())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 Store: TypeAlias = Memory | Folder
@@ -219,7 +241,6 @@ def unfinished(path: Path) -> Iterator[Path]:
         yield neighbour
         _sync(neighbour)
         neighbour.replace(path)
-        _sync(path.parent)
     finally:
         neighbour.unlink(missing_ok=True)
 
