@@ -182,7 +182,7 @@ def test_what_it_says_of_costs_is_what_was_measured():
 
 
 def test_what_the_page_of_sweeps_says_of_a_gpu_is_what_was_reckoned():
-    summary = json.loads((ROOT / "experiments/reported/gpu_traffic/summary.json").read_text())
+    summary = json.loads((ROOT / "experiments/reported/described_devices/h200/summary.json").read_text())
     words = " ".join((ROOT / "dpo_jax/sweep/README.md").read_text(encoding="utf-8").split())
     assert f"{summary['kernels_per_step']:.0f} kernels a step" in words
     assert f"move {summary['bytes_per_step_and_run']:,.0f} bytes per step and run" in words

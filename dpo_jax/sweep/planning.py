@@ -37,7 +37,7 @@ RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
 
 RUNS_AT_ONCE_ON_ACCELERATORS = 65536
-"""Elsewhere. A kernel of a training step then moves about 90 MB, by `experiments.gpu_traffic`; none was measured."""
+"""Elsewhere. A kernel of a training step then moves about 90 MB, by `experiments.described_devices`; none was measured."""
 
 
 @dataclass(frozen=True)

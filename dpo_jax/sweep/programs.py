@@ -151,12 +151,14 @@ def impatient(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+def lower(
+    run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device], platforms: tuple[str, ...] | None = None
+) -> jax.stages.Lowered:
     """The program `(values, key, seeds, points) -> results` that makes a block of runs on each device.
 
     Its arguments are what the program of `lower_common` made; the base key; numbers of seeds,
     `[devices * shape.seeds]`; and traced values, each `[shape.points]`. Its results have axes (seed, point) before
-    their own.
+    their own. It is lowered for the platform of the devices unless others are named.
     """
     over_points = jax.vmap(run, in_axes=(None, None, 0), axis_size=shape.points)
 
@@ -166,17 +168,21 @@ def lower(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> j
 
     num_seeds = len(devices) * shape.seeds
     arguments = run.values(num_seeds), run.key, jax.ShapeDtypeStruct((num_seeds,), jnp.uint32), run.points(shape.points)
-    return _split_over(devices, block, (SPLIT, WHOLE, SPLIT, WHOLE)).lower(*arguments)
+    traced = _split_over(devices, block, (SPLIT, WHOLE, SPLIT, WHOLE)).trace(*arguments)
+    return traced.lower(lowering_platforms=platforms)
 
 
-def lower_common(run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-    """The program `(key, seeds) -> values` that makes what the runs of a block share."""
+def lower_common(
+    run: TracedRun, shape: BlockShape, devices: Sequence[jax.Device], platforms: tuple[str, ...] | None = None
+) -> jax.stages.Lowered:
+    """The program `(key, seeds) -> values` that makes what the runs of a block share; see `lower`."""
 
     def block(key: Key[Array, ""], seeds: Seeds) -> list[Array]:
         return jax.vmap(lambda seed: jaxpr_as_fun(run.common)(jax.random.fold_in(key, seed)))(seeds)
 
     seeds = jax.ShapeDtypeStruct((len(devices) * shape.seeds,), jnp.uint32)
-    return _split_over(devices, block, (WHOLE, SPLIT)).lower(run.key, seeds)
+    traced = _split_over(devices, block, (WHOLE, SPLIT)).trace(run.key, seeds)
+    return traced.lower(lowering_platforms=platforms)
 
 
 def fingerprint(program: ClosedJaxpr) -> str:
