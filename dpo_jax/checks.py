@@ -4,11 +4,14 @@ Each check raises an error that names the argument, its value and, for arrays, t
 (under `jit`, `vmap` or `grad`) has no value yet: there, only shapes and dtypes are checked.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from dpo_jax.types import Ratio
 
 
 def is_traced(tree: Any) -> bool:
@@ -32,6 +35,12 @@ def positive(name: str, value: Any) -> None:
 def not_negative(name: str, value: Any) -> None:
     """`value` is zero or positive, and finite, in every entry."""
     _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
+
+
+def zero_or_within(name: str, value: Any, low: float, high: float) -> None:
+    """`value` is zero, or `low <= value <= high`, in every entry."""
+    holds = lambda x: (x == 0) | ((low <= x) & (x <= high))  # noqa: E731
+    _require(name, value, holds, f"zero or positive, and if positive between {low:g} and {high:g}")
 
 
 def at_least(name: str, value: Any, low: float) -> None:
@@ -59,14 +68,25 @@ def positive_fraction(name: str, value: Any) -> None:
     _require(name, value, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
 
 
-def not_positive(name: str, value: Any) -> None:
-    """`value` is zero or negative in every entry, as logarithms of probabilities are."""
-    _require(name, value, lambda x: x <= 0, "zero or negative, as a log-probability is")
+def log_probabilities(**arrays: Any) -> None:
+    """No entry is positive, as no logarithm of a probability is, but for rounding; NaN passes, and shows in the loss.
+
+    A sum over the tokens of a response that is all but certain may round to a little above 0. The square root of the
+    dtype's epsilon is allowed: 3e-4 in float32, 0.09 in bfloat16, 1.5e-8 in float64.
+    """
+    for name, value in arrays.items():
+        rounding = float(jnp.finfo(_dtype(name, value)).eps) ** 0.5
+        _require(name, value, partial(_not_above, rounding), "zero or negative, as a log-probability is")
 
 
 def finite(name: str, value: Any) -> None:
     """`value` is finite in every entry."""
     _require(name, value, np.isfinite, "finite")
+
+
+def not_nan(name: str, value: Any) -> None:
+    """`value` is a number in every entry, perhaps an infinite one."""
+    _require(name, value, lambda x: ~np.isnan(x), "a number, not NaN")
 
 
 def probability(name: str, value: Any) -> None:
@@ -82,10 +102,15 @@ def size(name: str, value: Any, *, at_least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
-def ids(name: str, value: Any, num: int) -> None:
-    """`value` is an array of integers, each in `0 .. num - 1`. (JAX itself would clamp the others silently.)."""
+def integers(name: str, value: Any) -> None:
+    """`value` is an array of integers."""
     if not jnp.issubdtype(_dtype(name, value), jnp.integer):
         raise TypeError(f"{name} must hold integers, got {_describe(value)}")
+
+
+def ids(name: str, value: Any, num: int) -> None:
+    """`value` is an array of integers, each in `0 .. num - 1`. (JAX itself would clamp the others silently.)."""
+    integers(name, value)
     _require(name, value, lambda x: (x >= 0) & (x < num), f"between 0 and {num - 1}")
 
 
@@ -184,7 +209,7 @@ def lengths(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def rankings(policy: Any, reference: Any) -> None:
-    """Two sequences of equally many floating-point arrays, two at least, that agree in shape and dtype."""
+    """Two sequences of equally many arrays of log-probabilities, two at least, that agree in shape and dtype."""
     for name, value in (("policy", policy), ("reference", reference)):
         if not isinstance(value, tuple | list) or len(value) < 2:
             raise TypeError(f"{name} must be a sequence of two or more arrays, best first, got {_describe(value)}")
@@ -197,6 +222,7 @@ def rankings(policy: Any, reference: Any) -> None:
     }
     same_shape(**places)
     same_dtype(**places)
+    log_probabilities(**places)
 
 
 def batch(name: str, value: Any) -> None:
@@ -220,6 +246,58 @@ def rows(name: str, data: Any) -> int:
     return next(iter(shapes.values()))[0]
 
 
+def one_per_row(name: str, value: Any, num_rows: int) -> None:
+    """Each leaf of `value` has one number for each row: a comparison's loss is no loss of its tokens."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if jnp.shape(leaf) != (num_rows,):
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)} must have one number for each of the {num_rows} rows of the "
+                f"batch, got shape {jnp.shape(leaf)}: take sums or means over tokens (losses.sequence_logps)"
+            )
+
+
+def weights(data: Any) -> None:
+    """The weights of a data set, if it has any, are finite, none is negative, and at least one is positive."""
+    value = getattr(data, "weights", None)
+    if value is None or is_traced(value):
+        return
+    not_negative("data.weights", value)
+    if not np.any(np.asarray(value) > 0):
+        raise ValueError("data.weights must not all be zero: then no row counts, and nothing can be learnt")
+
+
+def outcome(value: Any, *, parts: tuple[str, ...]) -> None:
+    """`value`, what an objective returned, is a tuple of a scalar loss, a dict of numbers, and perhaps a memory."""
+    wanted = f"objective must return ({', '.join(parts)})"
+    if not isinstance(value, tuple) or len(value) != len(parts):
+        hint = " (without metrics, an empty dict)" if hasattr(value, "shape") or isinstance(value, float) else ""
+        raise TypeError(f"{wanted}{hint}, got {_describe(value)}")
+    loss, metrics = value[:2]
+    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(f"{wanted}, where loss is one floating-point number, got {_describe(loss)}: take its mean")
+    metric_names("objective", metrics, taken={"loss", "step"})
+    for name, metric in metrics.items():
+        for leaf in jax.tree.leaves(metric) if isinstance(metric, Ratio) else [metric]:
+            if not _is_numeric(leaf) or jnp.shape(leaf) != ():
+                raise TypeError(f"metrics[{name!r}] must be one number for each batch, got {_describe(leaf)}")
+
+
+def metric_names(function: str, metrics: Any, *, taken: Any) -> None:
+    """`metrics`, what a function returned, is a dict with names of its own."""
+    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
+        raise TypeError(f"{function} must return metrics as a dict from names to numbers, got {_describe(metrics)}")
+    if both := sorted(metrics.keys() & taken):
+        raise ValueError(f"{function} must not return {', '.join(both)}: training has metrics of that name")
+
+
+def evaluation(metrics: Any, *, taken: Any) -> None:
+    """`metrics`, what `evaluate` returned, is a dict of arrays with names of its own."""
+    metric_names("evaluate", metrics, taken=taken)
+    for name, metric in metrics.items():
+        if not (isinstance(metric, Ratio) or _is_numeric(metric)):
+            raise TypeError(f"evaluate must return arrays, got {_describe(metric)} for {name!r}")
+
+
 def distinct(name: str, first: Any, second: Any) -> None:
     """The two arrays differ in every row."""
     if is_traced((first, second)):
@@ -230,6 +308,10 @@ def distinct(name: str, first: Any, second: Any) -> None:
         raise ValueError(
             f"{name}: chosen and rejected must differ, but both are {np.asarray(first).flat[row]} in row {row}"
         )
+
+
+def _not_above(high: float, x: Any) -> Any:
+    return ~(x > high)
 
 
 def _require(name: str, value: Any, holds: Any, what: str) -> None:
@@ -247,6 +329,13 @@ def _require(name: str, value: Any, holds: Any, what: str) -> None:
         index = tuple(int(i) for i in wrong[0])
         where = f" in row {_position(index)}" if index else ""
         raise ValueError(f"{name} must be {what}, got {array[index]}{where}")
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether it is a number or an array of numbers."""
+    return isinstance(value, bool | int | float) or (
+        hasattr(value, "dtype") and (jnp.issubdtype(value.dtype, jnp.number) or value.dtype == bool)
+    )
 
 
 def _position(index: tuple[int, ...]) -> int | tuple[int, ...]:

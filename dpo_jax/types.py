@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 T = TypeVar("T")
@@ -18,7 +21,46 @@ Params: TypeAlias = PyTree
 """Parameters of a policy: any pytree of arrays."""
 
 Metrics: TypeAlias = dict[str, Any]
-"""Named arrays: one per metric."""
+"""Named numbers, one per metric: arrays, or a `Ratio` where the denominator differs from batch to batch."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ratio:
+    """A metric whose denominator differs from batch to batch, such as a sum of weights.
+
+    Over several batches, numerators and denominators are added up apart, so that the result does not depend on the
+    batch size. Used as an array or as a float, it is its value.
+
+    >>> import jax.numpy as jnp
+    >>> print(float(Ratio(jnp.array(3.0), jnp.array(4.0))))
+    0.75
+
+    Attributes:
+      numerator: a sum over the batch.
+      denominator: the number of terms, or the sum of their weights; zero if the batch has none.
+      minus: another ratio that is subtracted; `None` if there is none.
+    """
+
+    numerator: Any
+    denominator: Any
+    minus: "Ratio | None" = None
+
+    @property
+    def value(self) -> Any:
+        """The quotient; NaN if there were no terms."""
+        quotient = jnp.asarray(self.numerator) / self.denominator
+        return quotient if self.minus is None else quotient - self.minus.value
+
+    def __jax_array__(self) -> Any:
+        return self.value
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.value, dtype)
+
+    def __float__(self) -> float:
+        return float(self.value)
+
 
 PairLike: TypeAlias = tuple[T, T]
 """A `Pair`, or any other 2-tuple in the order (chosen, rejected)."""

@@ -24,7 +24,7 @@ from jaxtyping import Array, UInt32
 from dpo_jax import checks, figures, losses, toy, train
 from dpo_jax.sweep.programs import bytes_needed
 from dpo_jax.types import Metrics, Pair, Params
-from experiments import harness, measuring
+from experiments import benchmark_compare, harness, measuring
 from experiments.least_work import DEMONSTRATION, DPO_GRADIENT, DPO_PAIR, DPO_VALUE, Training, Work
 from experiments.measuring import Program
 from experiments.notebook import BETA, BETAS, NUM_DEMONSTRATIONS, NUM_PREFERENCES, POLICY, Start, prepare, train_dpo
@@ -36,6 +36,10 @@ NOTEBOOK_WORK = SFT.work + DPO.work * (1 + len(BETAS))
 
 RUNS_PER_CPU_DEVICE = 256
 SHARE_OF_MEMORY = 0.8
+BESIDE = ("float32", "copy")
+"""The peaks that are measured before and after everything else."""
+STEADY = 1.5
+"""How far peaks may differ on a machine that does nothing else."""
 LONG = 10.0
 """Seconds after which something is measured once, with no run to warm up: its many calls of one program do that."""
 
@@ -80,7 +84,11 @@ LOSSES: dict[str, Callable[..., Array]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """How long notebooks, training runs and losses take, beside what the machine can do."""
+    """How long notebooks, training runs and losses take, beside what the machine can do.
+
+    On two quiet cores that is about 8 minutes and 2 GB of memory, and 10 minutes more where PyTorch is installed; with
+    `--max-seconds 600`, a quarter of an hour more. `--quick` takes a minute, and measures nothing worth knowing.
+    """
 
     seed: int = 0
     """The first seed; the others follow it."""
@@ -95,6 +103,9 @@ class Options:
     """How often each time is measured."""
     torch: bool = True
     """Whether to compare with PyTorch, where it is installed and JAX runs on a CPU."""
+    compare: tuple[Path, Path] | None = None
+    """Measure nothing: set two summaries side by side, of these files or folders, with ratios of the second to the
+    first."""
     quick: bool = False
     """Only try out whether everything works, with next to nothing to do."""
     out: Path = Path("results/benchmark")
@@ -135,13 +146,13 @@ class Measurements:
       options: of the script.
       sizes: how much to do.
       chunk: how many runs a device trains at once.
-      peaks: what the machine can do (`measuring.peaks`).
+      probe: measures what the machine can do (`measuring.probe_of`).
     """
 
     options: Options
     sizes: Sizes
     chunk: int
-    peaks: dict[str, float]
+    probe: measuring.Probe
 
     @property
     def notebooks(self) -> int:
@@ -158,17 +169,24 @@ class Measurements:
         """Seeds for some chunks, `[chunks, size]`."""
         return seeds(self.options.seed, num_chunks * size).reshape(num_chunks, size)
 
-    def rates(self, seconds: float, work: Work, **counts: int) -> dict[str, Any]:
-        """A time and what it comes to: how many of each per second, FLOP/s, bytes/s, as shares of the peaks."""
+    def timed(self, measure: Callable[[], float], work: Work, **counts: int) -> dict[str, Any]:
+        """A time and what it comes to: how many of each per second, FLOP/s, bytes/s, as shares of the peaks.
+
+        The peaks are measured before and after, since a machine changes its speed: the shares are those of their mean.
+        """
+        before = self.probe(1, BESIDE)
+        seconds = measure()
+        peaks = {name: [before[name], peak] for name, peak in self.probe(1, BESIDE).items()}
         flops, traffic = work.flops / seconds, work.bytes / seconds
         return {
             "seconds": seconds,
             **{f"{name}_per_second": count / seconds for name, count in counts.items()},
             "flops_per_second": flops,
             "bytes_per_second": traffic,
-            "share_of_peak_flops": flops / self.peaks["float32"],
-            "share_of_peak_copy": traffic / self.peaks["copy"],
+            "share_of_peak_flops": flops / np.mean(peaks["float32"]),
+            "share_of_peak_copy": traffic / np.mean(peaks["copy"]),
             "flops_per_byte": work.intensity,
+            "peaks": peaks,
         }
 
     def at_once(
@@ -184,15 +202,17 @@ class Measurements:
             seconds = job.num_calls * measuring.seconds(partial(job.call, 0))
             if seconds > self.options.max_seconds and i > 0:
                 return
-            seconds = measuring.seconds(job) if seconds > LONG else measuring.median_seconds(job, self.options.repeats)
+            repeats = partial(measuring.median_seconds, job, self.options.repeats)
+            measure = partial(measuring.seconds, job) if seconds > LONG else repeats
+            times = self.timed(measure, work * num, runs=num, steps=num * steps)
             yield {
                 "num": num,
                 "num_devices": job.program.num_devices,
                 "per_device": job.seeds.shape[1] // job.program.num_devices,
                 "calls": job.num_calls,
                 "compile_seconds": job.program.compile_seconds,
-                "microseconds_per_step_and_run": 1e6 * seconds / (num * steps),
-                **self.rates(seconds, work * num, runs=num, steps=num * steps),
+                "microseconds_per_step_and_run": 1e6 * times["seconds"] / (num * steps),
+                **times,
                 "memory": job.program.memory,
             }
 
@@ -241,10 +261,13 @@ def make_start(seed: UInt32[Array, ""]) -> Start:
 
 
 def dpo_run(seed: UInt32[Array, ""], start: Start) -> Metrics:
-    """One DPO run, from start to expected reward, without the tutorial's evaluations on the way."""
+    """One DPO run, from start to expected reward, without the tutorial's evaluations on the way.
+
+    Its seed made its start, so it takes another: its shuffles would go by the keys of world and data.
+    """
     embeddings, rewards = start.world.embeddings, start.world.rewards
     params, history = train.fit(
-        jax.random.key(seed), start.sft.params, start.preferences, objective=dpo_objective(embeddings), **DPO_SETTINGS
+        jax.random.key(~seed), start.sft.params, start.preferences, objective=dpo_objective(embeddings), **DPO_SETTINGS
     )
     reward = toy.expected_reward(toy.log_prob_table(POLICY, embeddings)(params), rewards)
     return {name: metric[-1] for name, metric in history.items()} | {"expected_reward": jnp.mean(reward)}
@@ -335,14 +358,14 @@ def all_losses(measurements: Measurements) -> dict[str, dict[str, Any]]:
             jax.local_device_count(), partial(values_and_gradients, LOSSES[name]), policy, reference
         )
         data = program.place((policy, reference))
-        seconds = measuring.median_seconds(partial(program, *data), measurements.options.repeats)
+        measure = partial(measuring.median_seconds, partial(program, *data), measurements.options.repeats)
         counts = program.xla_counts  # of one device's part
         flops = (counts.get("flops", 0) + counts.get("transcendentals", 0)) * jax.local_device_count()
         least = (DPO_VALUE + DPO_GRADIENT) * shape[0]
         work = least if name == "dpo" else Work(flops, least.bytes)
         entries[name] = {
             "compile_seconds": program.compile_seconds,
-            **measurements.rates(seconds, work, values=shape[0]),
+            **measurements.timed(measure, work, values=shape[0]),
             "xla_flops_per_value": flops / shape[0],
         }
     return entries
@@ -405,8 +428,9 @@ def measure(options: Options) -> dict[str, Any]:
     """Everything that there is to measure."""
     sizes = QUICK if options.quick else Sizes() if jax.default_backend() == "cpu" else ON_ACCELERATORS
     with harness.waiting("Measuring what the machine can do"):
-        peaks = measuring.peaks(options.repeats, matrix_size=sizes.matrix, copy_size=sizes.copy)
-    measurements = Measurements(options, sizes, chunk_for(options), peaks)
+        probe = measuring.probe_of(matrix_size=sizes.matrix, copy_size=sizes.copy)
+        peaks = probe(options.repeats)
+    measurements = Measurements(options, sizes, chunk_for(options), probe)
     with harness.waiting("Notebooks"):
         numbers = numbers_of_notebooks(measurements)
         notebooks = list(measurements.at_once(numbers, notebook_job, NOTEBOOK_STEPS, NOTEBOOK_WORK))
@@ -422,7 +446,7 @@ def measure(options: Options) -> dict[str, Any]:
         "chunk": measurements.chunk,
         "steps": {"notebook": NOTEBOOK_STEPS, "dpo": DPO.steps},
         "pairs": sizes.pairs,
-        "peaks": peaks,
+        "peaks": highest(peaks, [*notebooks, *dpo, *of_losses.values()]),
         "step": step_counts(starts),
         "notebooks": notebooks,
         "dpo": dpo,
@@ -430,6 +454,42 @@ def measure(options: Options) -> dict[str, Any]:
         "scaling": of_devices,
         "torch": beside_torch(measurements, starts),
     }
+
+
+def highest(peaks: dict[str, float], entries: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The best that the machine did, at first or beside any entry."""
+    for entry in entries:
+        peaks = {name: max([peak, *entry["peaks"].get(name, [])]) for name, peak in peaks.items()}
+    return peaks
+
+
+def shares(summary: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Every share of a peak: of which entry, of which peak, and how large."""
+    for what in ("notebooks", "dpo", "losses"):
+        entries = summary[what]
+        named = entries.items() if isinstance(entries, dict) else ((f"{e['num']:,} {what}", e) for e in entries)
+        for name, entry in named:
+            for peak in BESIDE:
+                yield name, peak, entry[f"share_of_peak_{'flops' if peak == 'float32' else peak}"]
+
+
+def doubts(summary: dict[str, Any]) -> list[str]:
+    """What speaks against a summary: a machine that changed its speed, and shares of its peaks above 100 %."""
+    found = []
+    entries = [*summary["notebooks"], *summary["dpo"], *summary["losses"].values()]
+    for peak, unit in zip(BESIDE, ("FLOP/s in a matrix product", "B/s in a copy"), strict=True):
+        measured = np.ravel([entry["peaks"][peak] for entry in entries])
+        if measured.max() > STEADY * measured.min():
+            low, high = (figures.benchmark_figures.short(rate) for rate in (measured.min(), measured.max()))
+            found.append(f"The machine changed its speed meanwhile: {low} to {high}{unit}. Other work was done on it.")
+        over = {name: share for name, of, share in shares(summary) if of == peak and share > 1}
+        if over:
+            worst = max(over, key=lambda name: over[name])
+            found.append(
+                f"{len(over)} of {len(entries)} exceed the machine's {unit}, {worst} most ({over[worst]:.0%}): "
+                "their data stay in caches, or the machine changed its speed."
+            )
+    return found
 
 
 def beside_torch(measurements: Measurements, starts: Start) -> dict[str, Any] | None:
@@ -528,7 +588,9 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         shown |= {one: first} | ({several: last} if last is not first else {})
     points = {name: (entry["flops_per_byte"], entry["flops_per_second"]) for name, entry in shown.items()}
     peaks = {f"matrix product, {name}": peak for name, peak in peaks.items()}
-    harness.save_figure(figures.roofline(peaks, bandwidth, points, title=device), out / "roofline.png")
+    above = any(max(entry["share_of_peak_flops"], entry["share_of_peak_copy"]) > 1 for entry in shown.values())
+    title = f"{device}. Above the roof: data in caches, or a changed speed" if above else device
+    harness.save_figure(figures.roofline(peaks, bandwidth, points, title=title), out / "roofline.png")
 
     def curve(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
         return [entry["num"] for entry in entries], [entry["microseconds_per_step_and_run"] for entry in entries]
@@ -545,6 +607,10 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
 def main(options: Options) -> None:
     """Measures everything and writes the results."""
     harness.check_seeds(options.seed)
+    if options.compare:
+        with harness.clear_errors():
+            benchmark_compare.print_comparison(*options.compare)
+        return
     with harness.clear_errors():
         checks.size("--repeats", options.repeats)
         checks.positive("--max-seconds", options.max_seconds)
@@ -554,12 +620,15 @@ def main(options: Options) -> None:
     out = harness.output_folder(options.out)
     jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured, too
     harness.use_all_cores()
-    start = perf_counter()
+    start, machine = perf_counter(), measuring.machine()
     summary = measure(options)
-    summary |= harness.provenance(total=perf_counter() - start)
+    machine |= {"load": [machine["load"], measuring.machine()["load"]]}
+    summary |= {"machine": machine, "doubts": doubts(summary), **harness.provenance(total=perf_counter() - start)}
     harness.save_summary({"seed": options.seed, "repeats": options.repeats, **summary}, out)
     save_figures(summary, out)
     print_results(summary)
+    for doubt in summary["doubts"]:
+        harness.console.print(f"Beware: {doubt}")
     harness.console.print(f"Measured in {summary['seconds']['total']:.0f} s. Figures and summary.json are in {out}.")
 
 

@@ -18,20 +18,28 @@ import copy
 import os
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-import torch  # type: ignore[import-not-found, unused-ignore]
-from torch import nn  # type: ignore[import-not-found, unused-ignore]
-from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
 
+try:
+    import torch  # type: ignore[import-not-found, unused-ignore]
+    from torch import nn  # type: ignore[import-not-found, unused-ignore]
+    from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
+except ModuleNotFoundError:
+    if __name__ != "__main__":  # which needs no PyTorch to say what this is
+        raise
+
+from experiments import harness
 from experiments.measuring import seconds_in_turn
 from experiments.notebook import BETA, Start
 
@@ -39,6 +47,11 @@ NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE = 50, 64, 1e-3
 DECAY, SQUARES_DECAY, EPSILON = 0.9, 0.999, 1e-8
 
 Tensor = Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """DPO runs in PyTorch, to compare with. This is no command: `python -m experiments.benchmark` runs it."""
 
 
 class Stack(NamedTuple):
@@ -365,3 +378,8 @@ def tutorial_loss(
         "reward_margin": (BETA * (chosen_ratios - rejected_ratios)).mean().item(),
         "accuracy": (logits > 0).float().mean().item(),
     }
+
+
+if __name__ == "__main__":
+    harness.parse(Options)
+    sys.exit("error: this is no command: `python -m experiments.benchmark` runs it, where PyTorch is installed")

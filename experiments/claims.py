@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 from dpo_jax import checks, figures
 from dpo_jax.figures import Measured
+from dpo_jax.intervals import half_width
 from experiments import harness
 from experiments.dpo_vs_rlhf import LEARNING_RATES
 from experiments.evidence import CLIP_RATES, CLIPS, EXPLORERS, HACKED_BETAS, MANY_BETAS, POWERS, RATED, gather
@@ -87,11 +87,8 @@ class Claim:
 def estimate(values: Any) -> Estimate:
     """Over the last axis, worlds; NaN if any training came to a halt."""
     values = np.asarray(values, np.float64)
-    num = len(values)
-    if num < 2:
-        return Estimate(float(np.mean(values)), float("nan"))
-    half = stats.t.ppf(0.975, num - 1) * values.std(ddof=1) / np.sqrt(num)
-    return Estimate(float(values.mean()), float(half))
+    statistics = harness.mean_and_stderr(values)
+    return Estimate(float(statistics["mean"]), float(half_width(statistics["stderr"], len(values))))
 
 
 def verdict(effect: Estimate, *, beyond: float = 0.0) -> str:
@@ -643,6 +640,10 @@ def main(options: Options) -> None:
     harness.enable_compilation_cache()
     watch, start = harness.Stopwatch(), time.perf_counter()
     seeds = np.arange(options.seed, options.seed + options.num_seeds + options.num_tuning_seeds).astype(np.uint32)
+    harness.console.print(
+        f"The notebook's claims in {options.num_seeds:,} worlds, and {options.num_tuning_seeds:,} more for tuning. "
+        f"{harness.FIRST_START}"
+    )
     reported, tuning = np.split(seeds, [options.num_seeds])
     claims = judge(gather(reported, tuning, options.num_candidates, watch))
     seconds = {"total": time.perf_counter() - start, "compile": watch.compile, "run": watch.run}

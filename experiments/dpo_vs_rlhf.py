@@ -9,7 +9,6 @@ policy is measured exactly.
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -151,21 +150,30 @@ def compare(options: Options, watch: harness.Stopwatch) -> dict[str, Any]:
       The baselines, and for each contender what was measured, by strength and by learning rate.
     """
     num_all = options.num_seeds + options.num_tuning_seeds
-    scenes = prepare_all(np.arange(options.seed, options.seed + num_all).astype(np.uint32), watch)
     rows, tuning = np.arange(options.num_seeds), np.arange(options.num_seeds, num_all)
     num_runs = sum(count_runs(contender, len(rows), len(tuning)) for contender in CONTENDERS)
-    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    harness.console.print(
+        f"{len(CONTENDERS)} methods: {num_runs:,} runs in {len(rows):,} worlds, and {len(tuning):,} more for tuning. "
+        f"{harness.FIRST_START}"
+    )
+    scenes = prepare_all(np.arange(options.seed, options.seed + num_all).astype(np.uint32), watch)
+    with harness.progress("runs", num_runs, watch) as show_done, harness.threads(THREADS) as threads:
         runner = Runner({"worlds": scenes}, watch, Counter(show_done))
         learned = list(threads.map(partial(tune_and_run, runner, rows, tuning), CONTENDERS))
     reported = jax.tree.map(lambda leaf: leaf[rows], scenes)
-    models = seconds_per_run(lambda scene, _: fit_rewards(scene), reported, watch)
-    courses = {name: course(contender, reported, watch) for name, contender in watched().items()}
+    with harness.waiting("Timing each method alone"):
+        models = seconds_per_run(lambda scene, _: fit_rewards(scene), reported, watch)
+        seconds = {c.name: seconds_of(c, reported, models, watch) for c in CONTENDERS}
+    with harness.waiting("Overoptimisation, and what needs no training"):
+        courses = {name: course(contender, reported, watch) for name, contender in watched().items()}
+        baselines = jax.device_get(jax.jit(jax.vmap(baseline))(reported))
+        moments = jax.device_get(jax.jit(partial(jax.lax.map, estimators))(reported))
     return {
-        "baseline": jax.device_get(jax.jit(jax.vmap(baseline))(reported)),
+        "baseline": baselines,
         "contenders": learned,
-        "seconds": {c.name: seconds_of(c, reported, models, watch) for c in CONTENDERS},
+        "seconds": seconds,
         "courses": courses,
-        "estimators": jax.device_get(jax.jit(partial(jax.lax.map, estimators))(reported)),
+        "estimators": moments,
     }
 
 
@@ -279,6 +287,7 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
         for contender, found in zip(CONTENDERS, results["contenders"], strict=True)
     ]
     return {
+        "num_seeds": len(sft["expected_reward"]),
         "learning_rates": LEARNING_RATES,
         "methods": entries,
         "baselines": jax.tree.map(harness.mean_and_stderr, results["baseline"]),
@@ -355,7 +364,7 @@ def print_results(summary: dict[str, Any]) -> None:
     """Prints the table of methods."""
     columns = ["method", "labels", "samples", "steps", "ms per run", "learning rate", "reward", "gain over SFT"]
     columns += ["spread", "KL", "model's gain", "worse than SFT"]
-    rows = [row_of(entry) for entry in summary["methods"]]
+    rows = [row_of(entry, summary["num_seeds"]) for entry in summary["methods"]]
     harness.print_table("DPO and RLHF, means over worlds and 95% intervals", columns, rows)
     untrained = {name: entry for name, entry in summary["baseline_gains"].items() if entry["gain"]["mean"].ndim == 0}
     harness.print_table(
@@ -364,7 +373,7 @@ def print_results(summary: dict[str, Any]) -> None:
         [
             [
                 name,
-                harness.interval(e["gain"]),
+                harness.interval(e["gain"], summary["num_seeds"]),
                 f"{e['kl_to_reference']['mean']:.3f}",
                 f"{e['learned_gain']['mean']:.3f}",
             ]
@@ -373,7 +382,7 @@ def print_results(summary: dict[str, Any]) -> None:
     )
 
 
-def row_of(entry: dict[str, Any]) -> list[str]:
+def row_of(entry: dict[str, Any], num_seeds: int) -> list[str]:
     """A row of the table of methods."""
     return [
         entry["name"],
@@ -383,7 +392,7 @@ def row_of(entry: dict[str, Any]) -> list[str]:
         f"{1000 * entry['seconds']['run']:.0f}",
         f"{entry['learning_rate']:g}",
         f"{entry['expected_reward']['mean']:.3f}",
-        harness.interval(entry["gain"]),
+        harness.interval(entry["gain"], num_seeds),
         f"{entry['spread_of_gain']:.3f}",
         f"{entry['kl_to_reference']['mean']:.3f}",
         f"{entry['learned_gain']['mean']:.3f}",

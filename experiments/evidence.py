@@ -5,7 +5,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -67,17 +66,19 @@ def gather(seeds: np.ndarray, tuning: np.ndarray, num_candidates: int, watch: ha
         **{name: (partial(explore, name), [point(power, NOTEBOOK_RATE) for power in POWERS]) for name in EXPLORERS},
     }
     num_runs = num * sum(len(points) for _, points in parts.values())
-    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    with harness.progress("runs", num_runs, watch) as show_done, harness.threads(THREADS) as threads:
         runner = Runner({"worlds": scenes}, watch, Counter(show_done))
         everywhere = partial(run_everywhere, runner, rows)
         found = dict(zip(parts, threads.map(lambda part: everywhere(*part), parts.values()), strict=True))
+    with harness.waiting("What needs no training, and the time that a run takes"):
+        untrained, times = jax.device_get(jax.jit(partial(jax.lax.map, exact))(scenes)), cost(scenes, watch)
     return {
         **{name: found[name] for name in ("dpo", "dpo to the end", "ppo")},
         "by_rate": {name: found[name] for name in RATED},
         "by_clip": found["clip"]["expected_reward"].reshape(len(CLIP_RATES), len(CLIPS), num),
         "exploration": {name: found[name] for name in EXPLORERS},
-        "exact": jax.device_get(jax.jit(partial(jax.lax.map, exact))(scenes)),
-        "cost": cost(scenes, watch),
+        "exact": untrained,
+        "cost": times,
         **variants(seeds, tuning, num_candidates, watch),
     }
 
@@ -241,7 +242,7 @@ def variants(seeds: np.ndarray, tuning: np.ndarray, num_candidates: int, watch: 
     num_runs = len(SETTINGS) * (
         len(methods) * (plan.num_tuning_runs + 2 * len(seeds)) + plan.num_tuning_runs + len(seeds)
     )
-    with harness.progress("runs", num_runs) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    with harness.progress("runs", num_runs, watch) as show_done, harness.threads(THREADS) as threads:
         runner = Runner(starts, watch, Counter(show_done))
         scratch = threads.submit(orpo_from_scratch, runner, plan)
         learned = list(threads.map(partial(loss_variants.tune_and_run, runner, plan), methods))

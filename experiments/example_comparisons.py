@@ -5,15 +5,25 @@ tasters say is drawn from it: `python -m experiments.example_comparisons`.
 """
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from dpo_jax import toy
+from experiments import harness
 
 PATH = Path(__file__).with_suffix(".csv")
 TIMES = ("breakfast", "afternoon", "evening")
 TEAS = ("Assam", "Ceylon", "Darjeeling", "Earl Grey", "Genmaicha", "Keemun", "Rooibos", "Sencha")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Makes an invented tea tasting, 600 comparisons, to try `fit_comparisons` on."""
+
+    out: Path = PATH
+    """The file to write."""
 
 
 def rows() -> list[tuple[str, str, str]]:
@@ -28,6 +38,17 @@ def rows() -> list[tuple[str, str, str]]:
     ]
 
 
-if __name__ == "__main__":
-    with PATH.open("w", newline="", encoding="utf-8") as file:
+def write(path: Path) -> None:
+    """Writes the file."""
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows())
+
+
+def main(options: Options) -> None:
+    """Makes the tasting and writes its file."""
+    harness.save(harness.output_folder(options.out.parent) / options.out.name, write)
+    harness.console.print(f"The comparisons are in {options.out}.")
+
+
+if __name__ == "__main__":
+    main(harness.parse(Options))

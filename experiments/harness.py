@@ -1,18 +1,21 @@
 """What every experiment needs around it: options, compiled programs and their times, files, tables."""
 
+import io
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread, Timer
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -31,6 +34,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_jax import checks, sweep
+from dpo_jax.intervals import half_width
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,9 +48,44 @@ def parse(options: type[OptionsType]) -> OptionsType:
     """Options from the command line; in a Jupyter notebook, their defaults."""
     if in_jupyter():
         return options()
+    behave_as_a_command()
     import tyro
 
-    return tyro.cli(options)
+    module = sys.modules["__main__"].__spec__
+    return tyro.cli(options, prog=f"python -m {module.name}" if module else None)
+
+
+def behave_as_a_command() -> None:
+    r"""Makes this process print, and end, as users of a command line expect.
+
+    - Characters that the terminal's encoding lacks are printed as escapes (`\u03b2`), and are no error.
+    - Where nobody reads the output any more (`... | head -1`), the process ends quietly by SIGPIPE: status 141 in a
+      shell.
+    - Ctrl-C ends it with one line, by SIGINT: status 130 in a shell. It waits for no thread, and an interrupt that
+      Python swallows, because it came inside a callback of the garbage collector, is sent again.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.excepthook, sys.unraisablehook = _end_on_interrupt, _interrupt_again
+
+
+def _end_on_interrupt(kind: type[BaseException], problem: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, problem, trace)
+        return
+    print("Interrupted.", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+
+
+def _interrupt_again(problem: "sys.UnraisableHookArgs") -> None:
+    if problem.exc_type is KeyboardInterrupt:
+        Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(problem)
 
 
 def in_jupyter() -> bool:
@@ -62,7 +101,8 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except Exception as problem:
         if isinstance(problem, kinds or (TypeError, ValueError, OSError)):
-            sys.exit(f"error: {problem}")
+            notes = [note for note in getattr(problem, "__notes__", []) if not note.startswith("---")]  # JAX's own
+            sys.exit(" ".join([f"error: {problem}", *notes]))
         raise
 
 
@@ -105,10 +145,12 @@ class Stopwatch:
     Attributes:
       compile: seconds spent tracing, and waiting for the compiler, which works in the background.
       run: seconds spent running compiled programs.
+      num_programs, num_compiled: how many programs were asked for, and are ready.
     """
 
     def __init__(self) -> None:
         self.compile, self.run = 0.0, 0.0
+        self.num_programs, self.num_compiled = 0, 0
         self.compiler, self.lock = ThreadPoolExecutor(), Lock()
 
     def compiled(self, function: Callable[..., Any], *args: Any, optimise: bool = True) -> "Program":
@@ -121,7 +163,17 @@ class Stopwatch:
         """
         with self.counting("compile"):
             lowered = jax.jit(function).lower(*args)
-        return Program(lowered.out_info, self.compiler.submit(sweep.compile_fast, lowered, optimise=optimise), self)
+        executable = self.compiler.submit(sweep.compile_fast, lowered, optimise=optimise)
+        self._count("num_programs")
+        executable.add_done_callback(lambda _: self._count("num_compiled"))
+        return Program(lowered.out_info, executable, self)
+
+    @property
+    def state(self) -> str:
+        """How many programs are compiled, until all are."""
+        if self.num_compiled == self.num_programs:
+            return ""
+        return f"{self.num_compiled} of {self.num_programs} programs compiled"
 
     @contextmanager
     def counting(self, what: str) -> Iterator[None]:
@@ -130,8 +182,11 @@ class Stopwatch:
         try:
             yield
         finally:
-            with self.lock:
-                setattr(self, what, getattr(self, what) + time.perf_counter() - start)
+            self._count(what, time.perf_counter() - start)
+
+    def _count(self, what: str, more: float = 1) -> None:
+        with self.lock:
+            setattr(self, what, getattr(self, what) + more)
 
 
 @dataclass(frozen=True)
@@ -190,9 +245,12 @@ def save(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Writes `summary.json`: arrays as lists, and numbers that JSON lacks (NaN, infinity) as null."""
+    """Writes `summary.json`: arrays as lists, and numbers that JSON lacks (NaN, infinity) as null.
+
+    Half a character, as a file's name may hold, becomes its JSON escape, which is Python's.
+    """
     text = json.dumps(_as_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
-    save(folder / "summary.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    save(folder / "summary.json", lambda path: path.write_text(text + "\n", "utf-8", "backslashreplace"))
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -212,9 +270,9 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
     return {"mean": values.mean(axis=0), "stderr": spread / np.sqrt(len(values))}
 
 
-def interval(statistics: dict[str, Any], digits: int = 3) -> str:
-    """A mean and half the width of its 95 % confidence interval, if there is one, from `mean_and_stderr`."""
-    half = 1.96 * statistics["stderr"]
+def interval(statistics: dict[str, Any], num: int, digits: int = 3) -> str:
+    """A mean of `num` values and half the width of its 95 % confidence interval, if there is one."""
+    half = half_width(statistics["stderr"], num)
     return f"{statistics['mean']:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
@@ -225,18 +283,77 @@ def on_terminal() -> bool:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Says what is being waited for, on terminals only."""
-    with console.status(what) if on_terminal() else nullcontext():
+    """Says at once what is being waited for, in notebooks excepted, and every now and then that it still is."""
+    if on_terminal():
+        with console.status(what):
+            yield
+        return
+    start = time.perf_counter()
+    if not in_jupyter():
+        console.print(f"{what} ...")
+    with _lines(lambda: f"{what}: {time.perf_counter() - start:.0f} s so far"):
         yield
 
 
+FIRST_START = "The first start also compiles, for some minutes."
+SECONDS_PER_LINE = 30.0
+"""How often a long run says how far it is where no bar can move: in a log file, in a pipe."""
+
+
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar with rate and remaining time, shown on terminals only; yields what sets how much is done."""
+def progress(what: str, total: int, watch: Stopwatch | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar with rate and remaining time on terminals; elsewhere a line now and then, in notebooks nothing.
+
+    Args:
+      what: what is counted.
+      total: how many there are.
+      watch: whose programs are compiled meanwhile.
+
+    Yields:
+      What sets how many are done.
+    """
+
+    def state() -> str:
+        return watch.state if watch else ""
+
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), _RateColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not on_terminal()) as bar:
+    with Progress(*columns, _Words(state), console=console, transient=True, disable=not on_terminal()) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+        def line() -> str:
+            return ", ".join(filter(None, [f"{what}: {bar.tasks[0].completed:,.0f} of {total:,}", state()]))
+
+        with _lines(line):
+            yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def _lines(text: Callable[[], str]) -> Iterator[None]:
+    """Prints a line now and then, from a thread of its own, where nothing can move."""
+
+    def print_lines() -> None:
+        while not over.wait(SECONDS_PER_LINE):
+            console.print(text())
+
+    over, printer = Event(), Thread(target=print_lines, daemon=True)
+    if not on_terminal() and not in_jupyter():
+        printer.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@contextmanager
+def threads(num: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads to work with; an error, or an interrupt, does not wait until they have finished what they do."""
+    pool = ThreadPoolExecutor(num)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 @contextmanager
@@ -297,6 +414,15 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 class _RateColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+class _Words(ProgressColumn):
+    def __init__(self, words: Callable[[], str]):
+        super().__init__()
+        self.words = words
+
+    def render(self, _: Task) -> Text:
+        return Text(self.words())
 
 
 def _as_json(value: Any) -> Any:

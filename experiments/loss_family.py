@@ -43,8 +43,8 @@ def of_margin(loss: Callable[..., Array], margins: Float[Array, " points"]) -> C
     """Values, and the pull towards a larger margin; with beta = 1, so that the margin is in units of reward."""
     zeros = jnp.zeros_like(margins)
 
-    def of(chosen: Float[Array, " points"]) -> Float[Array, " points"]:
-        return loss(Pair(chosen, zeros), Pair(zeros, zeros), beta=1.0)
+    def of(margins: Float[Array, " points"]) -> Float[Array, " points"]:
+        return loss(Pair(jnp.minimum(margins, 0), -jnp.maximum(margins, 0)), Pair(zeros, zeros), beta=1.0)
 
     return np.asarray(of(margins)), pulls(of, margins)
 
@@ -198,7 +198,7 @@ def main(options: Options) -> None:
     out = harness.output_folder(options.out)
     harness.enable_compilation_cache()
     watch = harness.Stopwatch()
-    with watch.counting("run"):
+    with watch.counting("run"), harness.waiting("Evaluating the losses and their gradients"):
         drawn = families()
     harness.save_figure(figures.loss_family(drawn), out / "family.png")
     rounded = [

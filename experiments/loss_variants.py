@@ -15,7 +15,6 @@ A program is compiled once for each method: it takes a chunk of runs, whatever t
 import difflib
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks, figures, toy, train
+from dpo_jax.intervals import half_width
 from dpo_jax.types import Params, Scalar
 from experiments import harness, notebook
 from experiments.methods import METHODS, Feedback, Method, Setup
@@ -182,10 +182,14 @@ def compare(options: Options, methods: Sequence[Method], watch: harness.Stopwatc
     """
     num_all = options.num_seeds + options.num_tuning_seeds
     seeds = np.arange(options.seed, options.seed + num_all).astype(np.uint32)
-    starts = prepare_all(seeds, watch)
     plan = Plan(np.arange(options.num_seeds), np.arange(options.num_seeds, num_all), options.num_candidates)
-    num_runs = len(SETTINGS) * (plan.num_tuning_runs + 2 * options.num_seeds)
-    with harness.progress("runs", num_runs * len(methods)) as show_done, ThreadPoolExecutor(THREADS) as threads:
+    num_runs = len(methods) * len(SETTINGS) * (plan.num_tuning_runs + 2 * options.num_seeds)
+    harness.console.print(
+        f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs in {options.num_seeds:,} "
+        f"worlds, and {options.num_tuning_seeds:,} more for tuning. {harness.FIRST_START}"
+    )
+    starts = prepare_all(seeds, watch)
+    with harness.progress("runs", num_runs, watch) as show_done, harness.threads(THREADS) as threads:
         runner = Runner(starts, watch, Counter(show_done))
         learned = list(threads.map(partial(tune_and_run, runner, plan), methods))
     baselines = jax.jit(jax.vmap(baseline))
@@ -264,7 +268,7 @@ def summarise(results: dict[str, Any], methods: Sequence[Method]) -> dict[str, A
                     "diverged": float(np.mean(np.isnan(reward))),
                 }
             )
-    return {"losses": entries, "baselines": baselines}
+    return {"num_seeds": len(sft), "losses": entries, "baselines": baselines}
 
 
 def print_results(summary: dict[str, Any]) -> None:
@@ -279,6 +283,7 @@ def print_results(summary: dict[str, Any]) -> None:
         "accuracy": "accuracy",
         "chosen_logp_change": "log-prob. of chosen",
     }
+    num = summary["num_seeds"]
     for setting in SETTINGS:
         entries = [entry for entry in summary["losses"] if entry["setting"] == setting]
         entries.sort(key=lambda entry: -np.nan_to_num(entry["expected_reward"]["mean"], nan=-np.inf))
@@ -286,7 +291,7 @@ def print_results(summary: dict[str, Any]) -> None:
         harness.print_table(
             f"{setting} labels, mean and 95% interval",
             ["loss", *(columns[name] for name in shown)],
-            [[entry["name"], *(harness.interval(entry[name]) for name in shown)] for entry in entries],
+            [[entry["name"], *(harness.interval(entry[name], num) for name in shown)] for entry in entries],
         )
 
 
@@ -297,15 +302,16 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         if entry["setting"] == next(iter(SETTINGS)):
             families.setdefault(entry["family"], []).append(entry["name"])
     gains: dict[str, Any] = {name: {setting: {} for setting in SETTINGS} for name in GAINS}
+    num = summary["num_seeds"]
     points: dict[str, Any] = {setting: {} for setting in SETTINGS}
     for entry in summary["losses"]:
         for name, label in GAINS.items():
-            gains[name][entry["setting"]][entry["name"]] = entry[label]["mean"], 1.96 * entry[label]["stderr"]
+            gains[name][entry["setting"]][entry["name"]] = entry[label]["mean"], half_width(entry[label]["stderr"], num)
         kl, reward = entry["kl_to_reference"], entry["expected_reward"]
         points[entry["setting"]][entry["name"]] = kl["mean"], reward["mean"]
     harness.save_figure(figures.loss_gains(families, gains), out / "gains.png")
     panels = {
-        setting: {
+        setting.capitalize(): {
             **{
                 curve: {name: values["mean"] for name, values in baseline[curve].items()}
                 for curve in ("frontier", "sharpened")

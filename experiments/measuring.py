@@ -1,17 +1,24 @@
 """Measuring programs: compiled apart from running, spread over devices, timed in turn, beside the machine's peaks."""
 
+import os
+import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.sweep.programs import compile_fast
+from experiments import harness
 
 
 @dataclass(frozen=True)
@@ -96,27 +103,55 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(seconds_in_turn({"": run}, repeats)[""])
 
 
-def peaks(repeats: int, *, matrix_size: int, copy_size: int) -> dict[str, float]:
-    """What all local devices together can do: FLOP/s of big matrix products, bytes per second of a big copy.
+Probe = Callable[..., dict[str, float]]
+"""Measures what the machine can do: `(repeats) -> rates`, or `(repeats, names) -> rates` of these names."""
+
+
+def probe_of(*, matrix_size: int, copy_size: int) -> Probe:
+    """What measures, whenever it is called, what all local devices together can do.
 
     Args:
-      repeats: how often to measure.
       matrix_size: rows and columns of each device's matrix.
       copy_size: floats in each device's array.
 
     Returns:
-      `float32`, as precise as the networks here; `float32 by default`, which accelerators round more; and `copy`.
+      A function that returns the FLOP/s of big matrix products, `float32`, as precise as the networks here, and
+      `float32 by default`, which accelerators round more; and the bytes per second of a big `copy`.
     """
     num = jax.local_device_count()
 
-    def rate(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], work: float) -> float:
+    def prepared(function: Callable[[jax.Array], jax.Array], shape: tuple[int, ...]) -> Callable[[], Any]:
         program = compile_on(num, function, jax.ShapeDtypeStruct(shape, jnp.float32))
-        data = program.place(np.ones(shape, np.float32))
-        return num * work / median_seconds(lambda: program(data), repeats)
+        return partial(program, program.place(np.ones(shape, np.float32)))
 
-    product, shape = 2.0 * matrix_size**3, (num * matrix_size, matrix_size)
-    return {
-        "float32": rate(lambda x: jnp.matmul(x, x, precision="highest"), shape, product),
-        "float32 by default": rate(lambda x: jnp.matmul(x, x), shape, product),
-        "copy": rate(lambda x: x + 1, (num * copy_size,), 8.0 * copy_size),
+    square, product = (num * matrix_size, matrix_size), 2.0 * num * matrix_size**3
+    probes = {
+        "float32": (prepared(lambda x: jnp.matmul(x, x, precision="highest"), square), product),
+        "float32 by default": (prepared(lambda x: jnp.matmul(x, x), square), product),
+        "copy": (prepared(lambda x: x + 1, (num * copy_size,)), 8.0 * num * copy_size),
     }
+
+    def probe(repeats: int, names: Iterable[str] = tuple(probes)) -> dict[str, float]:
+        return {name: probes[name][1] / median_seconds(probes[name][0], repeats) for name in names}
+
+    return probe
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its cores and those this process may use, bytes of memory, and how many processes want to run."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "usable_cores": harness.num_cores(),
+        "memory": psutil.virtual_memory().total,
+        "load": psutil.getloadavg()[0],
+    }
+
+
+def processor() -> str:
+    """The model of the processor, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

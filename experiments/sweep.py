@@ -9,6 +9,8 @@ SLURM, the processes share the work.
 import csv
 import difflib
 import itertools
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from dpo_jax import checks, figures, sweep, toy, train
+from dpo_jax.sweep.store import check_place
 from dpo_jax.types import Metrics, Scalar
 from experiments import harness, notebook
 from experiments.methods import METHODS, Feedback, Setup
@@ -71,6 +74,8 @@ class Options:
     """Bytes that programs may take on each device; by default most of what is free."""
     log_every: float | None = None
     """Seconds between lines that say how far the sweep is, for batch jobs; none by default."""
+    repair: bool = False
+    """Make blocks of the folder that are damaged again."""
     dry_run: bool = False
     """Only say how many runs, programs and bytes there will be, and roughly how long they will take."""
     out: Path = Path("results/sweep")
@@ -117,7 +122,10 @@ def run(
 
 
 def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
-    """Means over seeds with standard errors, for every point; `gain` is the reward gained on the SFT policy."""
+    """Means over seeds with standard errors, for every point; `gain` is the reward gained on the SFT policy.
+
+    `num_seeds` is over how many seeds those of the reward are taken.
+    """
     runs = results.assign(
         gain=results.expected_reward - results.sft_reward,
         finished=(results.num_steps == STEPS_PER_EPOCH * NUM_EPOCHS).astype(float),
@@ -125,7 +133,8 @@ def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
     means, num = runs.mean("seed", dtype=float), runs.count("seed")  # of numbers that are some
     deviations = runs.std("seed", dtype=float)
     stderrs = (deviations / np.sqrt((num - 1).where(num > 1))).where(num > 1)
-    return means.assign({f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"})
+    named = {f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"}
+    return means.assign({**named, "num_seeds": num.expected_reward})
 
 
 def points(summary: "xarray.Dataset") -> Iterator[tuple[dict[str, Any], "xarray.Dataset"]]:
@@ -190,7 +199,9 @@ def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
         [
             *(f"{point[axis]:g}" if isinstance(point[axis], float) else str(point[axis]) for axis in varied),
             *(
-                harness.interval({"mean": found[name].item(), "stderr": found[f"{name}_stderr"].item()})
+                harness.interval(
+                    {"mean": found[name].item(), "stderr": found[f"{name}_stderr"].item()}, found.num_seeds.item()
+                )
                 for name in ("expected_reward", "gain", "kl_to_reference")
             ),
             f"{found.finished.item():.0%}",
@@ -211,6 +222,10 @@ def check_folder(out: Path) -> None:
             raise FileExistsError(f"{out} holds other files ({others[0]}) and no sweep: choose a new folder")
 
 
+class StoppedError(SystemExit):
+    """The sweep was stopped from outside."""
+
+
 @contextmanager
 def _saying_how_to_go_on() -> Iterator[None]:
     """Says, if the sweep is stopped from outside, that nothing is lost."""
@@ -218,7 +233,7 @@ def _saying_how_to_go_on() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as stopped:
         harness.console.print("Stopped. What is done is stored: the same command goes on from there.")
-        raise SystemExit(stopped.code if isinstance(stopped, SystemExit) else 130) from None
+        raise StoppedError(stopped.code if isinstance(stopped, SystemExit) else 130) from None
 
 
 def describe(plan: sweep.Plan, folder: Path) -> None:
@@ -240,17 +255,19 @@ def main(options: Options) -> None:
     harness.use_all_cores()
     harness.enable_compilation_cache()
     with harness.clear_errors():
+        check_place(options.out)
         sweep.join_processes()
         arguments = _arguments(options)
     if options.dry_run:
-        with harness.clear_errors():
+        with harness.clear_errors(), _saying_how_to_go_on():
             describe(sweep.plan(**arguments, out=options.out / "runs"), options.out / "runs")
         return
     with harness.clear_errors():
         check_folder(options.out)
     out, start = harness.output_folder(options.out), perf_counter()
-    with harness.clear_errors(), _saying_how_to_go_on(), harness.sweep_report("Runs", options.log_every) as report:
-        results = sweep.grid(**arguments, out=out / "runs", report=report)
+    errors = harness.clear_errors(TypeError, ValueError, OSError, sweep.OtherProcessError)
+    with errors, _saying_how_to_go_on(), harness.sweep_report("Runs", options.log_every) as report:
+        results = sweep.grid(**arguments, out=out / "runs", repair=options.repair, report=report)
     if jax.process_index() != 0:
         return
     summary = summarise(results)
@@ -316,4 +333,9 @@ def _as_text(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(harness.parse(Options))
+    try:
+        main(harness.parse(Options))
+    except StoppedError as stopped:  # XLA cannot be stopped, so nobody waits for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(str(stopped.code)))

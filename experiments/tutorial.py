@@ -172,6 +172,7 @@ harness.print_table(
 # known in closed form, so we can tell how much of what could be won was won, and how far the noise misleads.
 
 # %%
+# same key: every beta sees the same batches
 ablation = [dpo if beta == BETA else dpo_program(dpo_key, start, beta) for beta in BETAS]
 curve_betas = np.geomspace(0.005, 20.0, 200, dtype=np.float32)
 exact = watch.compiled(

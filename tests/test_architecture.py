@@ -16,6 +16,7 @@ FLOORS = {
     "checks": 0,
     "shuffle": 1,
     "rows": 1,
+    "intervals": 1,
     "toy": 2,
     "losses": 2,
     "train": 3,

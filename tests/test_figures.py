@@ -1,6 +1,10 @@
 import io
+import re
+from html import unescape
 
+import matplotlib as mpl
 import numpy as np
+import pytest
 
 from dpo_jax import figures
 
@@ -70,7 +74,7 @@ def test_names_beside_points_do_not_overlap():
     curve = {"kl_to_reference": np.array([0.0, 1.0]), "expected_reward": np.array([0.3, 0.6])}
     points = {"dpo": (0.5, 0.5), "ipo": (0.5, 0.501), "simpo": (0.4, 0.499)}
     content = {"frontier": curve, "sharpened": curve, "sft_reward": 0.3, "points": points}
-    panels = drawn(figures.loss_frontiers({"clean": content}, {"margin": list(points)}, labelled=list(points)))
+    panels = drawn(figures.loss_frontiers({"Clean": content}, {"margin": list(points)}, labelled=list(points)))
     heights = sorted(text.xyann[1] for text in panels[0].texts)
     assert min(np.diff(heights)) > 0.01
     assert [axes.get_visible() for axes in panels] == [True, False]
@@ -162,6 +166,7 @@ def test_sweeps_show_means_with_intervals_and_mark_the_smallest_beta_largest():
         "expected_reward_stderr": np.array([0.01, np.nan]),  # one seed has no interval
         "gain": np.array([0.1, 0.2]),
         "gain_stderr": np.array([0.001, 0.002]),
+        "num_seeds": np.array([4, 4]),
         "kl_to_reference": np.array([0.8, 0.2]),
     }
     left, right = drawn(figures.reward_against_beta(np.array(BETAS), {"dpo": curve}, sft_reward=0.3, of="Rate 1"))
@@ -170,7 +175,9 @@ def test_sweeps_show_means_with_intervals_and_mark_the_smallest_beta_largest():
     assert [list(line.get_ydata()) for line in left.lines] == [[0.4, 0.5], [0.3, 0.3]]
     assert [list(line.get_ydata()) for line in right.lines] == [[0.1, 0.2], [0.0, 0.0]]
     bands = [axes.collections[0].get_paths()[0].vertices[:, 1] for axes in (left, right)]
-    np.testing.assert_allclose([[band.min(), band.max()] for band in bands], [[0.3804, 0.5], [0.09804, 0.20392]])
+    np.testing.assert_allclose(
+        [[band.min(), band.max()] for band in bands], [[0.368176, 0.5], [0.0968176, 0.2063648]], rtol=1e-5
+    )
     (axes,) = drawn(figures.reward_against_kl(np.array(BETAS), {"dpo": curve}, sft_reward=0.3))
     points = axes.collections[0]
     assert points.get_offsets().tolist() == [[0.8, 0.4], [0.2, 0.5]]
@@ -186,3 +193,70 @@ def test_heat_maps_write_values_where_their_axes_say():
     written = {text.get_position(): text.get_text() for text in left.texts}
     assert written[1, 2] == "0.600"
     assert written[0, 0] == "0.100"
+
+
+CURVE = {"kl_to_reference": np.array([0.0, 1.0]), "expected_reward": np.array([0.3, 0.6])}
+SWEPT = {**CURVE, "expected_reward_stderr": np.ones(2), "gain": np.ones(2), "gain_stderr": np.ones(2)}
+SWEPT |= {"num_seeds": np.array([4, 4])}
+STRANGE = r"_{} $b$ c^2 a\b x_y ß"
+
+
+class Strange:
+    """Makes names that Matplotlib would not draw as they are, a new one for each place, and keeps them."""
+
+    def __init__(self):
+        self.names = []
+
+    def __getattr__(self, place):
+        self.names.append(STRANGE.format(place))
+        return self.names[-1]
+
+
+def all_losses_of(name):
+    return figures.LossFamily(
+        name.title, name.x, np.arange(2.0), (name.y, (0, 1)), (name.y2, (0, 1)), {name.loss: (np.ones(2), np.ones(2))}
+    )
+
+
+def gains_of(name):
+    gains = {name.gain: {name.setting: {(loss := name.loss): (0.1, 0.01)}}}
+    return figures.loss_gains({name.family: [loss]}, gains, reference=name.reference)
+
+
+def frontiers_of(name):
+    content = {"frontier": CURVE, "sharpened": CURVE, "sft_reward": 0.3, "points": {(loss := name.loss): (0.1, 0.1)}}
+    return figures.loss_frontiers({name.setting: content}, {name.family: [loss]}, labelled=[loss])
+
+
+def claim_of(name):
+    by_name = figures.Measured([name.first, name.second], [1.0, 2.0], [0.1, 0.2])
+    by_number = by_name._replace(x=[0.1, 1.0])
+    panels = {name.panel: {name.line: by_number, name.line2: by_number}, name.panel2: {"": by_name}}
+    return figures.claim(panels, xlabel=name.x, log=False)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda name: figures.roofline({name.peak: 1e9}, 1e9, {name.workload: (1.0, 1e8)}, title=name.title),
+        lambda name: figures.cost_per_step({name.curve: ([1, 4], [2.0, 1.0])}, title=name.title),
+        lambda name: figures.loss_family([all_losses_of(name)]),
+        gains_of,
+        frontiers_of,
+        lambda name: figures.rlhf_frontier(
+            {name.judge: {name.method: POINTS}}, {name.bound: POINTS}, limits=(1.0, -0.1)
+        ),
+        lambda name: figures.overoptimisation({name.method: POINTS}, largest_kl=1.0),
+        lambda name: figures.learning_rates([1e-3, 1e-2], *[{name.method: np.ones(2)}] * 2),
+        claim_of,
+        lambda name: figures.reward_against_beta(np.array(BETAS), {name.loss: SWEPT}, sft_reward=0.3, of=name.of),
+        lambda name: figures.reward_against_kl(np.array(BETAS), {name.loss: SWEPT}, sft_reward=0.3, of=name.of),
+        lambda name: figures.heat_maps({name.loss: np.eye(2)}, {name.x: BETAS, name.y: BETAS}, title=name.title),
+    ],
+)
+def test_names_are_drawn_as_they_are(draw):
+    figure = draw(name := Strange())
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(page := io.StringIO(), format="svg")
+    drawn_texts = [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", page.getvalue())]
+    assert [given for given in name.names if not any(given in text for text in drawn_texts)] == []

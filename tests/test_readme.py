@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import losses
+from dpo_jax.intervals import half_width
 from tests.golden import deviations
 from tests.losses.menu import OF_RLHF
 
@@ -34,15 +35,16 @@ def variants_row(summary, name):
     entries = {entry["setting"]: entry for entry in summary["losses"] if entry["name"] == name}
 
     def cell(setting, gain):
-        return f"{entries[setting][gain]['mean']:+.3f} ± {1.96 * entries[setting][gain]['stderr']:.3f}"
+        found = entries[setting][gain]
+        return f"{found['mean']:+.3f} ± {half_width(found['stderr'], summary['num_seeds']):.3f}"
 
     cells = [cell(setting, "gain") for setting in summary["settings"]]
     return "| " + " | ".join([name, *cells, cell("clean", "gain_from_labels")]) + " |"
 
 
-def rlhf_row(entry):
+def rlhf_row(entry, num_seeds):
     """A row of the table of DPO and RLHF."""
-    gain = f"{entry['gain']['mean']:+.3f} ± {1.96 * entry['gain']['stderr']:.3f}"
+    gain = f"{entry['gain']['mean']:+.3f} ± {half_width(entry['gain']['stderr'], num_seeds):.3f}"
     counts = (f"{entry[name]:,}" for name in ("labels", "samples", "steps"))
     means = [f"{entry['spread_of_gain']:.3f}"]
     means += [f"{entry[name]['mean']:.3f}" for name in ("kl_to_reference", "learned_gain")]
@@ -132,7 +134,7 @@ def test_its_table_of_losses_is_that_of_the_reported_results():
 def test_its_table_of_rlhf_is_that_of_the_reported_results():
     summary = json.loads((ROOT / "experiments/reported/dpo_vs_rlhf/summary.json").read_text())
     for entry in summary["methods"]:
-        assert rlhf_row(entry) in README
+        assert rlhf_row(entry, summary["num_seeds"]) in README
     words = " ".join(README.split())
     assert f"made in {summary['seconds']['total'] / 60:.0f} minutes on two cores by `python -m experiments.dpo" in words
     gains = {entry["name"]: entry["gain"]["mean"] for entry in summary["methods"]}
@@ -180,7 +182,7 @@ def test_what_it_says_of_costs_is_what_was_measured():
 
 
 def test_what_the_page_of_sweeps_says_of_a_gpu_is_what_was_reckoned():
-    summary = json.loads((ROOT / "experiments/reported/gpu_traffic/summary.json").read_text())
+    summary = json.loads((ROOT / "experiments/reported/described_devices/h200/summary.json").read_text())
     words = " ".join((ROOT / "dpo_jax/sweep/README.md").read_text(encoding="utf-8").split())
     assert f"{summary['kernels_per_step']:.0f} kernels a step" in words
     assert f"move {summary['bytes_per_step_and_run']:,.0f} bytes per step and run" in words

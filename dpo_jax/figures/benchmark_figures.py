@@ -1,12 +1,13 @@
 """How fast it is: beside what the machine can do, and as more and more runs are stacked."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dpo_jax.figures.style import GREY, LINE_STYLES, PALETTE, panels
+from dpo_jax.figures.style import GREY, LINE_STYLES, PALETTE, as_written, named, panels
 
 MARKERS = "osD^vPX*"
 
@@ -26,21 +27,22 @@ def roofline(
     highest = max(peaks.values())
     intensities = [intensity for intensity, _ in workloads.values()]
     ends = np.array([min([*intensities, 1.0]) / 4, 8 * max(*intensities, highest / bandwidth)])
-    for (name, peak), style in zip(peaks.items(), LINE_STYLES, strict=False):
+    for (name, peak), style in zip(peaks.items(), itertools.cycle(LINE_STYLES), strict=False):
         x = np.array([max(ends[0], peak / bandwidth), ends[1]])
-        axes.plot(x, [peak, peak], color="black", linestyle=style, label=f"{name}: {short(peak)}FLOP/s")
+        axes.plot(x, [peak, peak], color="black", linestyle=style, label=named(f"{name}: {short(peak)}FLOP/s"))
     slope = np.array([ends[0], highest / bandwidth])
     axes.plot(slope, bandwidth * slope, color=GREY, label=f"copy: {short(bandwidth)}B/s")
     for i, (name, point) in enumerate(workloads.items()):
         colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
-        axes.plot(*point, marker, color=colour, markersize=7, linestyle="none", label=f"{name}: {short(point[1])}")
+        label = named(f"{name}: {short(point[1])}")
+        axes.plot(*point, marker, color=colour, markersize=7, linestyle="none", label=label)
     axes.set(xscale="log", yscale="log", xlim=ends, ylabel="Achieved (FLOP/s)", title=title)
     axes.set_xlabel("Arithmetic intensity: least FLOP per least byte moved")
     axes.set_ylim(min(flops for _, flops in workloads.values()) / 3, 3 * highest)
     _name_points(axes, workloads)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5, labelspacing=0.8)
     axes.grid(alpha=0.3)
-    return figure
+    return as_written(figure)
 
 
 def cost_per_step(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *, title: str = "") -> Figure:
@@ -59,7 +61,7 @@ def cost_per_step(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *
             linestyle=LINE_STYLES[i % len(LINE_STYLES)],
             marker=MARKERS[i % len(MARKERS)],
             markersize=5,
-            label=name,
+            label=named(name),
         )
     axes.set(xscale="log", yscale="log", xlabel="How many at once", ylabel="µs per optimizer step and run", title=title)
     numbers = sorted({number for numbers, _ in curves.values() for number in numbers})
@@ -69,7 +71,7 @@ def cost_per_step(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], *
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.grid(alpha=0.3, which="both", axis="y")
     axes.grid(alpha=0.3, axis="x")
-    return figure
+    return as_written(figure)
 
 
 def _name_points(axes: Axes, points: Mapping[str, tuple[float, float]], gap: float = 0.05) -> None:

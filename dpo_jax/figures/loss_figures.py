@@ -19,7 +19,9 @@ from dpo_jax.figures.style import (
     PURPLE,
     SKY,
     VERMILION,
+    as_written,
     label_points,
+    named,
 )
 
 
@@ -79,7 +81,7 @@ def loss_family(families: Sequence[LossFamily], *, columns: int = 3) -> Figure:
                 labelspacing=0.25,
                 borderpad=0.0,
             )
-    return figure
+    return as_written(figure)
 
 
 def loss_gains(
@@ -107,11 +109,11 @@ def loss_gains(
     for axes, (label, by_setting) in zip(panels, gains.items(), strict=True):
         _draw_gains(axes, by_setting, heights, reference)
         axes.set(ylim=(0.3, len(rows) + 0.7), xlabel=label)
-    panels[0].set_yticks([len(rows) - row for row in range(len(rows))], [name for name, _ in rows])
+    panels[0].set_yticks([len(rows) - row for row in range(len(rows))], [name for name, _ in rows], parse_math=False)
     for tick, (_, is_family) in zip(panels[0].get_yticklabels(), rows, strict=True):
         tick.set(fontweight="bold" if is_family else "normal", fontsize=8.5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False)
-    return figure
+    return as_written(figure)
 
 
 def _draw_gains(
@@ -126,10 +128,10 @@ def _draw_gains(
         names = [name for name in heights if name in by_name]
         mean, half = np.array([by_name[name] for name in names]).T
         y = np.array([heights[name] for name in names]) + shift
-        axes.errorbar(mean, y, xerr=half, fmt=marker, color=colour, markersize=4, linewidth=1.2, label=setting)
+        axes.errorbar(mean, y, xerr=half, fmt=marker, color=colour, markersize=4, linewidth=1.2, label=named(setting))
         if reference in by_name:
             axes.axvline(by_name[reference][0], color=colour, linewidth=0.9, linestyle=":")
-    axes.plot([], [], ":", color=GREY, label=reference)
+    axes.plot([], [], ":", color=GREY, label=named(reference))
     axes.axvline(0.0, color=GREY, linewidth=0.9)
     axes.tick_params(axis="y", length=0)
     axes.grid(alpha=0.3, axis="x")
@@ -156,9 +158,9 @@ def loss_frontiers(
         axes.set_visible(False)
     for axes, (setting, content) in zip(panels.flat, settings.items(), strict=False):
         _draw_frontier(axes, content, families, labelled)
-        axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward", title=setting.capitalize())
+        axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward", title=setting)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="upper center", ncols=5, frameon=False)
-    return figure
+    return as_written(figure)
 
 
 def _draw_frontier(
@@ -171,7 +173,9 @@ def _draw_frontier(
     colours = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black")
     for i, (family, names) in enumerate(families.items()):
         known = np.array([points[name] for name in names if name in points]).reshape(-1, 2)
-        axes.plot(*known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, linestyle="none", label=family)
+        axes.plot(
+            *known.T, "osD^vPX"[i], color=colours[i], markersize=5, alpha=0.8, linestyle="none", label=named(family)
+        )
     axes.margins(x=0.22, y=0.15)
     axes.grid(alpha=0.3)
     label_points(axes, {name: points[name] for name in labelled if name in points})
@@ -183,7 +187,7 @@ def _draw_family(family: LossFamily, upper: Axes, lower: Axes) -> None:
         for i, (label, lines) in enumerate(family.curves.items()):
             colour = PALETTE[(i - 1) % len(PALETTE)] if i else "black"
             style = LINE_STYLES[i % len(LINE_STYLES)]
-            axes.plot(family.x, lines[place], color=colour, linestyle=style, linewidth=1.8, label=label)
+            axes.plot(family.x, lines[place], color=colour, linestyle=style, linewidth=1.8, label=named(label))
         axes.set(ylabel=ylabel, ylim=limits, xlim=(family.x[0], family.x[-1]))
         axes.yaxis.set_label_coords(-0.17, 0.5)
         axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy import ndarray
 
-from dpo_jax.figures.style import BLUE, GREEN, GREY, LINE_STYLES, ORANGE, PURPLE, SKY, VERMILION
+from dpo_jax.figures.style import BLUE, GREEN, GREY, LINE_STYLES, ORANGE, PURPLE, SKY, VERMILION, as_written, named
 
 COLOURS = (VERMILION, BLUE, GREEN, PURPLE, ORANGE, SKY, GREY, "#7F4F24")
 MARKERS = "osD^vPX*"
@@ -42,7 +42,7 @@ def rlhf_frontier(
     figure, panels = _row(len(judges), height=5.0, below=1.5, above=0.75, width=max(6.5, 4.0 * len(judges)))
     for axes, (judge, methods) in zip(panels, judges.items(), strict=True):
         for i, (name, points) in enumerate(bounds.items()):
-            axes.plot(points.kl, points.gain, color="black", linestyle=("-", "--", ":")[i], label=name)
+            axes.plot(points.kl, points.gain, color="black", linestyle=("-", "--", ":")[i], label=named(name))
         for i, (name, points) in enumerate(methods.items()):
             axes.plot(
                 points.kl,
@@ -51,7 +51,7 @@ def rlhf_frontier(
                 markersize=5,
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)] if len(points.kl) <= 10 else None,
-                label=name,
+                label=named(name),
             )
         axes.axhline(0.0, color=GREY, linewidth=0.8)
         axes.set(xlabel="KL to the reference (nats)", title=judge, xlim=(-0.03, limits[0]), ylim=(limits[1], None))
@@ -69,7 +69,7 @@ def rlhf_frontier(
     panels[0].set_ylabel("Gain in true reward over SFT")
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles[: len(bounds)], names[: len(bounds)], loc="upper center", ncols=2, frameon=False)
-    return figure
+    return as_written(figure)
 
 
 def overoptimisation(courses: Mapping[str, Points], *, largest_kl: float) -> Figure:
@@ -82,7 +82,7 @@ def overoptimisation(courses: Mapping[str, Points], *, largest_kl: float) -> Fig
     figure, (axes,) = _row(1, height=4.6, below=0.6, width=6.6, right=2.4)
     for i, (name, points) in enumerate(courses.items()):
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(points.kl, points.gain, color=colour, label=name, linewidth=1.8)
+        axes.plot(points.kl, points.gain, color=colour, label=named(name), linewidth=1.8)
         if points.learned_gain is not None:
             axes.plot(points.kl, points.learned_gain, color=colour, linestyle="--", linewidth=1.2)
     axes.plot([], [], color="black", label="true reward", linewidth=1.8)
@@ -90,7 +90,7 @@ def overoptimisation(courses: Mapping[str, Points], *, largest_kl: float) -> Fig
     axes.axhline(0.0, color=GREY, linewidth=0.8)
     axes.set(xlabel="KL to the reference (nats)", ylabel="Gain in reward over SFT", xlim=(-0.03, largest_kl))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    return figure
+    return as_written(figure)
 
 
 def learning_rates(
@@ -118,14 +118,14 @@ def learning_rates(
                 markersize=4,
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
-                label=name,
+                label=named(name),
             )
         axes.axhline(0.0, color=GREY, linewidth=0.8)
         axes.set(xscale="log", xlabel="Learning rate", title=label)
     panels[0].set_ylabel("Gain")
     panels[1].set_ylabel("Share")
     panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5)
-    return figure
+    return as_written(figure)
 
 
 def learned_rewards(true: Float[ndarray, "prompts responses"], learned: Float[ndarray, "prompts responses"]) -> Figure:
@@ -152,7 +152,7 @@ def learned_rewards(true: Float[ndarray, "prompts responses"], learned: Float[nd
     axes.plot(ends, ends, color=GREY, linestyle="--", label="no error")
     axes.set(xlabel="True reward, less the mean of the prompt", ylabel="Learned reward, likewise")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    return figure
+    return as_written(figure)
 
 
 def reinforcement(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
@@ -181,7 +181,7 @@ def reinforcement(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
         axes.set(xlabel="Optimizer step", title=title)
         if len(lines) > 1:
             axes.legend(loc="best")
-    return figure
+    return as_written(figure)
 
 
 class Measured(NamedTuple):
@@ -221,10 +221,10 @@ def claim(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, log: boo
                 linewidth=1.3,
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
-                label=name,
+                label=named(name),
             )
             if by_name:
-                axes.set_xticks(range(len(measured.x)), measured.x)
+                axes.set_xticks(range(len(measured.x)), measured.x, parse_math=False)
                 axes.set_xlim(-0.6, len(measured.x) - 0.4)
         axes.set(xlabel=xlabel, ylabel=quantity)
         axes.margins(y=0.12)
@@ -235,7 +235,7 @@ def claim(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, log: boo
             axes.set_xscale("log")
         if len(series) > 1:
             axes.legend(loc="best", fontsize=8.5)
-    return figure
+    return as_written(figure)
 
 
 def _row(

@@ -27,6 +27,28 @@ def panels(width: float, height: float, *, columns: int, legend_width: float = 0
     return figure, list(axes[0])
 
 
+HIDDEN = "\u2060"
+"""Stands before labels that begin with `_`, which Matplotlib would leave out of legends, until the legend is made."""
+
+
+def named(name: str) -> str:
+    """A label that appears in legends, whatever the name; `as_written` takes away what that needs."""
+    return name if name and not name.startswith("_") else HIDDEN + name
+
+
+def as_written(figure: Figure) -> Figure:
+    """Shows every text of a figure but its tick labels as it was given: `$` starts no mathematics.
+
+    (Those of logarithmic axes are mathematics. Ticks with names take `parse_math=False` themselves.)
+    """
+    legends = [*figure.legends, *(legend for axes in figure.axes if (legend := axes.get_legend()))]
+    titles = [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts)]
+    for text in [*figure.texts, *titles, *(text for legend in legends for text in legend.get_texts())]:
+        text.set_parse_math(False)
+        text.set_text(text.get_text().removeprefix(HIDDEN))
+    return figure
+
+
 def label_points(axes: Axes, points: Mapping[str, tuple[float, float]]) -> None:
     """Writes names to the right of their points, from the highest down, none over another."""
     low, high = axes.get_ylim()

@@ -8,11 +8,12 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from numpy import ndarray
 
-from dpo_jax.figures.style import GREY, LINE_STYLES, PALETTE, panels
+from dpo_jax.figures.style import GREY, LINE_STYLES, PALETTE, as_written, named, panels
+from dpo_jax.intervals import half_width
 
 Curve = Mapping[str, Float[ndarray, " betas"]]
 """For each beta `expected_reward`, the reward gained on the reference, `gain`, their standard errors over seeds,
-`expected_reward_stderr` and `gain_stderr`, and `kl_to_reference` (nats)."""
+`expected_reward_stderr` and `gain_stderr`, how many seeds there were, `num_seeds`, and `kl_to_reference` (nats)."""
 
 
 def reward_against_beta(
@@ -33,16 +34,17 @@ def reward_against_beta(
     columns = {"expected_reward": "Expected true reward", "gain": "Reward gained on SFT"}
     for axes, (column, label) in zip(panes, columns.items(), strict=True):
         for i, (name, curve) in enumerate(curves.items()):
-            mean, spread = curve[column][order], 1.96 * np.nan_to_num(curve[f"{column}_stderr"][order])
+            mean = curve[column][order]
+            spread = np.nan_to_num(half_width(curve[f"{column}_stderr"][order], curve["num_seeds"][order]))
             style = _style(i)
-            axes.plot(betas[order], mean, marker="o", markersize=4, label=name, **style)
+            axes.plot(betas[order], mean, marker="o", markersize=4, label=named(name), **style)
             axes.fill_between(betas[order], mean - spread, mean + spread, color=style["color"], alpha=0.2, linewidth=0)
         zero = sft_reward if column == "expected_reward" else 0.0
         axes.axhline(zero, color=GREY, linestyle="--", label="SFT, the reference")
         axes.set(xscale="log", xlabel="β", ylabel=label, title=f"{of}, 95 % intervals" if of else "95 % intervals")
         axes.grid(alpha=0.3)
     panes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    return figure
+    return as_written(figure)
 
 
 def reward_against_kl(
@@ -61,14 +63,14 @@ def reward_against_kl(
     for i, (name, curve) in enumerate(curves.items()):
         order, style = np.argsort(betas), _style(i)
         kl, reward = curve["kl_to_reference"], curve["expected_reward"]
-        axes.plot(kl[order], reward[order], label=name, **style)
+        axes.plot(kl[order], reward[order], label=named(name), **style)
         axes.scatter(kl, reward, s=sizes, color=style["color"])
     axes.plot(0.0, sft_reward, "s", color=GREY, label="SFT, the reference")
     axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward")
     axes.set_title(", ".join(filter(None, [of, "larger points: smaller β"])))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.grid(alpha=0.3)
-    return figure
+    return as_written(figure)
 
 
 def heat_maps(
@@ -97,7 +99,7 @@ def heat_maps(
     panes[0].set_ylabel(row_label)
     bar = figure.add_axes((1 - 1.05 / figure.get_figwidth(), 0.15, 0.15 / figure.get_figwidth(), 0.72))
     figure.colorbar(image, cax=bar).set_label(title)
-    return figure
+    return as_written(figure)
 
 
 def _style(i: int) -> dict[str, Any]:

@@ -64,6 +64,7 @@ from dpo_jax.losses.reference_free import sft_loss as sft_loss
 from dpo_jax.losses.reference_free import simpo_loss as simpo_loss
 from dpo_jax.losses.reference_free import unlikelihood_loss as unlikelihood_loss
 from dpo_jax.losses.reward_model import bradley_terry_loss as bradley_terry_loss
+from dpo_jax.losses.sequences import sequence_logps as sequence_logps
 from dpo_jax.losses.unpaired import apo_zero_unpaired_loss as apo_zero_unpaired_loss
 from dpo_jax.losses.unpaired import bco_loss as bco_loss
 from dpo_jax.losses.unpaired import kto_loss as kto_loss

@@ -1,5 +1,6 @@
 """What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks
+from dpo_jax.losses.ratios import difference, fitted, times
+from dpo_jax.losses.structure import name_of, refuse_weights_if_rows_mix
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -27,7 +30,8 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
 
     Args:
       loss: any loss whose first argument is the policy's pair of log-probabilities.
-      weight: :math:`\alpha`, zero or positive; of sums over tokens, or means, as they come.
+      weight: :math:`\alpha`, zero or positive; of sums over tokens, or means, as they come. A scalar, or one value for
+        each comparison.
 
     Returns:
       A loss with the same arguments.
@@ -37,9 +41,10 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
     def loss_with_sft(policy: PairLike[Float[Array, "*batch"]], *args: Any, **hyperparameters: Any) -> Array:
         if not isinstance(policy, tuple):
             raise TypeError("with_sft needs a loss of pairs or rankings: its term is that of the chosen response")
-        return loss(policy, *args, **hyperparameters) - weight * policy[0]
+        (share,) = fitted(policy[0], weight=weight)
+        return loss(policy, *args, **hyperparameters) - times(share, policy[0])
 
-    return loss_with_sft
+    return _described(loss_with_sft, f"with_sft({name_of(loss)})", loss)
 
 
 def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., Array]:
@@ -60,7 +65,7 @@ def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., A
     [1.4402]
 
     Args:
-      *terms: pairs (weight, loss); at least one. Weights are finite.
+      *terms: pairs (weight, loss); at least one. Weights are finite: scalars, or one value for each comparison.
 
     Returns:
       A loss with the same arguments.
@@ -71,10 +76,12 @@ def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., A
         checks.finite("weight", weight)
 
     def summed(*args: Any, **hyperparameters: Any) -> Array:
-        first, *others = (weight * loss(*args, **hyperparameters) for weight, loss in terms)
+        first, *others = (_weighted(loss(*args, **hyperparameters), weight=weight) for weight, loss in terms)
+        for other in others:
+            checks.same_shape(one_term=first, another_term=other)
         return sum(others, first)
 
-    return summed
+    return _described(summed, f"weighted_sum({', '.join(name_of(loss) for _, loss in terms)})", terms[0][1])
 
 
 def wpo_weights(
@@ -111,11 +118,16 @@ def wpo_weights(
     sides |= {"alignment_chosen": alignment[0], "alignment_rejected": alignment[1]}
     checks.same_shape(**sides)
     checks.same_dtype(**sides)
-    return jax.lax.stop_gradient(jnp.exp(policy[0] - alignment[0] + policy[1] - alignment[1]))
+    checks.log_probabilities(**sides)
+    chosen, rejected = (difference(logps, level) for logps, level in zip(policy, alignment, strict=True))
+    return jax.lax.stop_gradient(jnp.exp(chosen + rejected))
 
 
 def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
     """A loss whose comparisons count by the further hyperparameter `weights`, for instance `wpo_weights`.
+
+    The weights of a loss that compares whole batches, such as `aot_loss`, are refused by ValueError, unless it is one
+    for all.
 
     >>> import jax.numpy as jnp
     >>> from dpo_jax.losses import dpo_loss
@@ -125,12 +137,13 @@ def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
     """
 
     def weighted(*args: Any, weights: Scalar, **hyperparameters: Any) -> Array:
-        values = loss(*args, **hyperparameters)
         checks.not_negative("weights", weights)
-        checks.broadcasts("weights", weights, values.shape)
-        return weights * values
+        values = _weighted(loss(*args, **hyperparameters), weights=weights)
+        if jnp.ndim(weights):
+            refuse_weights_if_rows_mix(loss, *args, **hyperparameters)
+        return values
 
-    return weighted
+    return _described(weighted, f"with_weights({name_of(loss)})", loss)
 
 
 def length_desensitized_logps(
@@ -157,11 +170,31 @@ def length_desensitized_logps(
       token_logps: log-probabilities (nats) of the tokens of each response; what stands behind its end is ignored.
       lengths: how many tokens each response has.
       common_lengths: :math:`l`, the length of the shorter response of its pair.
-      alpha: weight of the tokens beyond; between 0 and 1.
+      alpha: weight of the tokens beyond; between 0 and 1. A scalar, or one value for each response.
     """
     checks.floating("token_logps", token_logps)
     checks.probability("alpha", alpha)
     checks.same_shape(token_logps=token_logps[..., 0], lengths=lengths, common_lengths=common_lengths)
+    (alpha,) = fitted(token_logps[..., 0], alpha=alpha)
     place = jax.lax.broadcasted_iota(lengths.dtype, token_logps.shape, token_logps.ndim - 1)
-    weights = jnp.where(place < common_lengths[..., None], 1, jnp.asarray(alpha, token_logps.dtype))
-    return jnp.sum(jnp.where(place < lengths[..., None], weights * token_logps, 0), axis=-1)
+    inside = place < lengths[..., None]
+    token_logps = jnp.where(inside, token_logps, 0)
+    checks.log_probabilities(token_logps=token_logps)
+    share = jnp.broadcast_to(alpha, lengths.shape)[..., None]
+    weights = jnp.where(place < common_lengths[..., None], 1, share)
+    return jnp.sum(times(weights, token_logps), axis=-1)
+
+
+def _weighted(values: Float[Array, "*batch"], **weights: Scalar) -> Float[Array, "*batch"]:
+    """Losses times their weights; a loss that is infinite and has no weight counts as 0."""
+    (factor,) = fitted(values, **weights)
+    return times(factor, values)
+
+
+def _described(wrapper: Callable[..., Array], name: str, loss: Callable[..., Array]) -> Callable[..., Array]:
+    """A wrapper with a name for error messages, and the positional arguments of the loss inside."""
+    positional = [p for p in inspect.signature(loss).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+    hyperparameters = inspect.Parameter("hyperparameters", inspect.Parameter.VAR_KEYWORD)
+    wrapper.__name__ = name
+    wrapper.__signature__ = inspect.Signature([*positional, hyperparameters])  # type: ignore[attr-defined]
+    return wrapper

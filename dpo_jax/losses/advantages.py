@@ -2,12 +2,16 @@
 
 Rewards have a row for each prompt and a column for each response to it. Where the responses of a group are not samples
 but all that there are, `weights` says how probable each one is (up to a factor): then means are expectations.
+
+Equal rewards have advantages of exactly 0, and so has a group without any weight. Sums are taken in float32 at least;
+the dtype of the result is that of the rewards.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.losses.ratios import fitted
 from dpo_jax.types import Scalar
 
 
@@ -27,7 +31,7 @@ def centred_advantages(
       weights: of the responses; `None` means equally.
     """
     _check(rewards, weights, at_least=2 if weights is None else 1)
-    return rewards - _mean(rewards, weights)
+    return _centred(rewards, weights).astype(rewards.dtype)
 
 
 def grpo_advantages(
@@ -45,12 +49,14 @@ def grpo_advantages(
     Args:
       rewards: of responses to one prompt each row; two at least.
       weights: of the responses; `None` means equally.
-      epsilon: keeps the advantages of equal rewards finite; positive.
+      epsilon: keeps the advantages of nearly equal rewards small; positive.
     """
     checks.positive("epsilon", epsilon)
     _check(rewards, weights, at_least=2)
-    centred = rewards - _mean(rewards, weights)
-    return centred / (jnp.sqrt(_variance(centred, weights)) + epsilon)
+    centred = _centred(rewards, weights)
+    (floor,) = fitted(centred, epsilon=epsilon)
+    size, variance = _spread(centred, weights)
+    return (centred / (size * jnp.sqrt(variance) + floor)).astype(rewards.dtype)
 
 
 def rloo_advantages(
@@ -68,8 +74,8 @@ def rloo_advantages(
       weights: of the responses; `None` means equally.
     """
     _check(rewards, weights, at_least=2)
-    size = rewards.shape[-1]
-    return (rewards - _mean(rewards, weights)) * (size / (size - 1) if weights is None else 1.0)
+    num = rewards.shape[-1]
+    return (_centred(rewards, weights) * (num / (num - 1) if weights is None else 1.0)).astype(rewards.dtype)
 
 
 def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None = None) -> Float[Array, "*n"]:
@@ -83,22 +89,48 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
     checks.size("the number of advantages", advantages.size, at_least=2)
     if weights is not None:
         checks.same_shape(advantages=advantages, weights=weights)
-    flat = advantages.ravel()[None]
-    weights = None if weights is None else weights.ravel()[None]
-    centred = flat - _mean(flat, weights)
-    return (centred / jnp.sqrt(_variance(centred, weights) + 1e-8)).reshape(advantages.shape)
+        checks.not_negative("weights", weights)
+    flat = advantages.ravel()
+    weights = None if weights is None else weights.ravel()
+    centred = _centred(flat, weights)
+    size, variance = _spread(centred, weights)
+    white = centred / size / jnp.sqrt(variance + 1e-8 / size**2)
+    return white.reshape(advantages.shape).astype(advantages.dtype)
+
+
+def _centred(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n group"]:
+    """Minus their mean, which is taken twice: what a rounded mean leaves over is small, and its mean accurate."""
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    shifted = values - _mean(values, weights)
+    centred = shifted - _mean(shifted, weights)
+    return centred if weights is None else jnp.where(jnp.any(weights > 0, axis=-1, keepdims=True), centred, 0)
 
 
 def _mean(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n 1"]:
+    """No rounding takes it out of the range of the values; those without weight have no say, even if infinite."""
     if weights is None:
-        return jnp.mean(values, axis=-1, keepdims=True)
-    return jnp.sum(weights * values, axis=-1, keepdims=True) / jnp.sum(weights, axis=-1, keepdims=True)
+        mean, low, high = (of(values, axis=-1, keepdims=True) for of in (jnp.mean, jnp.min, jnp.max))
+        return jnp.clip(mean, low, high)
+    counts, largest = weights > 0, jnp.max(weights, axis=-1, keepdims=True)
+    shares = (weights / jnp.where(largest > 0, largest, 1)).astype(values.dtype)  # so that their sum is 1 at least
+    total = jnp.sum(jnp.where(counts, shares * values, 0), axis=-1, keepdims=True)
+    mean = total / jnp.maximum(jnp.sum(shares, axis=-1, keepdims=True), 1)
+    low = jnp.min(values, axis=-1, keepdims=True, where=counts, initial=jnp.inf)
+    high = jnp.max(values, axis=-1, keepdims=True, where=counts, initial=-jnp.inf)
+    return jnp.where(largest > 0, jnp.clip(mean, low, high), 0)
 
 
-def _variance(centred: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n 1"]:
-    """Of samples, with one less than their number in the denominator; of a distribution where there are weights."""
-    size = centred.shape[-1]
-    return _mean(centred**2, weights) * (size / (size - 1) if weights is None else 1.0)
+def _spread(
+    centred: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None
+) -> tuple[Float[Array, "*n 1"], Float[Array, "*n 1"]]:
+    """The largest of the values, 1 at least, and their variance in units of its square, which does not overflow.
+
+    Of samples, with one less than their number in the denominator; of a distribution where there are weights.
+    """
+    counts = True if weights is None else weights > 0
+    size = jnp.max(jnp.abs(centred), axis=-1, keepdims=True, where=counts, initial=1.0)
+    num = centred.shape[-1]
+    return size, _mean(jnp.square(centred / size), weights) * (num / (num - 1) if weights is None else 1.0)
 
 
 def _check(rewards: Array, weights: Array | None, *, at_least: int = 1) -> None:
@@ -107,3 +139,4 @@ def _check(rewards: Array, weights: Array | None, *, at_least: int = 1) -> None:
     checks.size("the number of responses in a group", rewards.shape[-1], at_least=at_least)
     if weights is not None:
         checks.same_shape(rewards=rewards, weights=weights)
+        checks.not_negative("weights", weights)

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import checked_log_ratios, checked_margin, smoothed_logistic
+from dpo_jax.losses.ratios import checked_log_ratios, checked_margin, difference, smoothed_logistic, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -46,10 +46,11 @@ def aot_loss(
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     checks.hyperparameters((), beta=beta, label_smoothing=label_smoothing)
-    checked_log_ratios(policy, reference)
+    *_, beta, label_smoothing = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
     checks.batch("policy.chosen", policy[0])
-    policy_margin, reference_margin = policy[0] - policy[1], reference[0] - reference[1]
-    return smoothed_logistic(beta * (jnp.sort(policy_margin) - jnp.sort(reference_margin)), label_smoothing)
+    margins, reference_margins = difference(*policy), difference(*reference)
+    logits = times(beta, difference(jnp.sort(margins), jnp.sort(reference_margins)))
+    return smoothed_logistic(logits, label_smoothing)
 
 
 def aot_unpaired_loss(
@@ -85,9 +86,10 @@ def aot_unpaired_loss(
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
     checks.hyperparameters((), beta=beta, label_smoothing=label_smoothing)
-    chosen, rejected = checked_log_ratios(policy, reference)
+    values = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    chosen, rejected, beta, label_smoothing = values
     checks.batch("policy.chosen", policy[0])
-    return smoothed_logistic(beta * (jnp.sort(chosen) - jnp.sort(rejected)), label_smoothing)
+    return smoothed_logistic(times(beta, difference(jnp.sort(chosen), jnp.sort(rejected))), label_smoothing)
 
 
 def kto_reference_point(policy: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, ""]:
@@ -108,13 +110,15 @@ def kto_reference_point(policy: Float[Array, "*batch"], reference: Float[Array, 
       reference: the same under the reference policy.
 
     Returns:
-      One number (nats) for the whole batch.
+      One number (nats) for the whole batch. Infinite log-ratios are left out of the mean; without any other it is 0.
     """
     checks.floating("policy", policy)
     checks.reference(reference)
     checks.same_shape(policy=policy, reference=reference)
     checks.same_dtype(policy=policy, reference=reference)
-    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(policy - reference), 0))
+    checks.log_probabilities(policy=policy, reference=reference)
+    mean, _ = _mean_of_finite(jax.lax.stop_gradient(difference(policy, reference)))
+    return jnp.maximum(mean, 0)
 
 
 class RunningMean(NamedTuple):
@@ -132,6 +136,8 @@ class RunningMean(NamedTuple):
 class Shift(NamedTuple):
     """BCO's shift: the mean implicit reward so far, good and bad responses counting equally.
 
+    While all responses so far were good, or all were bad, it is their mean, as it is in TRL.
+
     Attributes:
       desirable, undesirable: the means of the implicit rewards of the good and of the bad ones.
     """
@@ -142,7 +148,8 @@ class Shift(NamedTuple):
     @property
     def value(self) -> Array | float:
         """What `bco_pair_loss` and `bco_loss` take."""
-        return (self.desirable.mean + self.undesirable.mean) / 2
+        both = jnp.minimum(self.desirable.num, self.undesirable.num) > 0
+        return (self.desirable.mean + self.undesirable.mean) / jnp.where(both, 2.0, 1.0)
 
 
 def update_shift(
@@ -166,15 +173,17 @@ def update_shift(
 
     Args:
       state: what came out of the batch before; `Shift()` at the first.
-      rewards: implicit rewards of the responses of a batch.
+      rewards: implicit rewards of the responses of a batch; infinite ones do not count.
       desirable: which of them are good; of a pair, the chosen one.
       weights: how much each response counts; `None` means equally.
     """
     checks.floating("rewards", rewards)
     checks.boolean("desirable", desirable)
-    checks.same_shape(rewards=rewards, desirable=desirable)
-    rewards = jax.lax.stop_gradient(rewards)
     weights = jnp.ones_like(rewards) if weights is None else weights
+    checks.same_shape(rewards=rewards, desirable=desirable, weights=weights)
+    checks.not_negative("weights", weights)
+    rewards = jax.lax.stop_gradient(rewards)
+    weights = jnp.where(jnp.isinf(rewards), 0, weights)
     sides = (weights * desirable, weights * ~desirable)
     return Shift(*(_updated(mean, rewards, side) for mean, side in zip(state, sides, strict=True)))
 
@@ -208,15 +217,19 @@ def update_margin_moments(
 
     Args:
       state: what came out of the batch before; `MarginMoments(key)` at the first.
-      margins: differences of log-ratios of a batch (nats); a single one leaves the spread as it was.
+      margins: differences of log-ratios of a batch (nats); a single one leaves the spread as it was. Infinite ones do
+        not count.
       momentum: weight of the past; at least 0, below 1.
     """
     checks.between("momentum", momentum, 0.0, 1.0)
+    checks.hyperparameters((), momentum=momentum, mean=state.mean, std=state.std)
     checks.floating("margins", margins)
     checks.batch("margins", margins)
     margins = jax.lax.stop_gradient(margins).astype(jnp.promote_types(margins.dtype, jnp.float32))
-    std = jnp.std(margins, ddof=1) if margins.shape[0] > 1 else jnp.asarray(state.std)
-    past, present = (state.mean, state.std), (jnp.mean(margins), std)
+    mean, num = _mean_of_finite(margins)
+    variance = jnp.sum(jnp.where(jnp.isinf(margins), 0, margins - mean) ** 2) / jnp.maximum(num - 1, 1)
+    std = jnp.where(num > 1, jnp.sqrt(variance), state.std)
+    past, present = (state.mean, state.std), (jnp.where(num > 0, mean, state.mean), std)
     moments = (momentum * old + (1 - momentum) * new for old, new in zip(past, present, strict=True))
     return MarginMoments(jax.random.split(state.key, 1)[0], *(jnp.asarray(x, margins.dtype) for x in moments))
 
@@ -260,21 +273,30 @@ def beta_dpo_loss(
     checks.positive("beta", beta)
     checks.not_negative("alpha", alpha)
     checks.positive_fraction("keep", keep)
-    checks.hyperparameters((), beta=beta, alpha=alpha)
-    margin = checked_margin(policy, reference)
+    scalars = {"beta": beta, "alpha": alpha, "mean": moments.mean, "std": moments.std}
+    checks.hyperparameters((), **scalars)
+    margin, beta, alpha, mean, std = checked_margin(policy, reference, **scalars)
     checks.batch("policy.chosen", margin)
-    kept = _keep_likely(jax.lax.stop_gradient(margin), moments, max(1, int(keep * margin.shape[0] + 1e-9)))
-    share = jnp.mean(kept)
-    surplus = jax.lax.stop_gradient(jnp.mean(kept * margin) / share) - moments.mean
-    return -kept / share * jax.nn.log_sigmoid(jnp.maximum(beta * (1 + alpha * surplus), 1e-3) * margin)
+    constant = jax.lax.stop_gradient(margin)
+    num = max(1, int(keep * margin.shape[0] + 1e-9))
+    kept = _keep_likely(moments.key, (constant - mean) / jnp.maximum(std, jnp.finfo(margin.dtype).eps), num)
+    mean_of_kept, num_finite = _mean_of_finite(jnp.where(kept, constant, jnp.inf))
+    surplus = jnp.where(num_finite > 0, mean_of_kept - mean, 0)
+    logits = times(jnp.maximum(beta * (1 + alpha * surplus), 1e-3), margin)
+    return jnp.where(kept, -jax.nn.log_sigmoid(logits), 0) / jnp.mean(kept, dtype=margin.dtype)
 
 
-def _keep_likely(margins: Float[Array, " batch"], moments: MarginMoments, num: int) -> Float[Array, " batch"]:
-    """One for `num` comparisons drawn without replacement, by their normal density; zero for the others."""
-    std = jnp.maximum(moments.std, jnp.finfo(margins.dtype).eps)
-    noise = jax.random.gumbel(moments.key, margins.shape, margins.dtype)
-    score = noise - jnp.square((margins - moments.mean) / std) / 2
-    return (jnp.argsort(jnp.argsort(-score)) < num).astype(margins.dtype)
+def _mean_of_finite(values: Float[Array, "*batch"]) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The mean of the values that are not infinite, 0 if all are; and how many they are. NaN shows."""
+    finite = ~jnp.isinf(values)
+    num = jnp.sum(finite)
+    return jnp.where(num > 0, jnp.mean(values, where=finite | (num == 0)), 0), num
+
+
+def _keep_likely(key: Key[Array, ""], distances: Float[Array, " batch"], num: int) -> Bool[Array, " batch"]:
+    """Which `num` comparisons are kept, drawn without replacement by the normal density at their distances."""
+    score = jax.random.gumbel(key, distances.shape, distances.dtype) - jnp.square(distances) / 2
+    return jnp.argsort(jnp.argsort(-score)) < num
 
 
 def _updated(state: RunningMean, values: Float[Array, " batch"], weights: Float[Array, " batch"]) -> RunningMean:
@@ -282,5 +304,5 @@ def _updated(state: RunningMean, values: Float[Array, " batch"], weights: Float[
     dtype = jnp.promote_types(values.dtype, jnp.float32)
     values, weights = values.astype(dtype), weights.astype(dtype)
     num = state.num + jnp.sum(weights)
-    change = jnp.sum(weights * (values - state.mean)) / jnp.where(num > 0, num, 1)
+    change = jnp.sum(jnp.where(weights > 0, weights * (values - state.mean), 0)) / jnp.where(num > 0, num, 1)
     return RunningMean(jnp.asarray(state.mean + change, dtype), jnp.asarray(num, dtype))

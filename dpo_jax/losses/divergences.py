@@ -12,7 +12,7 @@ Constraints", arXiv 2309.16240, Table 1. Exponentials go on along their tangent 
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, TypeAlias
 
 import jax
@@ -34,7 +34,7 @@ from dpo_jax.losses.margin import (
     squared_loss,
     truncated_quadratic_loss,
 )
-from dpo_jax.losses.ratios import bounded_exp, power_score
+from dpo_jax.losses.ratios import bounded_exp, difference, fitted, power_score
 from dpo_jax.types import PreferenceLoss, Scalar
 
 Divergence: TypeAlias = Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]
@@ -56,8 +56,8 @@ LOSSES_OF_THE_MARGIN = (
 )
 """Losses of a pair that see nothing but the difference of its log-ratios."""
 
-_OTHERS = ("pairwise", "batch", "reference_free", "unpaired", "additions")
-_OTHER_FAMILIES = tuple(f"dpo_jax.losses.{family}" for family in _OTHERS)
+_LIBRARY = __name__.split(".")[0]
+_OF_DIFFERENCES = (f"{_LIBRARY}.losses.margin", f"{_LIBRARY}.losses.ranked")
 
 
 def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceLoss:
@@ -77,26 +77,32 @@ def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceL
       A loss with the same arguments.
 
     Raises:
-      ValueError: the loss is one of this library that looks at log-ratios apart. Then the normalisation of the optimum,
-        which depends on the prompt, would not cancel, and the loss would mean nothing. An addition (`with_sft`,
-        `weighted_sum`) comes after the divergence, not before.
+      ValueError: the loss is another one of this library, or made by it, perhaps inside `functools.partial` or
+        `jax.jit`. Where log-ratios are looked at apart, the normalisation of the optimum, which depends on the prompt,
+        would not cancel, and the loss would mean nothing. An addition (`with_sft`, `weighted_sum`) comes after the
+        divergence, not before, and there is one divergence. Your own functions are taken at their word.
       TypeError: an argument is no function.
     """
     if not (callable(loss) and callable(divergence)):
         raise TypeError(f"with_divergence needs a loss and a link, both functions, got {loss!r} and {divergence!r}")
-    if getattr(_unwrapped(loss), "__module__", None) in _OTHER_FAMILIES:
+    function = _unwrapped(loss)
+    home = getattr(function, "__module__", None) or ""
+    if home.split(".")[0] == _LIBRARY and home not in _OF_DIFFERENCES:
         allowed = ", ".join(allowed.__name__ for allowed in LOSSES_OF_THE_MARGIN)
+        name = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
         raise ValueError(
-            f"{_unwrapped(loss).__name__} cannot take a divergence: only in losses of differences of scores does the "
+            f"{name} cannot take a divergence: only in losses of differences of scores does the "
             f"normalisation of the optimal policy cancel. These are {allowed}, plackett_luce_loss; additions come after"
         )
 
     def loss_with_divergence(policy: Any, reference: Any, **hyperparameters: Any) -> Float[Array, "*batch"]:
         checks.reference(reference)
         checks.rankings(policy, reference)
-        ratios = (logps - reference_logps for logps, reference_logps in zip(policy, reference, strict=True))
-        scores = tuple(divergence(ratio) for ratio in ratios)
-        return loss(scores, jax.tree.map(jnp.zeros_like, scores), **hyperparameters)
+        ratios = [difference(logps, others) for logps, others in zip(policy, reference, strict=True)]
+        scores = [_score(divergence, ratio) for ratio in ratios]
+        highest = jax.lax.stop_gradient(reduce(jnp.maximum, scores))
+        relative = tuple(difference(score, highest) for score in scores)  # zero or negative, as log-probabilities are
+        return loss(relative, jax.tree.map(jnp.zeros_like, relative), **hyperparameters)
 
     return loss_with_divergence
 
@@ -134,13 +140,24 @@ def alpha_divergence(alpha: Scalar) -> Divergence:
     al. and of TRL up to 0.28 is one minus this one.
 
     Args:
-      alpha: finite; may be traced.
+      alpha: finite; a scalar, or one value for each comparison; may be traced.
     """
     checks.finite("alpha", alpha)
 
-    return lambda log_ratio: power_score(log_ratio, alpha - 1)
+    def link(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        (fitting,) = fitted(log_ratio, alpha=alpha)
+        return power_score(log_ratio, fitting - 1)
+
+    return link
+
+
+def _score(divergence: Divergence, ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    score = divergence(ratio)
+    checks.same_shape(log_ratios=ratio, scores=score)
+    return score.astype(ratio.dtype)
 
 
 def _unwrapped(loss: Any) -> Any:
-    """The function behind partials and wrappers."""
-    return _unwrapped(loss.func) if isinstance(loss, partial) else inspect.unwrap(loss)
+    """The function behind partials and wrappers, in any order."""
+    inner = loss.func if isinstance(loss, partial) else inspect.unwrap(loss)
+    return loss if inner is loss else _unwrapped(inner)

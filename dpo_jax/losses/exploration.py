@@ -5,6 +5,7 @@ from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.margin import dpo_loss
+from dpo_jax.losses.ratios import fitted, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -21,7 +22,8 @@ def xpo_loss(
     .. math:: -\log \sigma(\beta \Delta) + \alpha \log \pi(\tilde y|x)
 
     One response of each comparison is the policy's and the other, :math:`\tilde y`, is the reference's. Source: Xie et
-    al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1. With alpha 0 this is `dpo_loss`.
+    al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1. With alpha 0 this is `dpo_loss`, and
+    where that is infinite it prevails.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -40,5 +42,7 @@ def xpo_loss(
     checks.not_negative("alpha", alpha)
     checks.boolean("reference_won", reference_won)
     loss = dpo_loss(policy, reference, beta=beta)
-    checks.hyperparameters(loss.shape, alpha=alpha, reference_won=reference_won)
-    return loss + alpha * jnp.where(reference_won, policy[0], policy[1])
+    checks.hyperparameters(loss.shape, reference_won=reference_won)
+    (alpha,) = fitted(loss, alpha=alpha)
+    optimism = times(alpha, jnp.where(reference_won, policy[0], policy[1]))
+    return loss + jnp.where(jnp.isinf(loss), 0, optimism)

@@ -7,9 +7,9 @@ A constant added to both log-ratios changes nothing, so whatever depends on the 
 That is why these losses can take other divergences (`with_divergence`).
 
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
-tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns
-one number per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `dpo_loss`
-does.
+tokens of a response unless its docstring says otherwise (`sequence_logps`); the reference is a constant to the caller.
+Every loss returns one number per comparison, in the dtype of the log-probabilities. Hyperparameters are scalars, or
+have one value per comparison. All raise what `dpo_loss` does.
 """
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, checked_margin, smoothed_logistic
+from dpo_jax.losses.ratios import bounded_exp, checked_margin, difference, smoothed_logistic, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -54,12 +54,14 @@ def dpo_loss(
 
     Raises:
       TypeError: an argument is not a pair of floating-point arrays, or they differ in dtype.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
+        rounding (checked unless they are traced). That an axis is one of tokens cannot be told here; objectives refuse
+        it (`train.preference_objective`).
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
-    logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
-    return smoothed_logistic(logits, label_smoothing)
+    margin, beta, label_smoothing = checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    return smoothed_logistic(times(beta, margin), label_smoothing)
 
 
 def robust_dpo_loss(
@@ -87,8 +89,9 @@ def robust_dpo_loss(
     """
     checks.positive("beta", beta)
     checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
-    logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
-    return -jax.nn.log_sigmoid(logits) - label_smoothing / (1 - 2 * label_smoothing) * logits
+    margin, beta, label_smoothing = checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    logits = times(beta, margin)
+    return -jax.nn.log_sigmoid(logits) - times(label_smoothing / (1 - 2 * label_smoothing), logits)
 
 
 def ipo_loss(
@@ -113,7 +116,8 @@ def ipo_loss(
       beta: strength of the pull towards the reference; positive. The margin aimed at is 1/(2 beta) nats.
     """
     checks.positive("beta", beta)
-    return jnp.square(checked_margin(policy, reference, beta=beta) - 1 / (2 * beta))
+    margin, beta = checked_margin(policy, reference, beta=beta)
+    return jnp.square(margin - 1 / (2 * beta))
 
 
 def hinge_loss(
@@ -136,7 +140,8 @@ def hinge_loss(
       beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
     """
     checks.positive("beta", beta)
-    return jax.nn.relu(1 - beta * checked_margin(policy, reference, beta=beta))
+    margin, beta = checked_margin(policy, reference, beta=beta)
+    return jax.nn.relu(1 - times(beta, margin))
 
 
 def squared_loss(
@@ -159,7 +164,8 @@ def squared_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    return jnp.square(beta * checked_margin(policy, reference, beta=beta) - 1)
+    margin, beta = checked_margin(policy, reference, beta=beta)
+    return jnp.square(times(beta, margin) - 1)
 
 
 def truncated_quadratic_loss(
@@ -181,7 +187,8 @@ def truncated_quadratic_loss(
       beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
     """
     checks.positive("beta", beta)
-    return jnp.square(jax.nn.relu(1 - beta * checked_margin(policy, reference, beta=beta)))
+    margin, beta = checked_margin(policy, reference, beta=beta)
+    return jnp.square(jax.nn.relu(1 - times(beta, margin)))
 
 
 def exponential_loss(
@@ -204,7 +211,8 @@ def exponential_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    return bounded_exp(-beta * checked_margin(policy, reference, beta=beta))
+    margin, beta = checked_margin(policy, reference, beta=beta)
+    return bounded_exp(-times(beta, margin))
 
 
 def savage_loss(
@@ -227,7 +235,8 @@ def savage_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    return jnp.square(jax.nn.sigmoid(-beta * checked_margin(policy, reference, beta=beta)))
+    margin, beta = checked_margin(policy, reference, beta=beta)
+    return jnp.square(jax.nn.sigmoid(-times(beta, margin)))
 
 
 def exo_loss(
@@ -259,9 +268,10 @@ def exo_loss(
     """
     checks.positive("beta", beta)
     checks.inside("label_smoothing", label_smoothing, 0.0, 0.5)
-    logits = beta * checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
-    chosen = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
-    return chosen + jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
+    margin, beta, label_smoothing = checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
+    logits = times(beta, margin)
+    chosen = times(jax.nn.sigmoid(logits), jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
+    return chosen + times(jax.nn.sigmoid(-logits), jax.nn.log_sigmoid(-logits) - jnp.log(label_smoothing))
 
 
 def discopop_loss(
@@ -292,9 +302,11 @@ def discopop_loss(
     """
     checks.positive("beta", beta)
     checks.positive_fraction("temperature", temperature)
-    logits = beta * checked_margin(policy, reference, beta=beta, temperature=temperature)
-    logistic = -jax.nn.sigmoid(-logits / temperature) * jax.nn.log_sigmoid(logits)
-    return logistic + jnp.exp(jax.nn.log_sigmoid(logits / temperature) - logits)
+    margin, beta, temperature = checked_margin(policy, reference, beta=beta, temperature=temperature)
+    logits = times(beta, margin)
+    tempered = times(1 / temperature, logits)
+    logistic = times(jax.nn.sigmoid(-tempered), -jax.nn.log_sigmoid(logits))
+    return logistic + jnp.exp(difference(jax.nn.log_sigmoid(tempered), logits))
 
 
 def offset_dpo_loss(
@@ -324,7 +336,8 @@ def offset_dpo_loss(
     """
     checks.positive("beta", beta)
     checks.finite("offset", offset)
-    return -jax.nn.log_sigmoid(beta * checked_margin(policy, reference, beta=beta, offset=offset) - offset)
+    margin, beta, offset = checked_margin(policy, reference, beta=beta, offset=offset)
+    return -jax.nn.log_sigmoid(times(beta, margin) - offset)
 
 
 def length_regularized_dpo_loss(
@@ -357,7 +370,7 @@ def length_regularized_dpo_loss(
     """
     checks.positive("beta", beta)
     checks.not_negative("alpha", alpha)
-    margin = checked_margin(policy, reference, beta=beta, alpha=alpha)
+    margin, beta, alpha = checked_margin(policy, reference, beta=beta, alpha=alpha)
     checks.lengths(lengths, margin.shape)
-    difference = (lengths[0] - lengths[1]).astype(margin.dtype)
-    return -jax.nn.log_sigmoid(beta * margin + alpha * difference)
+    longer_by = (lengths[0] - lengths[1]).astype(margin.dtype)
+    return -jax.nn.log_sigmoid(times(beta, margin) + alpha * longer_by)

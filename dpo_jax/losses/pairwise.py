@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios
+from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios, difference, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -44,9 +44,9 @@ def nca_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
-    contrast = jax.nn.log_sigmoid(-beta * chosen) + jax.nn.log_sigmoid(-beta * rejected)
-    return -jax.nn.log_sigmoid(beta * chosen) - 0.5 * contrast
+    chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
+    chosen, rejected = times(beta, chosen), times(beta, rejected)
+    return -jax.nn.log_sigmoid(chosen) - 0.5 * (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected))
 
 
 def bco_pair_loss(
@@ -75,8 +75,8 @@ def bco_pair_loss(
     """
     checks.positive("beta", beta)
     checks.finite("shift", shift)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, shift=shift)
-    return -jax.nn.log_sigmoid(beta * chosen - shift) - jax.nn.log_sigmoid(shift - beta * rejected)
+    chosen, rejected, beta, shift = checked_log_ratios(policy, reference, beta=beta, shift=shift)
+    return -jax.nn.log_sigmoid(times(beta, chosen) - shift) - jax.nn.log_sigmoid(shift - times(beta, rejected))
 
 
 def sppo_loss(
@@ -99,7 +99,7 @@ def sppo_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     return jnp.square(chosen - 1 / (2 * beta)) + jnp.square(rejected + 1 / (2 * beta))
 
 
@@ -123,8 +123,8 @@ def apo_zero_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
-    return jax.nn.sigmoid(-beta * chosen) + jax.nn.sigmoid(beta * rejected)
+    chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
+    return jax.nn.sigmoid(-times(beta, chosen)) + jax.nn.sigmoid(times(beta, rejected))
 
 
 def apo_down_loss(
@@ -147,8 +147,8 @@ def apo_down_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
-    return jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(-beta * (chosen - rejected))
+    chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
+    return jax.nn.sigmoid(times(beta, chosen)) + jax.nn.sigmoid(-times(beta, difference(chosen, rejected)))
 
 
 def dpo_positive_loss(
@@ -177,8 +177,9 @@ def dpo_positive_loss(
     """
     checks.positive("beta", beta)
     checks.not_negative("penalty", penalty)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, penalty=penalty)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected - penalty * jax.nn.relu(-chosen)))
+    chosen, rejected, beta, penalty = checked_log_ratios(policy, reference, beta=beta, penalty=penalty)
+    lost = times(penalty, jax.nn.relu(-chosen))
+    return -jax.nn.log_sigmoid(times(beta, difference(difference(chosen, rejected), lost)))
 
 
 def chi_po_loss(
@@ -211,8 +212,8 @@ def chi_po_loss(
     """
     checks.positive("beta", beta)
     checks.positive_or_infinite("max_reward", max_reward)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta, max_reward=max_reward)
-    margin = beta * (bounded_exp(chosen) + chosen - bounded_exp(rejected) - rejected)
+    chosen, rejected, beta, max_reward = checked_log_ratios(policy, reference, beta=beta, max_reward=max_reward)
+    margin = times(beta, difference(bounded_exp(chosen) + chosen, bounded_exp(rejected) + rejected))
     return -jax.nn.log_sigmoid(jnp.clip(margin, -2 * max_reward, 2 * max_reward))
 
 
@@ -242,7 +243,7 @@ def length_normalized_dpo_loss(
       lengths: how many tokens the chosen and the rejected responses have, at least 1.
     """
     checks.positive("beta", beta)
-    chosen, rejected = checked_log_ratios(policy, reference, beta=beta)
+    chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     checks.lengths(lengths, chosen.shape)
     chosen_length, rejected_length = (length.astype(chosen.dtype) for length in lengths)
-    return -jax.nn.log_sigmoid(beta * (chosen / chosen_length - rejected / rejected_length))
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen / chosen_length, rejected / rejected_length)))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp
+from dpo_jax.losses.ratios import bounded_exp, difference, fitted, times
 from dpo_jax.types import Scalar
 
 KLEstimate: TypeAlias = Callable[[Any, Any], Array]
@@ -39,10 +39,12 @@ def reinforce_loss(logps: Float[Array, "*batch"], advantages: Float[Array, "*bat
 
     Raises:
       TypeError: an array does not hold floating-point numbers, or they differ in dtype.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive (checked unless
+        they are traced).
     """
     _check(logps=logps, advantages=advantages)
-    return -advantages * logps
+    checks.log_probabilities(logps=logps)
+    return -times(advantages, logps)
 
 
 def ppo_loss(
@@ -77,9 +79,10 @@ def ppo_loss(
     checks.positive_or_infinite("clip", clip)
     checks.positive_or_infinite("clip_high", high)
     _check(logps=logps, old_logps=old_logps, advantages=advantages)
-    checks.hyperparameters(logps.shape, clip=clip, clip_high=high)
-    ratio = bounded_exp(logps - old_logps)
-    return -jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip, 1 + high) * advantages)
+    checks.log_probabilities(logps=logps, old_logps=old_logps)
+    clip, high = fitted(logps, clip=clip, clip_high=high)
+    ratio = bounded_exp(difference(logps, old_logps))
+    return -jnp.minimum(times(advantages, ratio), times(advantages, jnp.clip(ratio, 1 - clip, 1 + high)))
 
 
 def grpo_loss(
@@ -118,9 +121,9 @@ def grpo_loss(
     """
     checks.not_negative("beta", beta)
     _check(logps=logps, reference=reference)
-    checks.hyperparameters(logps.shape, beta=beta)
+    (beta,) = fitted(logps, beta=beta)
     surrogate = ppo_loss(logps, old_logps, advantages, clip=clip, clip_high=clip_high)
-    return surrogate + beta * (kl or k3_estimate)(logps, reference)
+    return surrogate + times(beta, (kl or k3_estimate)(logps, reference))
 
 
 def value_loss(
@@ -149,7 +152,7 @@ def value_loss(
     """
     checks.positive_or_infinite("clip", clip)
     _check(values=values, old_values=old_values, returns=returns)
-    checks.hyperparameters(values.shape, clip=clip)
+    (clip,) = fitted(values, clip=clip)
     clipped = old_values + jnp.clip(values - old_values, -clip, clip)
     return 0.5 * jnp.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -166,8 +169,7 @@ def k1_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]
       logps: log-probabilities (nats) of responses that the policy gave.
       reference: the same under the reference policy.
     """
-    _check(logps=logps, reference=reference)
-    return logps - reference
+    return _log_ratio(logps, reference)
 
 
 def k2_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -177,8 +179,7 @@ def k2_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]
 
     Source and arguments: those of `k1_estimate`.
     """
-    _check(logps=logps, reference=reference)
-    return 0.5 * (logps - reference) ** 2
+    return 0.5 * _log_ratio(logps, reference) ** 2
 
 
 def k3_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -189,8 +190,14 @@ def k3_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]
     The expected gradient of its mean over the policy's own responses is that of KL(reference || policy), the other
     divergence. Source and arguments: those of `k1_estimate`. The exponential is bounded as in `ppo_loss`.
     """
+    gap = -_log_ratio(logps, reference)
+    return bounded_exp(gap) - 1 - jnp.where(gap == jnp.inf, 0, gap)
+
+
+def _log_ratio(logps: Any, reference: Any) -> Float[Array, "*batch"]:
     _check(logps=logps, reference=reference)
-    return bounded_exp(reference - logps) - 1 - (reference - logps)
+    checks.log_probabilities(logps=logps, reference=reference)
+    return difference(logps, reference)
 
 
 def _check(**arrays: Any) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.losses.ratios import difference, fitted, times
 from dpo_jax.types import Scalar
 
 
@@ -38,12 +39,21 @@ def plackett_luce_loss(
 
     Raises:
       TypeError: an argument is not a sequence of floating-point arrays, or they differ in dtype.
-      ValueError: shapes or numbers of responses differ, or beta is not positive (checked unless it is traced).
+      ValueError: shapes or numbers of responses differ, beta is not positive, or a log-probability is (checked unless
+        they are traced).
     """
     checks.positive("beta", beta)
     checks.reference(reference)
     checks.rankings(policy, reference)
-    checks.hyperparameters(policy[0].shape, beta=beta)
-    rewards = [beta * (logp - reference_logp) for logp, reference_logp in zip(policy, reference, strict=True)]
-    left = [jax.nn.logsumexp(jnp.stack(rewards[place:]), axis=0) for place in range(len(rewards) - 1)]
-    return sum((total - reward for total, reward in zip(left, rewards, strict=False)), jnp.zeros_like(rewards[0]))
+    (beta,) = fitted(policy[0], beta=beta)
+    rewards = [times(beta, difference(logps, others)) for logps, others in zip(policy, reference, strict=True)]
+    choices = (_choice(rewards[place:]) for place in range(len(rewards) - 1))
+    return sum(choices, jnp.zeros_like(rewards[0]))
+
+
+def _choice(rewards: Sequence[Float[Array, "*batch"]]) -> Float[Array, "*batch"]:
+    """Minus the log-probability that the first is chosen; with a gradient even where it is infinite."""
+    leads = jnp.stack([difference(reward, rewards[0]) for reward in rewards])
+    infinite = leads == jnp.inf
+    finite = jax.nn.logsumexp(jnp.where(infinite, -jnp.inf, leads), axis=0)
+    return jnp.where(infinite.any(axis=0), jnp.where(infinite, leads, 0).sum(axis=0), finite)

@@ -1,5 +1,12 @@
-"""What losses are made of: log-ratios, checked at the border, and functions that stay finite."""
+"""What losses are made of: log-ratios, checked at the border, and functions that stay finite.
 
+Log-probabilities of -inf are allowed: a response may be masked. A loss is then what its limit is, 0 or infinity often,
+and where it is finite so are all gradients. Where two equal infinities meet, their difference is 0 and has no gradient:
+a response that policy and reference both rule out has a log-ratio of 0, and a comparison of two responses that the
+policy rules out a margin of 0. Nothing is learnt from either.
+"""
+
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +16,9 @@ from jaxtyping import Array, Float
 from dpo_jax import checks
 from dpo_jax.types import Pair, PairLike, Scalar
 
+_as_one = partial(jax.jit, inline=True)
+"""Outside of `jax.jit` a function of many operations is called as one; inside, nothing changes."""
+
 
 def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]) -> Pair:
     """Log-probability ratios of policy to reference, `log pi(y|x) - log pi_ref(y|x)`, for chosen and rejected.
@@ -17,15 +27,18 @@ def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Flo
       policy: log-probabilities (nats) of the chosen and the rejected responses under the policy.
       reference: the same under the reference policy.
 
+    Returns:
+      A pair; 0 for a response that policy and reference both rule out (-inf).
+
     Raises:
       TypeError: an argument is not a pair of floating-point arrays, or the four differ in dtype.
-      ValueError: the four arrays differ in shape.
+      ValueError: the four arrays differ in shape, or a log-probability is positive (checked unless it is traced).
     """
-    return checked_log_ratios(policy, reference)
+    return Pair(*checked_log_ratios(policy, reference))
 
 
-def checked_log_ratios(policy: Any, reference: Any, **hyperparameters: Scalar) -> Pair:
-    """`log_ratios`, after a look at the shapes of hyperparameters too: each a scalar, or one value per comparison."""
+def checked_log_ratios(policy: Any, reference: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+    """The two `log_ratios`, and the hyperparameters in their order, `fitted` to them."""
     checks.pair("policy", policy)
     checks.reference(reference)
     checks.pair("reference", reference)
@@ -37,47 +50,93 @@ def checked_log_ratios(policy: Any, reference: Any, **hyperparameters: Scalar) -
     }
     checks.same_shape(**arrays)
     checks.same_dtype(**arrays)
-    checks.hyperparameters(policy[0].shape, **hyperparameters)
-    return Pair(policy[0] - reference[0], policy[1] - reference[1])
+    checks.log_probabilities(**arrays)
+    ratios = (difference(logps, others) for logps, others in zip(policy, reference, strict=True))
+    return (*ratios, *fitted(policy[0], **hyperparameters))
 
 
-def checked_margin(policy: Any, reference: Any, **hyperparameters: Scalar) -> Float[Array, "*batch"]:
-    r"""The margin :math:`\Delta` (nats): log-ratio of the chosen minus log-ratio of the rejected response; checked."""
-    ratios = checked_log_ratios(policy, reference, **hyperparameters)
-    return ratios.chosen - ratios.rejected
+def checked_margin(policy: Any, reference: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+    r"""The margin :math:`\Delta` (nats), log-ratio of the chosen minus log-ratio of the rejected response, and the
+    hyperparameters in their order, `fitted` to it.
+    """
+    chosen, rejected, *values = checked_log_ratios(policy, reference, **hyperparameters)
+    return (difference(chosen, rejected), *values)
 
 
+def fitted(like: Float[Array, "*batch"], **hyperparameters: Any) -> tuple[Any, ...]:
+    """The hyperparameters in their order: each a number, or an array that broadcasts to `like`, in its dtype.
+
+    So neither an array of another precision nor a NumPy number promotes a loss.
+
+    Raises:
+      ValueError: one of them does not broadcast.
+    """
+    checks.hyperparameters(like.shape, **hyperparameters)
+    return tuple(value.astype(like.dtype) if hasattr(value, "dtype") else value for value in hyperparameters.values())
+
+
+@_as_one
+def difference(first: Float[Array, "*batch"], second: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """`first - second`; where the two are the same infinity it is 0, without a gradient."""
+    same = jnp.isinf(first) & (first == second)
+    return jnp.where(same, 0, first) - jnp.where(same, 0, second)
+
+
+@_as_one
+def times(factor: Scalar, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """`factor * value`, in the dtype of the value, where 0 times infinity is 0.
+
+    The factor gets no gradient from an infinite value: it would be infinite, or 0 times infinity once more.
+    """
+    infinite, factor = jnp.isinf(value), jnp.asarray(factor, value.dtype)
+    factor = jnp.where(infinite, jax.lax.stop_gradient(factor), factor)
+    return factor * jnp.where(infinite & (factor == 0), 0, value)
+
+
+@_as_one
 def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
-    """Minus the log-likelihood (nats) of a label that is flipped with a given probability."""
-    return label_smoothing * logits - jax.nn.log_sigmoid(logits)
+    r"""Minus the log-likelihood (nats) of a label that is flipped with a given probability.
+
+    .. math:: -(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z) = \epsilon z - \log \sigma(z)
+
+    where the right side needs one logarithm, but is no number at -inf.
+    """
+    lost = logits == -jnp.inf
+    kept = jnp.where(lost, 1 - label_smoothing, 1)
+    return times(label_smoothing, jnp.where(lost, 0, logits)) - kept * jax.nn.log_sigmoid(logits)
 
 
+@_as_one
 def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The exponential, continued along its tangent beyond a quarter of the exponents that the dtype can hold.
 
     That is beyond 22 in float32 and bfloat16, 177 in float64, 2.8 in float16. So values, their squares and their
-    gradients stay finite for every exponent that occurs, and gradients do not vanish.
+    gradients stay finite for every exponent that occurs, and gradients do not vanish: not even at infinity.
     """
     limit = jnp.log(jnp.finfo(exponent.dtype).max) / 4
     limit = limit.astype(exponent.dtype)
-    return jnp.exp(jnp.minimum(exponent, limit)) * (1 + jnp.maximum(exponent - limit, 0))
+    beyond = exponent > limit
+    return jnp.exp(jnp.where(beyond, limit, exponent)) * (1 + jnp.where(beyond, exponent - limit, 0))
 
 
+@_as_one
 def power_score(logp: Float[Array, "*batch"], power: Scalar) -> Float[Array, "*batch"]:
     r""":math:`(e^{a x} - 1) / a`, accurate near its limit :math:`x` at :math:`a = 0`, in value and in slope.
 
     The exponential is bounded (`bounded_exp`).
     """
     power = jnp.asarray(power, logp.dtype)
-    exponent = power * logp
+    exponent = times(power, logp)
     near_limit = jnp.abs(exponent) < 1e-3
-    series = logp * (1 + exponent / 2 * (1 + exponent / 3 * (1 + exponent / 4)))
+    little = jnp.where(near_limit, exponent, 0)
+    series = jnp.where(near_limit, logp, 0) * (1 + little / 2 * (1 + little / 3 * (1 + little / 4)))
     safe = jnp.where(near_limit, 1, exponent)
     small = jnp.expm1(jnp.clip(safe, -1, 1))
     change = jnp.where(jnp.abs(safe) < 1, small, bounded_exp(safe) - 1)
     return jnp.where(near_limit, series, change / jnp.where(near_limit, 1, power))
 
 
+@_as_one
 def log1mexp(logp: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`log(1 - exp(logp))` for log-probabilities, accurate at both ends; finite at 0, read as the next number below.
 

@@ -3,8 +3,9 @@ r"""Losses of the policy alone: no reference, nothing to stray from.
 .. math:: \ell_w = \log \pi(y_w|x), \qquad \ell_l = \log \pi(y_l|x)
 
 Every loss takes `policy`, a pair (chosen, rejected) of log-probabilities in nats. Some eat sums over the tokens of a
-response and some eat means, as their docstrings say; the caller divides by the length. Every loss returns one number
-per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
+response and some eat means, as their docstrings say; the caller divides by the length (`sequence_logps`). Which one it
+was given no loss can tell, nor whether an axis is one of tokens: it is elementwise. Every loss returns one number per
+comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
 """
 
 from typing import Any
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import log1mexp, power_score
-from dpo_jax.types import Pair, PairLike, Scalar
+from dpo_jax.losses.ratios import difference, fitted, log1mexp, power_score, times
+from dpo_jax.types import PairLike, Scalar
 
 
 def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma: Scalar) -> Float[Array, "*batch"]:
@@ -23,9 +24,10 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma:
 
     .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l - \gamma)
 
-    Eats **means** over tokens. Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a Reference-Free
-    Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen response by default (`cpo_alpha=1`); the paper does
-    not (`with_sft` does).
+    Eats **means** over tokens. Of sums it is another loss, whose margins are as many times too large as responses have
+    tokens: it is 0 almost at once, and the shorter response is favoured. Source: Meng et al. 2024, "SimPO: Simple
+    Preference Optimization with a Reference-Free Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen
+    response by default (`cpo_alpha=1`); the paper does not (`with_sft` does).
 
     >>> import jax.numpy as jnp
     >>> print(simpo_loss((jnp.array([-1.0]), jnp.array([-3.0])), beta=2.0, gamma=1.0))  # -log sigmoid(2 * 2 - 1)
@@ -38,12 +40,13 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma:
 
     Raises:
       TypeError: `policy` is not a pair of floating-point arrays, or they differ in dtype.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
+        rounding (checked unless they are traced).
     """
     checks.positive("beta", beta)
     checks.not_negative("gamma", gamma)
-    chosen, rejected = _checked(policy, beta=beta, gamma=gamma)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+    chosen, rejected, beta, gamma = _checked(policy, beta=beta, gamma=gamma)
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected)) - gamma)
 
 
 def alphapo_loss(
@@ -71,9 +74,9 @@ def alphapo_loss(
     checks.positive("beta", beta)
     checks.not_negative("gamma", gamma)
     checks.finite("alpha", alpha)
-    policy = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
-    chosen, rejected = (power_score(logp, -jnp.asarray(alpha)) for logp in policy)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+    *logps, beta, gamma, alpha = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
+    chosen, rejected = (power_score(logp, -jnp.asarray(alpha)) for logp in logps)
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected)) - gamma)
 
 
 def cpo_loss(
@@ -97,8 +100,8 @@ def cpo_loss(
     """
     checks.positive("beta", beta)
     checks.not_negative("sft_weight", sft_weight)
-    chosen, rejected = _checked(policy, beta=beta, sft_weight=sft_weight)
-    return -jax.nn.log_sigmoid(beta * (chosen - rejected)) - sft_weight * chosen
+    chosen, rejected, beta, sft_weight = _checked(policy, beta=beta, sft_weight=sft_weight)
+    return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected))) - times(sft_weight, chosen)
 
 
 def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) -> Float[Array, "*batch"]:
@@ -121,11 +124,9 @@ def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) 
       odds_weight: :math:`\lambda`; zero or positive. TRL calls it beta.
     """
     checks.not_negative("odds_weight", odds_weight)
-    policy = _checked(policy, odds_weight=odds_weight)
-    checks.not_positive("policy.chosen", policy.chosen)
-    checks.not_positive("policy.rejected", policy.rejected)
-    chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in policy)
-    return -policy.chosen - odds_weight * jax.nn.log_sigmoid(chosen_odds - rejected_odds)
+    *logps, odds_weight = _checked(policy, odds_weight=odds_weight)
+    chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in logps)
+    return -logps[0] - times(odds_weight, jax.nn.log_sigmoid(difference(chosen_odds, rejected_odds)))
 
 
 def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar) -> Float[Array, "*batch"]:
@@ -145,8 +146,8 @@ def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar
       alpha: weight of the rejected response, between 0 and 1.
     """
     checks.probability("alpha", alpha)
-    chosen, rejected = _checked(policy, alpha=alpha)
-    return -chosen + alpha * rejected
+    chosen, rejected, alpha = _checked(policy, alpha=alpha)
+    return difference(times(alpha, rejected), chosen)
 
 
 def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]:
@@ -164,12 +165,15 @@ def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]
     Args:
       policy: pair of log-probabilities (sums).
     """
-    return -_checked(policy).chosen
+    chosen, _ = _checked(policy)
+    return -chosen
 
 
-def _checked(policy: Any, **hyperparameters: Scalar) -> Pair:
+def _checked(policy: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+    """The two log-probabilities, and the hyperparameters in their order, `fitted` to them."""
     checks.pair("policy", policy)
-    checks.same_shape(policy_chosen=policy[0], policy_rejected=policy[1])
-    checks.same_dtype(policy_chosen=policy[0], policy_rejected=policy[1])
-    checks.hyperparameters(policy[0].shape, **hyperparameters)
-    return Pair(*policy)
+    sides = {"policy_chosen": policy[0], "policy_rejected": policy[1]}
+    checks.same_shape(**sides)
+    checks.same_dtype(**sides)
+    checks.log_probabilities(**sides)
+    return (*policy, *fitted(policy[0], **hyperparameters))

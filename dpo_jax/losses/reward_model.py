@@ -1,9 +1,11 @@
 """Losses of a reward model: what RLHF fits to comparisons before it starts to reinforce."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.losses.ratios import difference, fitted
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -37,5 +39,7 @@ def bradley_terry_loss(
     chosen, rejected = rewards
     checks.same_shape(rewards_chosen=chosen, rewards_rejected=rejected)
     checks.same_dtype(rewards_chosen=chosen, rewards_rejected=rejected)
-    checks.hyperparameters(chosen.shape, margin=margin, centring=centring)
-    return -jax.nn.log_sigmoid(chosen - rejected - margin) + centring * (chosen + rejected) ** 2
+    margin, centring = fitted(chosen, margin=margin, centring=centring)
+    total = chosen + rejected
+    total = jnp.where(jnp.isinf(total) & (centring == 0), 0, total)
+    return -jax.nn.log_sigmoid(difference(chosen, rejected) - margin) + centring * total**2

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
+from dpo_jax.losses.ratios import difference, fitted, times
 from dpo_jax.types import Scalar
 
 
@@ -52,18 +53,19 @@ def kto_loss(
 
     Raises:
       TypeError: arrays are not floating-point, differ in dtype, or the labels are not Booleans.
-      ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
+      ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
+        rounding (checked unless they are traced).
     """
     checks.positive("beta", beta)
     checks.not_negative("reference_point", reference_point)
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     for name, weight in weights.items():
         checks.not_negative(name, weight)
-    ratio = _checked_log_ratio(policy, reference, desirable, beta=beta, reference_point=reference_point, **weights)
-    gain = beta * (ratio - reference_point)
-    return jnp.where(
-        desirable, desirable_weight * jax.nn.sigmoid(-gain), undesirable_weight * jax.nn.sigmoid(gain)
-    ).astype(gain.dtype)
+    ratio, beta, reference_point, good, bad = _checked_log_ratio(
+        policy, reference, desirable, beta=beta, reference_point=reference_point, **weights
+    )
+    gain = times(beta, ratio - reference_point)
+    return jnp.where(desirable, good * jax.nn.sigmoid(-gain), bad * jax.nn.sigmoid(gain))
 
 
 def bco_loss(
@@ -96,7 +98,8 @@ def bco_loss(
     """
     checks.positive("beta", beta)
     checks.finite("shift", shift)
-    logits = beta * _checked_log_ratio(policy, reference, desirable, beta=beta, shift=shift) - shift
+    ratio, beta, shift = _checked_log_ratio(policy, reference, desirable, beta=beta, shift=shift)
+    logits = times(beta, ratio) - shift
     return -jax.nn.log_sigmoid(jnp.where(desirable, logits, -logits))
 
 
@@ -125,18 +128,18 @@ def apo_zero_unpaired_loss(
       beta: strength of the pull towards the reference; positive.
     """
     checks.positive("beta", beta)
-    reward = beta * _checked_log_ratio(policy, reference, desirable, beta=beta)
+    ratio, beta = _checked_log_ratio(policy, reference, desirable, beta=beta)
+    reward = times(beta, ratio)
     return jax.nn.sigmoid(jnp.where(desirable, -reward, reward))
 
 
-def _checked_log_ratio(
-    policy: Any, reference: Any, desirable: Any, **hyperparameters: Scalar
-) -> Float[Array, "*batch"]:
+def _checked_log_ratio(policy: Any, reference: Any, desirable: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+    """The log-ratio, and the hyperparameters in their order, `fitted` to it."""
     checks.floating("policy", policy)
     checks.reference(reference)
     checks.floating("reference", reference)
     checks.boolean("desirable", desirable)
     checks.same_shape(policy=policy, reference=reference, desirable=desirable)
     checks.same_dtype(policy=policy, reference=reference)
-    checks.hyperparameters(policy.shape, **hyperparameters)
-    return policy - reference
+    checks.log_probabilities(policy=policy, reference=reference)
+    return (difference(policy, reference), *fitted(policy, **hyperparameters))

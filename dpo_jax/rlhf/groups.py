@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from dpo_jax import checks
 from dpo_jax.types import AskFn, LogProbFn, Params, RespondFn, RewardFn, Rollouts
 
 
@@ -58,7 +59,11 @@ def score_groups(
 def as_rollouts(
     groups: Groups, rewards: Float[Array, "prompts group"], advantages: Float[Array, "prompts group"], **columns: Array
 ) -> Rollouts:
-    """Groups with their rewards and advantages, one response a row: what training passes over."""
+    """Groups with their rewards and advantages, one response a row: what training passes over.
+
+    Advantages are rounded to the dtype of the log-probabilities: rewards and hyperparameters may have a wider one.
+    """
+    advantages = advantages.astype(groups.logps.dtype)
     rollouts = Rollouts(*groups[:4], rewards, advantages, groups.weights, **columns)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rollouts)
 
@@ -75,11 +80,17 @@ def best_of_n(key: Key[Array, ""], params: Params, prompts: Array, *, respond: R
 
     Returns:
       One response to each prompt.
+
+    Raises:
+      ValueError: `respond` does not sample, or a reward is NaN. Under `jit` and `vmap`, where rewards have no values
+        yet, a response whose reward is NaN is not chosen unless all those to its prompt are alike.
     """
     responses, weights = respond(key, params, prompts)
     if weights is not None:
         raise ValueError("respond must sample: the best of all responses is the same whatever their probabilities")
     num, size = responses.shape[:2]
     repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
-    best = jnp.argmax(reward(repeated, responses), axis=-1)
+    rewards = reward(repeated, responses)
+    checks.not_nan("reward(prompts, responses)", rewards)
+    best = jnp.argmax(jnp.where(jnp.isnan(rewards), -jnp.inf, rewards), axis=-1)
     return responses[jnp.arange(num), best]

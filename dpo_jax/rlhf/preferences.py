@@ -168,7 +168,8 @@ def compare(
     """
     probability = prefer(first.prompts, first.responses, second.responses)
     checks.probability("prefer(prompts, responses, others)", probability)
-    first_won = jax.random.bernoulli(key, probability)
+    wide = probability.astype(jnp.promote_types(probability.dtype, jnp.float32))
+    first_won = jax.random.bernoulli(key, wide)  # uniform numbers of bfloat16 are multiples of 1/128
     possible = (probability >= 0) & (probability <= 1)
 
     def winner(wins: Array, one: Array, other: Array) -> Array:

@@ -112,7 +112,7 @@ def reinforce(
         rewards = reward(groups.prompts, groups.responses)
         shaped = net_reward(groups, rewards, beta)
         advantages = shaped - memory.value
-        mean = jnp.average(shaped, weights=groups.weights)
+        mean = jnp.average(shaped.astype(_at_least_float32(shaped)), weights=groups.weights)
         memory = Baseline(momentum * memory.total + (1 - momentum) * mean, momentum * memory.weight + (1 - momentum))
         return as_rollouts(groups, rewards, advantages), memory
 
@@ -247,8 +247,8 @@ def ppo(
             raise TypeError(f"ppo trains an ActorCritic(policy, value), got parameters of type {type(params).__name__}")
         groups = collect_groups(key, params.policy, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
         rewards = reward(groups.prompts, groups.responses)
-        returns = net_reward(groups, rewards, memory if isinstance(beta, AdaptiveKL) else beta)
         values = value(params.value, groups.prompts)
+        returns = net_reward(groups, rewards, memory if isinstance(beta, AdaptiveKL) else beta).astype(values.dtype)
         if isinstance(beta, AdaptiveKL):
             kl = jnp.average(groups.logps - groups.reference, weights=groups.weights)
             memory = update_coefficient(memory, kl, control=beta)
@@ -266,12 +266,19 @@ def ppo(
         error = jnp.mean(errors if batch.weights is None else batch.weights * errors)
         return loss + value_weight * error, {**metrics, "value_loss": error}
 
-    return Learner(collect, objective, beta.initial if isinstance(beta, AdaptiveKL) else None)
+    if not isinstance(beta, AdaptiveKL):
+        return Learner(collect, objective)
+    return Learner(collect, objective, jnp.asarray(beta.initial, _at_least_float32(beta.initial)))
 
 
 def net_reward(groups: Groups, rewards: Float[Array, "prompts group"], beta: Scalar) -> Float[Array, "prompts group"]:
     r"""Rewards less the price of their distance from the reference, :math:`r - \beta \log (\pi_{old} / \pi_{ref})`."""
     return rewards - beta * (groups.logps - groups.reference)
+
+
+def _at_least_float32(value: Scalar) -> Any:
+    """The dtype in which something is remembered: small changes of it would be lost in a narrow one."""
+    return jnp.promote_types(jnp.result_type(value), jnp.float32)
 
 
 def _refuse_actor_critic(reference: Params) -> None:

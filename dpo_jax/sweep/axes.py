@@ -8,8 +8,8 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,23 +40,20 @@ class Axis:
 
     Attributes:
       values: of a traced axis, a pytree of arrays with a leading axis; of a static one, a tuple.
-      labels: what its values are called in results.
+      names: what tells its values apart, for a folder: numbers, what static values are called, rows of a table.
+      coordinate: by what its values are selected in results.
       traced: whether one program serves all its values.
-      coordinates: further numbers that belong to each value, by name: the leaves of a pytree.
+      columns: further coordinates, of tables: the leaves, by name.
     """
 
     values: Any
-    labels: tuple[Any, ...]
+    names: tuple[Any, ...]
+    coordinate: np.ndarray
     traced: bool
-    coordinates: Mapping[str, np.ndarray]
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    @property
-    def names(self) -> tuple[Any, ...]:
-        """What tells a value from others in a folder: its label, or the leaves of its pytree."""
-        if not self.coordinates:
-            return self.labels
-        rows = zip(*(column.tolist() for column in self.coordinates.values()), strict=True)
-        return tuple(dict(zip(self.coordinates, row, strict=True)) for row in rows)
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class Axes(NamedTuple):
@@ -83,7 +80,7 @@ class Axes(NamedTuple):
     @property
     def num_points(self) -> int:
         """How many combinations of traced values there are."""
-        return int(np.prod([len(axis.labels) for axis in self.traced.values()], dtype=int))
+        return int(np.prod([len(axis) for axis in self.traced.values()], dtype=int))
 
     def points(self, which: Iterable[int]) -> dict[str, PyTree]:
         """Some combinations of traced values, arrays with a row for each; the last axis varies fastest."""
@@ -109,7 +106,7 @@ class Axes(NamedTuple):
 
     @staticmethod
     def _places(axes: dict[str, Axis], which: Iterable[int]) -> tuple[np.ndarray, ...]:
-        sizes = [len(axis.labels) for axis in axes.values()]
+        sizes = [len(axis) for axis in axes.values()]
         return np.unravel_index(np.asarray(which, int), sizes) if sizes else ()
 
 
@@ -140,6 +137,53 @@ def label(value: Any) -> str | int | float | bool:
     return re.sub(r" at 0x[0-9a-f]+", "", str(getattr(value, "__name__", value)))  # another one in each process
 
 
+def coordinate(values: Sequence[Any], *, floats: bool = False) -> np.ndarray:
+    """By what values are selected in results: themselves, or what they are called.
+
+    A float32 that is 0.1 up to rounding is found by 0.1, though 0.1 is no float32: an axis of float32 has float32
+    coordinates, and a value within four units in the last place of a number of at most four digits has that number as
+    its coordinate. (`jnp.geomspace(0.01, 10, 4)` holds 0.100000024; it is selected by 0.1, not by itself. `run` still
+    gets 0.100000024.) Narrower floats are selected by the shortest number that rounds to them.
+
+    Args:
+      values: of an axis.
+      floats: whether all of them shall be floats.
+    """
+    called = [float(value) if floats else label(_plain(value)) for value in values]
+    narrow = [_is_narrow(value) for value in values]
+    written = [_written(value) if narrow[i] else called[i] for i, value in enumerate(values)]
+    if len(set(written)) < len(written):
+        written = called
+    if all(narrow):
+        return np.array(written, np.float32)
+    array = np.array(written) if len(set(map(type, written))) == 1 else np.array(written, object)
+    return array if array.tolist() == written else np.array(written, object)  # integers that are no int64
+
+
+def name_run(problem: Exception, combination: Mapping[str, Any], points: Mapping[str, Any]) -> None:
+    """Adds to an error which run it came from: its discrete values, and what is known of traced ones."""
+    values = [f"{name}={_shortened(label(value))}" for name, value in combination.items()]
+    values += [f"{name}={value}" for name, value in points.items()]
+    problem.add_note(f"This came from run with {', '.join(values) or 'no axes'}.")
+
+
+def _is_narrow(value: Any) -> bool:
+    """Whether a value is a float of NumPy's or JAX's with 32 bits or less."""
+    dtype = getattr(value, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
+
+
+def _written(value: Any) -> float:
+    """The shortest number that a float32 or narrower float stands for."""
+    value = np.asarray(value)[()]
+    near = 4 * float(np.spacing(abs(value))) if value.dtype == np.float32 else 0.0
+    for digits in range(1, 10):
+        written = float(f"{float(value):.{digits}g}")
+        if value.dtype.type(written) == value or (digits <= 4 and abs(written - float(value)) <= near):
+            return written
+    return float(value)
+
+
 def _axis(name: str, values: Any) -> Axis:
     if isinstance(values, Static):
         return _static_axis(name, values.values)
@@ -156,26 +200,24 @@ def _static_axis(name: str, values: tuple[Any, ...]) -> Axis:
     if not values:
         raise ValueError(f"axis {name} has no values")
     _check_finite(name, [value for value in values if isinstance(value, float)])
-    labels = tuple(label(value) for value in values)
-    _check_distinct(name, values, labels)
-    return Axis(values, labels, traced=False, coordinates={})
+    names = tuple(label(value) for value in values)
+    _check_distinct(name, values, names)
+    return Axis(values, names, coordinate(names), traced=False)
 
 
-def _number_axis(name: str, values: tuple[Any, ...]) -> Axis:
+def _number_axis(name: str, given: tuple[Any, ...]) -> Axis:
     """Whole numbers stay whole if all of them are; others are as precise as the programs."""
-    labels = tuple(_decimal(value) for value in values)
-    _check_finite(name, labels)
-    _check_distinct(name, labels, labels)
-    dtype = jnp.result_type(int if all(isinstance(value, int) for value in labels) else float)
-    if np.issubdtype(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        for value in labels:
-            if not limits.min <= value <= limits.max:
-                raise ValueError(f"axis {name} has the value {_shortened(value)}, which {dtype} cannot hold")
-    exact = [_plain(value) for value in values]
-    array = np.array(exact, dtype)
-    _check_told_apart(name, exact, array)
-    return Axis(array, labels, traced=True, coordinates={})
+    values = tuple(_plain(value) for value in given)
+    _check_finite(name, values)
+    _check_distinct(name, values, values)
+    whole = all(isinstance(value, int) for value in values)
+    dtype = np.dtype(jnp.result_type(int if whole else float))
+    if whole and not all(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max for value in values):
+        raise ValueError(f"axis {name} must fit into {dtype}, got {_shortened(max(values, key=abs))}")
+    array = np.array(values, dtype)
+    if not whole:
+        _check_told_apart(name, values, array)
+    return Axis(array, values if whole else tuple(map(float, values)), coordinate(given, floats=not whole), traced=True)
 
 
 def _table_axis(name: str, values: PyTree) -> Axis:
@@ -185,27 +227,29 @@ def _table_axis(name: str, values: PyTree) -> Axis:
     if len(sizes) != 1 or None in sizes:
         shapes = ", ".join(f"{leaf} {array.shape}" for leaf, array in arrays.items()) or "no arrays"
         raise ValueError(f"axis {name} must be arrays with a common leading axis, got {shapes}")
+    (num,) = sizes
+    if not num:
+        raise ValueError(f"axis {name} has no values")
     for leaf, array in arrays.items():
         if array.dtype.kind not in "fiub":
             raise TypeError(f"axis {name}: {leaf} must hold numbers, got {array.dtype}")
         if not np.all(np.isfinite(array)):
             raise ValueError(f"axis {name}: {leaf} must be finite")
-    (num,) = sizes
-    if not num:
-        raise ValueError(f"axis {name} has no values")
-    canonical = jax.tree.map(lambda leaf: np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)), values)
-    axis = Axis(canonical, tuple(range(num)), traced=True, coordinates={f"{name}.{leaf}": a for leaf, a in arrays.items()})
-    _check_distinct(name, axis.names, tuple(json.dumps(each) for each in axis.names))
-    return axis
+    columns = {f"{name}.{leaf}" if leaf else f"{name}.value": array for leaf, array in arrays.items()}
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    names = tuple(dict(zip(columns, row, strict=True)) for row in rows)
+    _check_distinct(name, names, tuple(json.dumps(each) for each in names))
+    held = jax.tree.map(lambda leaf: np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.asarray(leaf).dtype)), values)
+    return Axis(held, names, np.arange(num), traced=True, columns=columns)
 
 
 def _is_table(values: Any) -> bool:
     """Whether these are a pytree of arrays, and not a list of values."""
     if isinstance(values, Mapping) or hasattr(values, "_fields"):
         return True
-    if isinstance(values, list | tuple | str) or hasattr(values, "dtype") and getattr(values, "ndim", 1) < 2:
-        return False
-    return hasattr(values, "dtype") or not jax.tree_util.all_leaves([values])
+    if hasattr(values, "dtype"):
+        return getattr(values, "ndim", 1) > 1
+    return not isinstance(values, list | tuple | str) and not jax.tree_util.all_leaves([values])
 
 
 def _listed(name: str, values: Any) -> tuple[Any, ...]:
@@ -217,16 +261,18 @@ def _listed(name: str, values: Any) -> tuple[Any, ...]:
     return listed
 
 
-def _check_told_apart(name: str, values: list[Any], array: np.ndarray) -> None:
+def _check_told_apart(name: str, values: tuple[Any, ...], array: np.ndarray) -> None:
     """Raises ValueError if numbers become one, or zero, in the dtype of the programs."""
-    smallest = 0 if array.dtype.kind == "i" else np.finfo(array.dtype).smallest_normal
-    for value, held in zip(values, array, strict=True):
-        if value != 0 and abs(held) < smallest:
-            raise ValueError(f"axis {name} has the value {value}, which is 0 in {array.dtype}")
+    smallest = float(np.finfo(array.dtype).smallest_normal)
     _, firsts, places = np.unique(array, return_index=True, return_inverse=True)
     for value, first in zip(values, (values[i] for i in firsts[places]), strict=True):
         if value != first:
             raise ValueError(f"axis {name} has values that {array.dtype} does not tell apart: {first} and {value}")
+    for value in values:
+        if 0 < abs(value) < smallest:
+            raise ValueError(
+                f"axis {name} has {value}, which becomes 0 in {array.dtype}: it keeps no less than {smallest:.3g}"
+            )
 
 
 def _check_finite(name: str, values: Iterable[int | float]) -> None:
@@ -261,19 +307,15 @@ def _check_names(run: Callable[..., Any], names: tuple[str, ...]) -> None:
             raise TypeError(f"run also needs {parameter.name!r}: give it as an axis, of one value perhaps")
 
 
-def _shortened(value: float) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 40 else f"a number of {len(text)} digits"
+    if len(text) <= 40:
+        return text
+    return f"a number of {len(text)} digits" if isinstance(value, int) else f"{text[:37]}..."
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(_plain(value), int | float) and not isinstance(_plain(value), bool)
-
-
-def _decimal(value: Any) -> int | float:
-    """The shortest decimal number that is this value in its own dtype: 0.1 for the float32 next to it."""
-    plain = _plain(value)
-    return float(str(np.asarray(value))) if isinstance(plain, float) and hasattr(value, "dtype") else plain
 
 
 def _plain(value: Any) -> Any:

@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from dpo_jax.sweep.axes import name_run
 from dpo_jax.sweep.planning import (
     Plan,
     agreed,
@@ -26,11 +28,13 @@ from dpo_jax.sweep.planning import (
     plan,
     usual_runs_at_once,
 )
-from dpo_jax.sweep.programs import BlockShape, compile_all, joined, place, trace_prepare
+from dpo_jax.sweep.processes import Others, forget_those_before, others
+from dpo_jax.sweep.programs import BlockShape, compile_all, impatient, joined, place, trace_prepare
 from dpo_jax.sweep.progress import Progress, on_terminal
 from dpo_jax.sweep.results import Results, check_results_fit, dimension_names, labelled, read_blocks
 from dpo_jax.sweep.starts import Starts
-from dpo_jax.sweep.store import Block, locked
+from dpo_jax.sweep.stopping import Stop, stopping
+from dpo_jax.sweep.store import Block, check_place, locked
 
 if TYPE_CHECKING:
     import xarray
@@ -119,28 +123,33 @@ def grid(
     """
     clock = _Clock()
     share = _checked_share(share, out)
-    work = plan(
-        run,
-        key,
-        num_seeds=num_seeds,
-        seeds=seeds,
-        prepare=prepare,
-        out=out,
-        runs_at_once=runs_at_once,
-        memory_limit=memory_limit,
-        devices=devices,
-        **axes,
-    )
-    names = dimension_names(work, dims or {})
-    check_results_fit(work, memory_limit or free_host_memory())
-    results = Results(work.grid_shape, work.seeds, work.result_shapes)
-    with nullcontext(report) if report else on_terminal() as told:
+    with ExitStack() as stack:
+        stop = stack.enter_context(stopping())
+        if out is not None:
+            check_place(Path(out))
+        company = stack.enter_context(others(Path(out), stop)) if out is not None else None
+        told = stack.enter_context(nullcontext(report) if report else on_terminal())
+        work = plan(
+            run,
+            key,
+            num_seeds=num_seeds,
+            seeds=seeds,
+            prepare=prepare,
+            out=out,
+            runs_at_once=runs_at_once,
+            memory_limit=memory_limit,
+            devices=devices,
+            **axes,
+        )
+        names = dimension_names(work, dims or {})
+        check_results_fit(work, memory_limit or free_host_memory())
+        results = Results(work.grid_shape, work.seeds, work.result_shapes)
         if work.folder is None:
             work = fitted(work)
             clock.compiled()
-            _compute(work, work.blocks(), results, told, clock)
+            _compute(work, work.blocks(), results, told, clock, stop)
         else:
-            _compute_in_folder(work, names, results, told, clock, share=share, repair=repair)
+            _compute_in_folder(work, names, results, told, clock, stop, share=share, repair=repair, company=company)
     made = labelled(results, work.axes.axes, work.seeds, names)
     return made.assign_attrs(compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds)
 
@@ -202,9 +211,11 @@ def _compute_in_folder(
     results: Results,
     report: Callable[[Progress], None],
     clock: _Clock,
+    stop: Stop,
     *,
     share: tuple[int, int],
     repair: bool,
+    company: Others | None,
 ) -> None:
     """Reads what a folder holds, and computes and stores what it lacks."""
     assert work.folder is not None
@@ -223,25 +234,52 @@ def _compute_in_folder(
             work = agreed(fitted(work), names)
             stack.enter_context(locked(path, lock))
         clock.compiled()
-        _compute(work, _share_of(work, share), results, report, clock)
+        forget_those_before(path, company)
+        _compute(work, _share_of(work, share), results, report, clock, stop)
+    if company:
+        _wait_for_others(work, company, stop)
     read_blocks(work.folder, work.boxes, results, work.result_shapes)  # what others have made in the meantime
 
 
+def _wait_for_others(work: Plan, company: Others, stop: Stop) -> None:
+    """Waits until all blocks are done, or another process fails."""
+    assert work.folder is not None
+    while not work.folder.done() >= set(range(work.num_blocks)):
+        stop.check()
+        company.hear()
+        time.sleep(0.2)
+
+
 def _compute(
-    work: Plan, blocks: list[Block], results: Results, report: Callable[[Progress], None], clock: _Clock
+    work: Plan, blocks: list[Block], results: Results, report: Callable[[Progress], None], clock: _Clock, stop: Stop
 ) -> None:
     """Computes those of some blocks that are not done, and stores them."""
     done = work.folder.done() if work.folder else set()
     pending = [block for block in blocks if block.number not in done]
     total, left = sum(block.num_runs for block in blocks), sum(block.num_runs for block in pending)
     resumed = total - left
-    for by_device, arrays in _one_ahead(_dispatched(work, pending)):
-        for block, part in _taken_apart(work, by_device, jax.device_get(arrays)):
-            if work.folder:
-                work.folder.write(block, part)
-            results.fill(block, part)
-            left -= block.num_runs
-        report(Progress(total - left, total, resumed, clock.compile_seconds, clock.run_seconds))
+    with impatient(1) as waiting:
+        for by_device, arrays in _one_ahead(_dispatched(work, pending)):
+            try:
+                fetched = waiting.submit(jax.device_get, arrays).result()
+            except Exception as problem:
+                _name_runs(problem, work, next(iter(by_device.values())))
+                raise
+            for block, part in _taken_apart(work, by_device, fetched):
+                if work.folder:
+                    work.folder.write(block, part)
+                results.fill(block, part)
+                left -= block.num_runs
+            del arrays, fetched
+            report(Progress(total - left, total, resumed, clock.compile_seconds, clock.run_seconds))
+            stop.check()
+
+
+def _name_runs(problem: Exception, work: Plan, block: Block) -> None:
+    """Adds to an error of a block which runs these were."""
+    names = [work.axes.names_of_points[point] for point in block.points]
+    ranges = {name: f"{names[0][name]} to {names[-1][name]}" for name in names[0]}
+    name_run(problem, work.axes.combinations[block.combination], ranges)
 
 
 def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:

@@ -1,7 +1,7 @@
 """Results with names: a data set with a dimension for each axis, the seeds and the results' own dimensions."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -37,18 +37,25 @@ def _check_labels(work: Plan, names: Mapping[str, Sequence[str]]) -> None:
         for name, (shape, dtype) in work.result_shapes.items()
     }
     try:
-        labelled(one_seed, work.axes.labels, tuple(work.axes.discrete), names)
+        labelled(one_seed, work.axes.coordinates, tuple(work.axes.discrete), names)
     except ValueError as problem:
         raise ValueError(f"results cannot be called as they are: {problem}") from problem
 
 
 def labelled(
     arrays: Mapping[str, np.ndarray],
-    labels: Mapping[str, Sequence[Any]],
+    labels: Mapping[str, np.ndarray],
     discrete: tuple[str, ...],
     names: Mapping[str, Sequence[str]],
 ) -> "xarray.Dataset":
-    """Results as a data set, its dimensions in the order of the axes, then `seed`, then the results' own."""
+    """Results as a data set, its dimensions in the order of the axes, then `seed`, then the results' own.
+
+    Args:
+      arrays: results by name, with axes (combination, point, seed) before their own.
+      labels: coordinates of the axes.
+      discrete: which of the axes are discrete.
+      names: the results' own dimensions.
+    """
     import xarray
 
     stored = (*discrete, *(name for name in labels if name not in discrete))
@@ -58,10 +65,4 @@ def labelled(
         for name, array in arrays.items()
     }
     num_seeds = next(iter(arrays.values())).shape[2]
-    coordinates = {name: _coordinate(values) for name, values in labels.items()}
-    return xarray.Dataset(variables, coords={**coordinates, "seed": range(num_seeds)}).transpose(*labels, "seed", ...)
-
-
-def _coordinate(values: Sequence[Any]) -> np.ndarray:
-    """Labels as an array, which does not make one kind of another."""
-    return np.array(values) if len(set(map(type, values))) == 1 else np.array(values, object)
+    return xarray.Dataset(variables, coords={**labels, "seed": range(num_seeds)}).transpose(*labels, "seed", ...)

@@ -15,7 +15,7 @@ import psutil
 from jaxtyping import Array, Key
 
 from dpo_jax import checks
-from dpo_jax.sweep.axes import Axes, label, read_axes
+from dpo_jax.sweep.axes import Axes, label, name_run, read_axes
 from dpo_jax.sweep.programs import (
     BlockShape,
     Programs,
@@ -27,7 +27,19 @@ from dpo_jax.sweep.programs import (
     trace_run,
 )
 from dpo_jax.sweep.starts import Starts
-from dpo_jax.sweep.store import FORMAT, Block, Box, Folder, blocks_of, locked, missing_boxes, packed, refuse_other
+from dpo_jax.sweep.stopping import stopping
+from dpo_jax.sweep.store import (
+    FORMAT,
+    Block,
+    Box,
+    Folder,
+    blocks_of,
+    check_place,
+    locked,
+    missing_boxes,
+    packed,
+    refuse_other,
+)
 
 RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
@@ -77,7 +89,7 @@ class Plan:
         try:
             return trace_run(self.run, self.first.start, self.first.point, combination)
         except Exception as problem:
-            problem.add_note(f"in run with {describe_combination(combination)}, {self.traced_axes}")
+            name_run(problem, combination, dict.fromkeys(self.axes.traced, "any"))
             raise
 
     @cached_property
@@ -168,6 +180,8 @@ def plan(
         chosen = check_seeds(num_seeds, seeds)
         traced = trace_prepare(prepare, key)
         start = traced.start
+    if out is not None:
+        check_place(Path(out))
     folder = None if out is None else Folder(Path(out))
     if folder and folder.manifest:
         _refuse_others_inputs(folder, run, key, read)
@@ -331,8 +345,9 @@ def _trace_first(run: Callable[..., Any], start: Struct, axes: Axes) -> TracedRu
     try:
         return trace_run(run, start, Struct.of(point), combination)
     except Exception as problem:
-        static = f"wrap numbers that decide a shape or a branch in sweep.static: {', '.join(axes.traced)} are traced"
-        problem.add_note(f"in run with {describe_combination(combination)}" + (f"; {static}" if axes.traced else ""))
+        name_run(problem, combination, dict.fromkeys(axes.traced, "any"))
+        if axes.traced:
+            problem.add_note(f"Traced: {', '.join(axes.traced)}. Wrap what decides a shape or a branch in sweep.static.")
         raise
 
 
@@ -351,6 +366,7 @@ def _inputs(
         "key": key,
         "axes": {name: "traced" if axis.traced else "static" for name, axis in axes.axes.items()},
         "order of axes": list(axes.axes),
+        "dtypes": {name: str(axis.coordinate.dtype) for name, axis in axes.traced.items()},
     }
 
 

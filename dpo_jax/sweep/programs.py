@@ -6,8 +6,9 @@ there, in one program for each combination of static values.
 
 import hashlib
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -81,15 +82,17 @@ class TracedPrepare:
         """Tells one program from another."""
         return fingerprint(self.jaxpr)
 
-    def lower(self, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
-        """The program `(key, seeds) -> leaves` that makes the starts of a block on each device."""
+    def lower(
+        self, shape: BlockShape, devices: Sequence[jax.Device], platforms: tuple[str, ...] | None = None
+    ) -> jax.stages.Lowered:
+        """The program `(key, seeds) -> leaves` that makes the starts of a block on each device; see `TracedRun`."""
 
         def block(key: Key[Array, ""], seeds: Seeds) -> list[Array]:
             return jax.vmap(lambda seed: jaxpr_as_fun(self.jaxpr)(jax.random.fold_in(key, seed)))(seeds)
 
         key = jax.ShapeDtypeStruct((), self.jaxpr.in_avals[0].dtype)
         seeds = jax.ShapeDtypeStruct((len(devices) * shape.seeds,), jnp.uint32)
-        return _split_over(devices, block, (WHOLE, SPLIT)).lower(key, seeds)
+        return _split_over(devices, block, (WHOLE, SPLIT)).trace(key, seeds).lower(lowering_platforms=platforms)
 
 
 @dataclass(eq=False)
@@ -108,11 +111,13 @@ class TracedRun:
     point: Struct
     programs: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
 
-    def lower(self, shape: BlockShape, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
+    def lower(
+        self, shape: BlockShape, devices: Sequence[jax.Device], platforms: tuple[str, ...] | None = None
+    ) -> jax.stages.Lowered:
         """The program `(starts, points) -> results` that makes a block of runs on each device.
 
         Its arguments are the leaves of starts, `[devices * shape.seeds]`, and of points, `[shape.points]`. Its results
-        have axes (seed, point) before their own.
+        have axes (seed, point) before their own. It is lowered for the platform of the devices unless others are named.
         """
 
         def one(start: list[Array], point: list[Array]) -> dict[str, Array]:
@@ -125,7 +130,7 @@ class TracedRun:
             return jax.vmap(over_points, in_axes=(0, None), axis_size=shape.seeds)(starts, points)
 
         arguments = self.start.stacked(len(devices) * shape.seeds), self.point.stacked(shape.points)
-        return _split_over(devices, block, (SPLIT, WHOLE)).lower(*arguments)
+        return _split_over(devices, block, (SPLIT, WHOLE)).trace(*arguments).lower(lowering_platforms=platforms)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -172,7 +177,7 @@ def compile_all(
     """Compiles what a sweep runs, as many programs at a time as there are cores; what is compiled already is kept."""
     place = shape, tuple(devices)
     todo = [each for each in (prepare, *runs) if each is not None]
-    with ThreadPoolExecutor(os.cpu_count()) as compilers:
+    with impatient(os.cpu_count()) as compilers:
         started = {
             id(each): compilers.submit(compile_fast, each.lower(shape, devices))
             for each in todo
@@ -182,6 +187,20 @@ def compile_all(
             if id(each) in started:
                 each.programs[place] = started[id(each)].result()
     return Programs(prepare and prepare.programs[place], [run.programs[place] for run in runs])
+
+
+@contextmanager
+def impatient(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
+    """Threads to wait for: a Ctrl-C reaches the main thread while they work.
+
+    After an error nothing more is begun and nobody waits for what has begun, but the end of the process does: what XLA
+    compiles or runs cannot be cancelled.
+    """
+    executor = ThreadPoolExecutor(num_threads)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
 def fingerprint(program: ClosedJaxpr) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_jax.sweep.axes import Axis
+from dpo_jax.sweep.axes import Axis, coordinate
 from dpo_jax.sweep.planning import Plan
 from dpo_jax.sweep.store import Arrays, Block, Box, DamagedStoreError, Folder, blocks_of
 
@@ -97,10 +97,11 @@ def read_blocks(
         folder.forget([block for block, _ in damaged])
     elif damaged:
         numbers = ", ".join(str(block.number) for block, _ in damaged[:10])
-        more = f" and {len(damaged) - 10} more" if len(damaged) > 10 else ""
+        more = f", ... ({len(damaged)} in all)" if len(damaged) > 10 else ""
+        which = f"blocks {numbers}{more} are" if len(damaged) > 1 else f"block {numbers} is"
         raise DamagedStoreError(
-            f"{folder.path} is damaged: {damaged[0][1]}; blocks {numbers}{more} are not what was written. "
-            "With repair=True (--repair) they are made again"
+            f"{folder.path} is damaged: {which} not what was written ({damaged[0][1]}). With repair=True (--repair) it "
+            "is made again"
         )
     return read
 
@@ -132,7 +133,7 @@ def labelled(
     import xarray
 
     stored = sorted(axes, key=lambda name: axes[name].traced)  # stable: static axes first
-    sizes = tuple(len(axes[name].labels) for name in stored)
+    sizes = tuple(len(axes[name]) for name in stored)
     done = results.done.reshape(*sizes, len(seeds))
     variables = {}
     for name, array in results.arrays.items():
@@ -142,8 +143,8 @@ def labelled(
         variables[name] = xarray.Variable((*stored, "seed", *dims[name]), shaped)
     coordinates: dict[str, Any] = {"seed": np.asarray(seeds)}
     for name, axis in axes.items():
-        coordinates[name] = _coordinate(axis.labels)
-        for leaf, column in axis.coordinates.items():
+        coordinates[name] = axis.coordinate
+        for leaf, column in axis.columns.items():
             own = tuple(f"{leaf}_{i}" for i in range(column.ndim - 1))
             coordinates[leaf] = ((name, *own), column)
     made = xarray.Dataset(variables, coords=coordinates, attrs={"complete": bool(done.all())})
@@ -174,7 +175,7 @@ def _contents(manifest: dict[str, Any]) -> tuple[dict[str, Axis], list[Any], lis
                 values[axis].setdefault(json.dumps(name), name)
         span = box["seeds"]
         seeds.update(dict.fromkeys(range(span["from"], span["below"]) if isinstance(span, dict) else span))
-    axes = {name: _read_axis(list(found.values()), manifest["axes"][name]) for name, found in values.items()}
+    axes = {name: _read_axis(name, list(found.values()), manifest) for name, found in values.items()}
 
     def product(kind: str) -> list[Any]:
         chosen = [name for name in axes if manifest["axes"][name] == kind]
@@ -184,16 +185,13 @@ def _contents(manifest: dict[str, Any]) -> tuple[dict[str, Axis], list[Any], lis
     return axes, product("static"), product("traced"), sorted(seeds)
 
 
-def _read_axis(names: list[Any], kind: str) -> Axis:
-    if not isinstance(names[0], dict):
-        return Axis((), tuple(names), kind == "traced", {})
-    columns = {leaf: np.array([name[leaf] for name in names]) for leaf in names[0]}
-    return Axis((), tuple(range(len(names))), kind == "traced", columns)
-
-
-def _coordinate(values: Sequence[Any]) -> np.ndarray:
-    """Labels as an array, which does not make one kind of another."""
-    return np.array(values) if len(set(map(type, values))) == 1 else np.array(values, object)
+def _read_axis(name: str, names: list[Any], manifest: dict[str, Any]) -> Axis:
+    traced = manifest["axes"][name] == "traced"
+    if isinstance(names[0], dict):
+        columns = {leaf: np.array([row[leaf] for row in names]) for leaf in names[0]}
+        return Axis((), tuple(names), np.arange(len(names)), traced, columns)
+    values = np.array(names, manifest["dtypes"][name]) if traced else names
+    return Axis((), tuple(names), coordinate(values, floats=traced and values.dtype.kind == "f"), traced)
 
 
 def check_results_fit(work: Plan, limit: int) -> None:

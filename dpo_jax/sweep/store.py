@@ -6,8 +6,11 @@ counts if its file is there. `sweep.json` lists *boxes*: products of combination
 A sweep that is asked for more appends boxes that hold what is missing, so nothing is computed twice.
 """
 
+import errno
 import json
 import os
+import stat
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,6 +23,9 @@ from filelock import FileLock, Timeout
 from dpo_jax.sweep.programs import BlockShape
 
 FORMAT = 2
+
+SECONDS_TO_WRITE = 3600.0
+"""After how long an unfinished file is taken for one of a process that was killed."""
 
 Arrays = Mapping[str, np.ndarray]
 """Results by name; those of a block have axes (point, seed) before their own."""
@@ -175,10 +181,11 @@ class Folder:
             self._file(block.number).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Removes what killed processes left behind."""
+        """Removes what processes that were killed some time ago left behind."""
         for left_behind in [*self.path.glob(".*.unfinished"), *self.path.glob("blocks/.*.unfinished")]:
             with suppress(OSError):
-                left_behind.unlink()
+                if time.time() - left_behind.stat().st_mtime > SECONDS_TO_WRITE:
+                    left_behind.unlink()
 
     def _file(self, number: int) -> Path:
         return self.path / "blocks" / f"{number}.npz"
@@ -214,7 +221,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as problem:
-        raise DamagedStoreError(f"{path} is damaged: sweep.json cannot be read ({problem})") from problem
+        raise DamagedStoreError(
+            f"{path} is damaged: sweep.json cannot be read ({problem}); without it nothing can be repaired: choose "
+            "another folder"
+        ) from problem
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DamagedStoreError(f"{path} is of a format that this version of dpo_jax does not read")
     _check_manifest(path, manifest)
@@ -244,6 +254,24 @@ def refuse_other(path: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any
             raise ValueError(f"{path} holds another sweep: {change}; choose another folder")
 
 
+def check_place(path: Path) -> None:
+    """Raises an OSError that says why, if a path is not a folder and cannot become one."""
+    for place in (path, *path.absolute().parents):
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            if place.is_symlink():
+                raise FileNotFoundError(f"{place} is a link to {place.readlink()}, which does not exist") from None
+            continue
+        except OSError as problem:
+            if problem.errno == errno.ELOOP:
+                raise OSError(f"{place} is in a loop of symbolic links: choose another folder") from None
+            raise
+        if not is_folder:
+            raise NotADirectoryError(f"{place} is a file: choose another folder")
+        return
+
+
 @contextmanager
 def locked(path: Path, name: str = "lock", *, wait: bool = False) -> Iterator[None]:
     """Holds a folder, made if there is none, against other processes; the lock ends with the process, however it ends.
@@ -269,19 +297,8 @@ def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        _sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-def _sync_folder(path: Path) -> None:
-    """Writes a folder's list of files to the disk, where the system can."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _parts(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -10,8 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.toy.policy import at_least_float32
 from dpo_jax.toy.world import preference_probability
 from dpo_jax.types import Metrics, Scalar
+
+IMPOSSIBLE = -1e30
+"""Stands for a log-probability of -inf, where differences and gradients must be finite."""
 
 
 def log_partition(
@@ -54,24 +58,35 @@ def best_of_n_policy(
     Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", arXiv 2401.01879, who also
     show that its KL to the policy is at most :math:`\log n - (n - 1) / n`.
 
+    Works with logarithms, in float32 at least, and normalises, so that no probability is lost however large n is.
+
     Args:
       log_probs: log-probabilities of the policy that samples.
       scores: by which the best is chosen: true rewards, or those of a reward model.
       num: :math:`n`, how many samples; 1 or more, and need not be a whole number.
+
+    Raises:
+      ValueError: a score is NaN, among others. Where scores are traced their values are unknown; there, all
+        log-probabilities of such a prompt are NaN.
     """
     checks.at_least("num", num, 1.0)
     checks.same_shape(log_probs=log_probs, scores=scores)
-    probs = jnp.exp(log_probs)[..., None, :]
+    checks.not_nan("scores", scores)
+    finite = jnp.maximum(at_least_float32(log_probs), IMPOSSIBLE)
+    num = jnp.asarray(num, finite.dtype)
     own, others = scores[..., :, None], scores[..., None, :]
-    below, equal = (jnp.sum(jnp.where(which, probs, 0), axis=-1) for which in (others < own, others == own))
-    possible = equal > 0
-    equal = jnp.where(possible, equal, 1)
-    up_to = jnp.minimum(below + equal, 1)
-    share = equal / up_to
-    worst = share >= 1
-    won = jnp.log(-jnp.expm1(num * jnp.log1p(-jnp.where(worst, 0.5, share))))
-    log_share = num * jnp.log(up_to) + jnp.where(worst, 0, won)
-    return log_probs + jnp.where(possible, log_share - jnp.log(equal), 0)
+    below, equal, up_to, above = (
+        jax.nn.logsumexp(jnp.where(which, finite[..., None, :], IMPOSSIBLE), axis=-1)
+        for which in (others < own, others == own, others <= own, others > own)
+    )
+    none_above = -num * jax.nn.softplus(above - up_to)  # n log P(s <= s_y)
+    none_equal = num * jax.nn.softplus(equal - below)  # n log P(s <= s_y) - n log P(s < s_y)
+    rare = none_equal < jnp.finfo(finite.dtype).eps
+    won = jnp.where(rare, jnp.log(num) + equal - below, jnp.log(-jnp.expm1(-jnp.where(rare, 1, none_equal))))
+    best = jax.nn.log_softmax(finite - equal + none_above + won, axis=-1)
+    best = jnp.where(log_probs == -jnp.inf, -jnp.inf, best)
+    known = ~jnp.any(jnp.isnan(scores), axis=-1, keepdims=True)
+    return jnp.where(known, best, jnp.nan).astype(log_probs.dtype)
 
 
 def implicit_reward(
@@ -80,6 +95,8 @@ def implicit_reward(
     r"""The reward under which a policy is optimal, up to a constant for each prompt.
 
     .. math:: \hat r(x, y) = \beta \log \frac{\pi(y|x)}{\pi_{ref}(y|x)}
+
+    Zero, with a gradient of zero, where neither policy can give the response; infinite where only one can.
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, Sec. 4 (after Eq. 7) and Theorem 1.
 
@@ -90,7 +107,8 @@ def implicit_reward(
     """
     checks.positive("beta", beta)
     checks.same_shape(log_probs=log_probs, reference=reference)
-    return beta * (log_probs - reference)
+    never = (log_probs == -jnp.inf) & (reference == -jnp.inf)
+    return beta * (jnp.where(never, 0, log_probs) - jnp.where(never, 0, reference))
 
 
 def recovered_reward(
@@ -112,9 +130,13 @@ def recovered_reward(
 def expected_reward(
     log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]
 ) -> Float[Array, "*n"]:
-    """The reward that a policy earns on average, for each prompt."""
+    """The reward that a policy earns on average, for each prompt.
+
+    A response of probability zero adds nothing, be its reward infinite.
+    """
     checks.same_shape(log_probs=log_probs, rewards=rewards)
-    return jnp.sum(jnp.exp(log_probs) * rewards, axis=-1)
+    probs = jnp.exp(log_probs)
+    return jnp.sum(probs * jnp.where((probs == 0) & jnp.isinf(rewards), 0, rewards), axis=-1)
 
 
 def kl_to_reference(
@@ -199,6 +221,8 @@ def bayes_prediction(
 def ranking_accuracy(scores: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]) -> Float[Array, "*n"]:
     """The share of pairs of distinct responses that a score orders as the true rewards do; ties of either count half.
 
+    NaN for a prompt where a score or a reward is NaN.
+
     Args:
       scores: rewards of a reward model, implicit rewards, or log-probabilities.
       rewards: the true ones.
@@ -208,7 +232,8 @@ def ranking_accuracy(scores: Float[Array, "*n responses"], rewards: Float[Array,
         (values[..., :, None] > values[..., None, :]) * 1.0 - (values[..., :, None] < values[..., None, :])
         for values in (scores, rewards)
     )
-    right = (1 + said * true) / 2
+    known = ~jnp.any(jnp.isnan(scores) | jnp.isnan(rewards), axis=-1)
+    right = jnp.where(known[..., None, None], (1 + said * true) / 2, jnp.nan)
     return jnp.mean(right[..., ~np.eye(rewards.shape[-1], dtype=bool)], axis=-1)
 
 
@@ -257,4 +282,5 @@ def _tilted(
 ) -> Float[Array, "*n responses"]:
     checks.positive("beta", beta)
     checks.same_shape(reference=reference, rewards=rewards)
-    return reference + rewards / beta
+    never = (reference == -jnp.inf) & (rewards == jnp.inf)
+    return reference + jnp.where(never, 0, rewards) / beta

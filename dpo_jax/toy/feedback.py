@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import checks
-from dpo_jax.toy.policy import generate, lookup
+from dpo_jax.toy.policy import at_least_float32, generate, lookup
 from dpo_jax.toy.world import World, preference_probability
 from dpo_jax.types import Labels, Preferences, Scalar
 
@@ -49,7 +49,8 @@ def sample_labels(
       temperature, flip_probability: see `label_probability`.
 
     Raises:
-      TypeError, ValueError: an argument is not as described.
+      TypeError, ValueError: an argument is not as described. Where rewards are traced their values are unknown; there,
+        the response is -1, which is none, if a reward of the prompt is NaN.
     """
     checks.key(key)
     checks.size("num", num)
@@ -57,8 +58,11 @@ def sample_labels(
     prompt_key, response_key, label_key = jax.random.split(key, 3)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
     responses = generate(response_key, _proposal(world, log_probs), prompts)
-    good = label_probability(world.rewards, temperature=temperature, flip_probability=flip_probability)
-    return Labels(prompts, responses, jax.random.bernoulli(label_key, lookup(good, prompts, responses)))
+    rewards = at_least_float32(world.rewards)
+    good = label_probability(rewards, temperature=temperature, flip_probability=flip_probability)
+    probability = lookup(good, prompts, responses)
+    responses = jnp.where(jnp.isnan(probability), -1, responses)
+    return Labels(prompts, responses, jax.random.bernoulli(label_key, probability))
 
 
 def all_labels(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Labels:
@@ -128,7 +132,9 @@ def sample_rankings(
       `Preferences` whose responses are a tuple of `num_ranked` arrays, from best to worst.
 
     Raises:
-      TypeError, ValueError: an argument is not as described.
+      TypeError, ValueError: an argument is not as described, or a prompt has fewer possible responses than are ranked.
+        Where tables are traced their values are unknown; there, the ids of such a prompt are -1, which is no response,
+        and so they are if a reward is NaN.
     """
     checks.key(key)
     checks.size("num", num)
@@ -139,14 +145,16 @@ def sample_rankings(
     prompt_key, response_key, noise_key, tie_key, flip_key = jax.random.split(key, 5)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
     proposal = _proposal(world, log_probs)
-    checks.choices("exp(log_probs)", jnp.exp(proposal), at_least=num_ranked)
+    checks.choices("exp(log_probs)", jnp.exp(at_least_float32(proposal)), at_least=num_ranked)
     noise = jax.random.gumbel(response_key, (num, world.num_responses))
-    _, responses = jax.lax.top_k(proposal[prompts] + noise, num_ranked)
-    rewards = lookup(world.rewards, jnp.broadcast_to(prompts[:, None], responses.shape), responses)
+    proposed, responses = jax.lax.top_k(proposal[prompts] + noise, num_ranked)
+    rewards = lookup(at_least_float32(world.rewards), jnp.broadcast_to(prompts[:, None], responses.shape), responses)
     utilities = rewards + temperature * jax.random.gumbel(noise_key, rewards.shape)
     order = jnp.lexsort((jax.random.uniform(tie_key, rewards.shape), -utilities), axis=-1)
-    flipped = jax.random.bernoulli(flip_key, flip_probability, (num, 1))
+    flipped = jax.random.bernoulli(flip_key, at_least_float32(flip_probability), (num, 1))
     ranked = jnp.take_along_axis(responses, jnp.where(flipped, order[:, ::-1], order), axis=-1)
+    possible = jnp.all((proposed > -jnp.inf) & ~jnp.isnan(rewards), axis=-1, keepdims=True)
+    ranked = jnp.where(possible, ranked, -1)
     return Preferences(prompts, tuple(ranked.T))
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from dpo_jax import checks
 from dpo_jax.toy.exact import kl_to_reference
 from dpo_jax.toy.interaction import check_preference, geometric_mixture
+from dpo_jax.toy.policy import at_least_float32
 from dpo_jax.toy.world import preference_probability
 from dpo_jax.types import Scalar
 
@@ -127,7 +128,8 @@ def regularized_equilibrium(
     r"""Log-probabilities near the regularised equilibrium, by Nash mirror descent from the reference (Nash-MD).
 
     Step `t` has the learning rate :math:`2 / (\tau (t + 2))`; then
-    :math:`KL(\pi^* \| \pi_T) \leq 8 / (\tau^2 (T + 1))`. Source: Munos et al. 2023, arXiv 2312.00886, Theorem 1.
+    :math:`KL(\pi^* \| \pi_T) \leq 8 / (\tau^2 (T + 1))`. Source: Munos et al. 2023, arXiv 2312.00886, Theorem 1. The
+    steps, which become small, are taken in float32 at least.
 
     Args:
       reference, preference, tau: see `regularized_exploitability`.
@@ -136,9 +138,11 @@ def regularized_equilibrium(
     checks.positive("tau", tau)
     checks.size("num_steps", num_steps)
     check_preference(preference)
-    step = partial(nash_md_step, reference=reference, preference=preference, tau=tau)
+    start, preference, tau = map(at_least_float32, (reference, preference, tau))
+    step = partial(nash_md_step, reference=start, preference=preference, tau=tau)
     rates = 2 / (tau * (jnp.arange(num_steps) + 2.0))
-    return jax.lax.scan(lambda log_probs, rate: (step(log_probs, learning_rate=rate), None), reference, rates)[0]
+    found, _ = jax.lax.scan(lambda log_probs, rate: (step(log_probs, learning_rate=rate), None), start, rates)
+    return found.astype(reference.dtype)
 
 
 def _against(

@@ -133,25 +133,45 @@ def generate(
     """
     checks.key(key)
     checks.ids("prompts", prompts, log_probs.shape[0])
-    checks.choices("exp(log_probs)", jnp.exp(log_probs))
-    probs = jnp.exp(log_probs).at[prompts].get(mode="fill", wrap_negative_indices=False)
+    probs = jnp.exp(at_least_float32(log_probs))
+    checks.choices("exp(log_probs)", probs)
+    probs = probs.at[prompts].get(mode="fill", wrap_negative_indices=False)
     return invert_cumulative(jax.random.uniform(key, jnp.shape(prompts)), probs)
 
 
 def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts"]:
-    """The most probable response to each prompt; the first of equals."""
-    return jnp.argmax(log_probs, axis=-1)
+    """The most probable response to each prompt; the first of equals.
+
+    Raises:
+      ValueError: an entry is NaN, or a prompt has no possible response. Where the table is traced its values are
+        unknown; there, the response is -1, which is no response.
+    """
+    checks.not_nan("log_probs", log_probs)
+    checks.choices("exp(log_probs)", (log_probs > -jnp.inf) * 1.0)
+    return jnp.where(jnp.max(log_probs, axis=-1) > -jnp.inf, jnp.argmax(log_probs, axis=-1), -1)
 
 
 def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n responses"]) -> Int[Array, "*n"]:
     """Draws an index with probability proportional to the weights, given uniform numbers in [0, 1).
 
-    An index of weight zero is never drawn. Where no weight is positive, or one is NaN, the index is -1.
+    An index of weight zero is never drawn. Where no weight is positive, or one is NaN, the index is -1. Weights of 16
+    bits are added in float32: next to a sum of 0.9 the smallest step of bfloat16 is 0.004, so that rarer responses
+    would vanish.
     """
-    cumulative = jnp.cumsum(weights, axis=-1)
+    cumulative = jnp.cumsum(at_least_float32(weights), axis=-1)
     total = cumulative[..., -1:]
     index = jnp.sum(uniform[..., None] * total >= cumulative, axis=-1, dtype=jnp.int32)
     return jnp.where(total[..., 0] > 0, index, -1)
+
+
+def at_least_float32(values: Any) -> Float[Array, "..."]:
+    """Numbers in float32, or in float64 if that is what they are: what is drawn by probabilities needs the digits.
+
+    `jax.random.bernoulli`, too, compares with uniform numbers of the dtype it is given; those of bfloat16 are multiples
+    of 1/128.
+    """
+    values = jnp.asarray(values)
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
 class _DenseByRows(nn.Module):

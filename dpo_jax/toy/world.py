@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.toy.policy import generate, invert_cumulative, lookup
+from dpo_jax.toy.policy import at_least_float32, generate, invert_cumulative, lookup
 from dpo_jax.types import Demonstrations, Pair, Preferences, Scalar
 
 Ids: TypeAlias = Sequence[int] | ArrayLike
@@ -17,6 +17,9 @@ Ids: TypeAlias = Sequence[int] | ArrayLike
 
 Weights: TypeAlias = Sequence[float] | ArrayLike | None
 """Numbers, zero or positive, relative to 1; or `None` for all equal."""
+
+LARGEST_WEIGHT_RATIO = 1e30
+"""By how much a weight may differ from others: float32 ends at 1e-38, and means of weights have to be above that."""
 
 
 class World(NamedTuple):
@@ -122,7 +125,7 @@ def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Dem
     checks.choices("world.rewards", world.rewards)
     prompt_key, response_key = jax.random.split(key)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
-    return Demonstrations(prompts, generate(response_key, jnp.log(world.rewards), prompts))
+    return Demonstrations(prompts, generate(response_key, jnp.log(at_least_float32(world.rewards)), prompts))
 
 
 def preference_probability(
@@ -150,7 +153,8 @@ def preference_probability(
     """
     checks.not_negative("temperature", temperature)
     checks.probability("flip_probability", flip_probability)
-    difference = reward - other_reward
+    both_infinite = (reward == other_reward) & jnp.isinf(reward)
+    difference = jnp.where(both_infinite, 0, reward) - jnp.where(both_infinite, 0, other_reward)
     rational = jnp.asarray(temperature) == 0
     preferred = jnp.where(
         rational,
@@ -224,6 +228,7 @@ def sample_policy_pairs(
     """
     checks.key(key)
     checks.size("num", num)
+    log_probs = at_least_float32(log_probs)
     checks.choices("exp(log_probs)", jnp.exp(log_probs), at_least=2)
     prompt_key, pair_key = jax.random.split(key)
     num_prompts, num_responses = log_probs.shape
@@ -254,18 +259,21 @@ def label_pairs(
       temperature, flip_probability: see `preference_probability`.
 
     Raises:
-      TypeError, ValueError: an id is out of range, or the two responses of a pair are the same, among others.
+      TypeError, ValueError: an id is out of range, the two responses of a pair are the same, or a reward is not finite,
+        among others. Where rewards are traced their values are unknown; there, the ids are -1, which is no response, if
+        a reward is NaN.
     """
     checks.key(key)
     _check_world(world)
     first, second = pair
     checks.distinct("pair", first, second)
-    first_reward, second_reward = lookup(world.rewards, prompts, pair)
-    first_wins: Bool[Array, " n"] = jax.random.bernoulli(
-        key,
-        preference_probability(first_reward, second_reward, temperature=temperature, flip_probability=flip_probability),
+    first_reward, second_reward = lookup(at_least_float32(world.rewards), prompts, pair)
+    probability = preference_probability(
+        first_reward, second_reward, temperature=temperature, flip_probability=flip_probability
     )
-    return Preferences(prompts, Pair(jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)))
+    first_wins: Bool[Array, " n"] = jax.random.bernoulli(key, probability)
+    chosen, rejected = jnp.where(first_wins, first, second), jnp.where(first_wins, second, first)
+    return Preferences(prompts, Pair(*(jnp.where(jnp.isnan(probability), -1, ids) for ids in (chosen, rejected))))
 
 
 def all_preferences(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Preferences:
@@ -314,10 +322,12 @@ def _checked_ids(world: World, **columns: Ids) -> list[Int[Array, " n"]]:
 def _checked_weights(prompts: Int[Array, " n"], weights: Weights) -> Float[Array, " n"] | None:
     if weights is None:
         return None
-    array = jnp.asarray(_as_array("weights", weights), jnp.float32)
+    array = _as_array("weights", weights)
     checks.same_shape(prompts=prompts, weights=array)
-    checks.not_negative("weights", array)
-    return array
+    checks.zero_or_within("weights", array, 1 / LARGEST_WEIGHT_RATIO, LARGEST_WEIGHT_RATIO)
+    if not array.any():
+        raise ValueError("weights must not all be 0")
+    return jnp.asarray(array, jnp.float32)
 
 
 def _as_array(name: str, values: Any) -> np.ndarray:

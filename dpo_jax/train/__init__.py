@@ -1,5 +1,6 @@
 """Training: objectives, and the loop that minimises them. Nothing here knows what a response is."""
 
+from dpo_jax.train.chunks import in_chunks as in_chunks
 from dpo_jax.train.fit import NonFiniteError as NonFiniteError
 from dpo_jax.train.fit import TrainState as TrainState
 from dpo_jax.train.fit import fit as fit

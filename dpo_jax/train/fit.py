@@ -3,6 +3,7 @@
 An objective may remember something from batch to batch (`StatefulObjective`); that, too, is carried by the scan.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from dpo_jax import checks, rows
 from dpo_jax.shuffle import permutation
-from dpo_jax.types import Metrics, Objective, Params, Scalar, StatefulObjective
+from dpo_jax.types import Metrics, Objective, Params, Ratio, Scalar, StatefulObjective
 
 
 class TrainState(NamedTuple):
@@ -48,17 +49,24 @@ class NonFiniteError(FloatingPointError):
     def __init__(self, step: int, num_batches: int, params: Params, history: Metrics):
         super().__init__(
             f"loss or update not finite in step {step} (epoch {step // num_batches}, batch {step % num_batches}, "
-            "counted from 0); the learning rate may be too high, or the data hold NaN or ids out of range. The error's "
-            "attributes `params` and `history` keep what was learnt before."
+            "counted from 0); the learning rate or a hyperparameter of the loss, such as beta, may be too high, or "
+            f"{'the data' if step else 'the initial parameters or the data'} hold NaN, negative weights or ids out of "
+            "range. The error's attributes `params` and `history` keep what was learnt before."
         )
         self.step, self.params, self.history = step, params, history
 
 
 def init_state(params: Params, *, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step.
+
+    Raises:
+      ValueError: the optimizer gathers gradients over several calls, as `optax.MultiSteps` does.
+    """
     memory = objective.memory if isinstance(objective, StatefulObjective) else None
     memory = jax.tree.map(jnp.asarray, memory)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool), memory)
+    opt_state = optimizer.init(params)
+    _refuse_gathering(opt_state)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool), memory)
 
 
 def update(
@@ -66,19 +74,26 @@ def update(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step; no step from the first loss or update on that is not finite.
 
+    Optimizers that ask for them are given the loss and its gradient as `value` and `grad`, and `value_fn`, from
+    parameters to the loss of this batch (`optax.lbfgs`, `optax.polyak_sgd`, `optax.contrib.reduce_on_plateau`).
+
     Returns:
       The next state, and the metrics of the batch before the step, `loss` among them (NaN once training has stopped).
+
+    Raises:
+      TypeError, ValueError: the objective returned something else than it should.
     """
 
     def evaluate(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
         if not isinstance(objective, StatefulObjective):
-            loss, metrics = objective(params, batch)
-            return loss, (metrics, None)
-        loss, metrics, memory = objective.apply(params, batch, state.memory)
-        return loss, (metrics, memory)
+            checks.outcome(outcome := objective(params, batch), parts=("loss", "metrics"))
+            return outcome[0], (outcome[1], None)
+        checks.outcome(new := objective.apply(params, batch, state.memory), parts=("loss", "metrics", "memory"))
+        return new[0], (new[1], memory_like(state.memory, new[2], "objective"))
 
     (loss, (metrics, memory)), gradient = jax.value_and_grad(evaluate, has_aux=True)(state.params)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    known = {"value": loss, "grad": gradient, "value_fn": lambda params: evaluate(params)[0]}
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **_asked_for(optimizer, known))
     params = optax.apply_updates(state.params, updates)
     finite = state.finite & jnp.isfinite(loss)
     for leaf in jax.tree.leaves(params):
@@ -86,7 +101,7 @@ def update(
     params, memory = jax.tree.map(
         lambda old, new: jnp.where(finite, new, old), (state.params, state.memory), (params, memory)
     )
-    metrics = {name: jnp.where(finite, metric, jnp.nan) for name, metric in {"loss": loss, **metrics}.items()}
+    metrics = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), {"loss": loss, **metrics})
     return TrainState(params, opt_state, state.step + finite, finite, memory), metrics
 
 
@@ -102,22 +117,53 @@ def run_epoch(
     """One pass over the data in a given order; the last batch holds what is left, and may be short.
 
     Returns:
-      The next state, and each metric's mean over the batches (each batch counts equally, a short one too).
+      The next state, and each metric's mean over the batches (each batch counts equally, a short one too). A `Ratio`
+      becomes the sum of its numerators over that of its denominators.
 
     Raises:
-      TypeError, ValueError: `order` does not hold numbers of rows, from 0. Where it is traced nobody looks.
+      TypeError, ValueError: `order` does not hold numbers of rows, from 0, or weights are negative or all zero. Where
+        they are traced nobody looks.
     """
+    state, metrics = pass_over(state, data, order, objective=objective, optimizer=optimizer, batch_size=batch_size)
+    return state, numbers(metrics)
+
+
+def pass_over(
+    state: TrainState,
+    data: Any,
+    order: Int[Array, " n"],
+    *,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+) -> tuple[TrainState, Metrics]:
+    """As `run_epoch`, but leaves each `Ratio` undivided, so that further passes can be added to it."""
     checks.ids("order", order, checks.rows("data", data))
+    checks.weights(data)
     step = partial(update, objective=objective, optimizer=optimizer)
     num_full = len(order) // batch_size
     full, left = jnp.split(order, [num_full * batch_size])
     full = full.reshape(num_full, batch_size)
     state, metrics = jax.lax.scan(step, state, jax.tree.map(lambda leaf: rows.take(leaf, full), data))
-    metrics = {name: jnp.sum(metric, axis=0) for name, metric in metrics.items()}
+    metrics = jax.tree.map(partial(jnp.sum, axis=0), metrics)
     if len(left):
         state, last = step(state, jax.tree.map(lambda leaf: rows.take(leaf, left), data))
-        metrics = {name: metrics[name] + last[name] for name in metrics}
-    return state, {name: metric / (num_full + bool(len(left))) for name, metric in metrics.items()}
+        metrics = jax.tree.map(jnp.add, metrics, last)
+    num_batches = num_full + bool(len(left))
+    return state, {name: x if isinstance(x, Ratio) else x / num_batches for name, x in metrics.items()}
+
+
+def pooled(metrics: Metrics) -> Metrics:
+    """Metrics of equally many batches each, stacked, as those of all of these batches together."""
+    return {
+        name: jax.tree.map(partial(jnp.sum, axis=0), metric) if isinstance(metric, Ratio) else jnp.mean(metric, axis=0)
+        for name, metric in metrics.items()
+    }
+
+
+def numbers(metrics: Metrics) -> Metrics:
+    """Metrics in which the value of each `Ratio` stands in its place."""
+    return {name: metric.value if isinstance(metric, Ratio) else metric for name, metric in metrics.items()}
 
 
 def fit(
@@ -148,18 +194,21 @@ def fit(
       num_epochs: passes over the data; static.
       batch_size: rows per optimizer step; static. An epoch's last batch is short where this does not divide the data.
       optimizer: from a learning rate to an Optax optimizer, for instance `optax.adam` or
-        `lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))`.
+        `lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))`. Where a batch does not fit into
+        memory, wrap `log_prob` in `in_chunks` instead of gathering gradients by `optax.MultiSteps`.
       evaluate: from parameters to further entries of the history, computed after each epoch.
       report: called as `report(epochs_done, metrics)` between compiled pieces of `epochs_per_report` epochs, never
         inside one. It changes no result. Not possible under `jit` or `vmap`.
       epochs_per_report: how many epochs to run between two reports.
 
     Returns:
-      The trained parameters, and the history: for each metric an array `[num_epochs]` of means over batches; `loss` and
-      `step`, the optimizer steps applied by the end of the epoch, are always among them.
+      The trained parameters, and the history: for each metric an array `[num_epochs]`. `loss` and `step`, the optimizer
+      steps applied by the end of the epoch, are always among them. The loss and other metrics are means over batches,
+      each of which counts equally, a short last one too; only a `Ratio`, a metric whose denominator differs from batch
+      to batch, is the sum of its numerators over that of its denominators, and NaN where the latter is zero.
 
     Raises:
-      TypeError, ValueError: an argument is not as described.
+      TypeError, ValueError: an argument is not as described, or a function returned something else than it should.
       NonFiniteError: a loss or an update was NaN or infinite. Under `jit` nothing can be raised: there, training also
         stops with the last good parameters, `step` ceases to grow and the objective's metrics become NaN.
     """
@@ -169,7 +218,7 @@ def fit(
     check_learning_rate(learning_rate)
     num_rows = checks.rows("data", data)
     data = jax.tree.map(jnp.asarray, data)
-    transformation = optimizer(learning_rate)
+    transformation = make_optimizer(optimizer, learning_rate)
 
     def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         return run_epoch(
@@ -188,6 +237,68 @@ def fit(
     if not checks.is_traced(state) and not state.finite:
         raise NonFiniteError(int(state.step), -(-num_rows // batch_size), state.params, history)
     return state.params, history
+
+
+def make_optimizer(
+    optimizer: Callable[[Any], optax.GradientTransformation], learning_rate: Scalar | optax.Schedule
+) -> optax.GradientTransformation:
+    """The optimizer for a learning rate.
+
+    Raises:
+      TypeError: `optimizer` is no function from a learning rate to an optimizer.
+    """
+    if not callable(optimizer):
+        what = "an optimizer that has its learning rate already" if hasattr(optimizer, "update") else repr(optimizer)
+        raise TypeError(
+            f"optimizer must be a function from a learning rate to an Optax optimizer, got {what}: write "
+            "optimizer=optax.adam, learning_rate=1e-3, or optimizer=lambda rate: optax.chain(..., optax.adam(rate))"
+        )
+    transformation = optimizer(learning_rate)
+    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
+        raise TypeError(f"optimizer(learning_rate) must be an Optax optimizer, got {transformation!r}")
+    return transformation
+
+
+def _asked_for(optimizer: optax.GradientTransformation, known: dict[str, Any]) -> dict[str, Any]:
+    """Those of the known arguments that an optimizer's `update` takes."""
+    parameters = inspect.signature(optimizer.update).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return known if takes_all else {name: value for name, value in known.items() if name in parameters}
+
+
+def _refuse_gathering(opt_state: Any) -> None:
+    """An optimizer that gathers gradients takes each part of a batch for a batch."""
+    kinds = (optax.MultiStepsState, optax.ApplyEvery)
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
+        if isinstance(node, kinds):
+            raise ValueError(
+                "optimizers that gather gradients over several batches (optax.MultiSteps, optax.apply_every) are not "
+                "supported: moving references, running shifts, losses of whole batches and history['step'] would take "
+                "each part for a batch. For exactly the numbers of the large batch in the memory of a small one, give "
+                "the large batch_size and score it in chunks: log_prob = train.in_chunks(log_prob, rows_per_chunk)"
+            )
+
+
+def memory_like(old: Any, new: Any, name: str) -> Any:
+    """The memory that a function returned, in the dtypes of the one it was given.
+
+    Raises:
+      TypeError: it has another structure, other shapes, or a dtype that does not fit into the old one.
+    """
+    new = jax.tree.map(jnp.asarray, new)
+    wanted, found = (jax.tree.map(jnp.shape, memory) for memory in (old, new))
+    if wanted != found or str(jax.tree.structure(old)) != str(jax.tree.structure(new)):
+        raise TypeError(f"{name} must return a memory of the shapes that it was given, {wanted}, got {found}")
+    return jax.tree.map(partial(_cast, name), old, new)
+
+
+def _cast(name: str, old: Array, new: Array) -> Array:
+    if getattr(old, "weak_type", False) or new.dtype == old.dtype:  # a Python number takes whatever dtype it is given
+        return new
+    both_floating = jnp.issubdtype(old.dtype, jnp.floating) and jnp.issubdtype(new.dtype, jnp.floating)
+    if both_floating or jnp.promote_types(old.dtype, new.dtype) == old.dtype:
+        return new.astype(old.dtype)
+    raise TypeError(f"{name} must return a memory of the dtypes that it was given, but made {new.dtype} of {old.dtype}")
 
 
 def check_learning_rate(learning_rate: Scalar | optax.Schedule) -> None:
@@ -219,9 +330,8 @@ def run_epochs(
     def recorded(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         state, metrics = epoch(state, epoch_key)
         evaluated = evaluate(state.params) if evaluate else {}
-        if taken := evaluated.keys() & {*metrics, "step"}:
-            raise ValueError(f"evaluate must not return {', '.join(sorted(taken))}: training has metrics of that name")
-        return state, {**metrics, **evaluated, "step": state.step}
+        checks.evaluation(evaluated, taken={*metrics, "step"})
+        return state, numbers({**metrics, **evaluated, "step": state.step})
 
     run, keys = partial(jax.lax.scan, recorded), jax.random.split(key, num_epochs)
     if report is None:

@@ -1,12 +1,18 @@
 """Objectives: what a loss of log-probabilities becomes when there are parameters and batches.
 
 An objective scores responses through the `LogProbFn` it is given, takes the mean of a loss, and adds the metrics that
-tell how training goes. A hyperparameter of the loss may be
+tell how training goes. A row of a batch is one comparison, label or demonstration, and has one log-probability for each
+response: numbers of tokens are refused. A hyperparameter of the loss may be
 
 - a number or an array, traced perhaps;
 - a function `(params, batch, logps) -> value`, called for each batch, through which no gradient flows: a statistic of
   the batch, or a column of the data (`lengths=lambda params, batch, logps: batch.columns["lengths"]`);
 - a `Running` value, which also depends on the batches before. It makes the objective a `StatefulObjective`.
+
+The data may have weights, relative to 1. The loss of a batch is then the mean of weight times loss over its rows, not
+divided by the weights, so that a row counts equally in every batch; a loss that compares whole batches is refused.
+Metrics are means over the batch. Where their denominator differs from batch to batch, they are a `Ratio`: with weights,
+whose sum it is, and for the good or the bad ones of `Labels`.
 """
 
 from collections.abc import Callable
@@ -18,7 +24,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
-from dpo_jax.losses import aot_loss, aot_unpaired_loss, beta_dpo_loss, bradley_terry_loss
+from dpo_jax.losses import bradley_terry_loss
+from dpo_jax.losses.structure import refuse_weights_if_rows_mix
+from dpo_jax.train.families import check_call
 from dpo_jax.types import (
     Demonstrations,
     Labels,
@@ -30,6 +38,7 @@ from dpo_jax.types import (
     PolicyGradientLoss,
     PreferenceLoss,
     Preferences,
+    Ratio,
     ReferenceFreeLoss,
     Rollouts,
     Scalar,
@@ -70,6 +79,7 @@ def sft_objective(log_prob: LogProbFn) -> Objective:
     def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
         _check_noun(batch, Demonstrations)
         logps = log_prob(params, batch.prompts, batch.responses)
+        checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         return -_mean(logps, batch.weights), {}
 
     return objective
@@ -90,22 +100,24 @@ def preference_objective(
       An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are means over
       the batch, weighted where it has weights: `chosen_reward` and `rejected_reward`, the implicit rewards
       `beta * log(pi / pi_ref)` (in rankings, of the first and the last); `reward_margin`, their difference; and
-      `accuracy`, the share of comparisons with a positive margin.
+      `accuracy`, the share of comparisons with a positive margin. As in the notebook, a tie counts as wrong, so a
+      policy that equals its reference has an accuracy of 0, not 1/2.
 
     Raises:
-      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions); or
-        a batch has no reference.
+      TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
+        hyperparameters (checked unless they are traced, or functions); or a batch has no reference.
     """
-    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), Pair(logps, logps), **h), beta=beta, **hyperparameters)
+    hyperparameters = {"beta": beta, **hyperparameters}
+    check_call(loss, ("policy", "reference"), hyperparameters)
+    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), Pair(logps, logps), **h), hyperparameters)
 
-    def evaluate(logps: Any, batch: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
-        _refuse_weights(loss, batch)
-        values = loss(logps, reference_of(batch), **arguments)
-        chosen, rejected = (arguments["beta"] * (logps[i] - reference_of(batch)[i]) for i in (0, -1))
-        metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
-        return values, {**metrics, "accuracy": _share(chosen - rejected)}
+    def arguments(logps: Any, batch: Preferences) -> tuple[Any, ...]:
+        return logps, reference_of(batch)
 
-    return _objective(log_prob, Preferences, evaluate, {"beta": beta, **hyperparameters})
+    def metrics(logps: Any, batch: Preferences, values: dict[str, Any]) -> Metrics:
+        return _comparison("reward", *(values["beta"] * (logps[i] - reference_of(batch)[i]) for i in (0, -1)))
+
+    return _objective(log_prob, loss, Preferences, arguments, metrics, hyperparameters)
 
 
 def reference_free_objective(
@@ -121,20 +133,23 @@ def reference_free_objective(
     Returns:
       An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
       `chosen_logp` and `rejected_logp` (nats); `logp_margin`, their difference; and `accuracy`, the share of
-      comparisons whose chosen response is the more likely one.
+      comparisons whose chosen response is the more likely one (a tie counts as wrong).
 
     Raises:
-      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions).
+      TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
+        hyperparameters (checked unless they are traced, or functions).
     """
-    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), **h), **hyperparameters)
+    check_call(loss, ("policy",), hyperparameters)
+    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), **h), hyperparameters)
 
-    def evaluate(logps: Any, _: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+    def arguments(logps: Any, _: Preferences) -> tuple[Pair]:
         checks.pair("the policy's log-probabilities", logps)
-        chosen, rejected = logps
-        metrics = {"chosen_logp": chosen, "rejected_logp": rejected, "logp_margin": chosen - rejected}
-        return loss(Pair(*logps), **arguments), {**metrics, "accuracy": _share(chosen - rejected)}
+        return (Pair(*logps),)
 
-    return _objective(log_prob, Preferences, evaluate, hyperparameters)
+    def metrics(logps: Any, *_: Any) -> Metrics:
+        return _comparison("logp", *logps)
+
+    return _objective(log_prob, loss, Preferences, arguments, metrics, hyperparameters)
 
 
 def reward_objective(
@@ -150,20 +165,23 @@ def reward_objective(
     Returns:
       An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
       `chosen_reward` and `rejected_reward`; `reward_margin`, their difference; and `accuracy`, the share of
-      comparisons whose chosen response has the higher reward.
+      comparisons whose chosen response has the higher reward (a tie counts as wrong).
 
     Raises:
-      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions).
+      TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
+        hyperparameters (checked unless they are traced, or functions).
     """
-    _refuse_now(lambda rewards, **h: loss(Pair(rewards, rewards), **h), **hyperparameters)
+    check_call(loss, ("rewards",), hyperparameters)
+    _refuse_now(lambda rewards, **h: loss(Pair(rewards, rewards), **h), hyperparameters)
 
-    def evaluate(rewards: Any, _: Preferences, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
+    def arguments(rewards: Any, _: Preferences) -> tuple[Pair]:
         checks.pair("the rewards", rewards)
-        chosen, rejected = rewards
-        metrics = {"chosen_reward": chosen, "rejected_reward": rejected, "reward_margin": chosen - rejected}
-        return loss(Pair(*rewards), **arguments), {**metrics, "accuracy": _share(chosen - rejected)}
+        return (Pair(*rewards),)
 
-    return _objective(reward, Preferences, evaluate, hyperparameters)
+    def metrics(rewards: Any, *_: Any) -> Metrics:
+        return _comparison("reward", *rewards)
+
+    return _objective(reward, loss, Preferences, arguments, metrics, hyperparameters)
 
 
 def unpaired_objective(
@@ -179,26 +197,28 @@ def unpaired_objective(
 
     Returns:
       An objective on batches of `Labels` that carry their reference (`with_reference`). Its metrics are
-      `desirable_reward` and `undesirable_reward`, the mean implicit rewards of the good and of the bad responses of a
-      batch (zero where there are none), and `reward_margin`, their difference; all weighted where the batch has
-      weights.
+      `desirable_reward` and `undesirable_reward`, the mean implicit rewards of the good and of the bad responses, and
+      `reward_margin`, their difference; all weighted where the batch has weights. Each is a `Ratio`, so the mean of an
+      epoch does not depend on the batch size; it is NaN if there was no such response.
 
     Raises:
-      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions); or
-        a batch has no reference.
+      TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
+        hyperparameters (checked unless they are traced, or functions); or a batch has no reference.
     """
-    _refuse_now(lambda logps, **h: loss(logps, logps, logps > 0, **h), beta=beta, **hyperparameters)
+    hyperparameters = {"beta": beta, **hyperparameters}
+    check_call(loss, ("policy", "reference", "desirable"), hyperparameters)
+    _refuse_now(lambda logps, **h: loss(logps, logps, logps > 0, **h), hyperparameters)
 
-    def evaluate(logps: Any, batch: Labels, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
-        values = loss(logps, reference_of(batch), batch.desirable, **arguments)
-        rewards = arguments["beta"] * (logps - reference_of(batch))
-        desirable, undesirable = (
-            _portion(rewards, side, batch.weights) for side in (batch.desirable, ~batch.desirable)
-        )
-        metrics = {"desirable_reward": desirable, "undesirable_reward": undesirable}
-        return values, {**metrics, "reward_margin": desirable - undesirable}
+    def arguments(logps: Any, batch: Labels) -> tuple[Any, ...]:
+        return logps, reference_of(batch), batch.desirable
 
-    return _objective(log_prob, Labels, evaluate, {"beta": beta, **hyperparameters})
+    def metrics(logps: Any, batch: Labels, values: dict[str, Any]) -> Metrics:
+        rewards = values["beta"] * (logps - reference_of(batch))
+        good, bad = (_ratio(rewards, batch.weights, side) for side in (batch.desirable, ~batch.desirable))
+        margin = Ratio(good.numerator, good.denominator, minus=bad)
+        return {"desirable_reward": good, "undesirable_reward": bad, "reward_margin": margin}
+
+    return _objective(log_prob, loss, Labels, arguments, metrics, hyperparameters)
 
 
 def policy_gradient_objective(
@@ -219,19 +239,23 @@ def policy_gradient_objective(
       `ratio_change`, how far the ratio of probabilities now to those then is from 1.
 
     Raises:
-      TypeError, ValueError: the loss refuses the hyperparameters (checked unless they are traced, or functions).
+      TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
+        hyperparameters (checked unless they are traced, or functions).
     """
-    _refuse_now(lambda logps, **h: loss(logps, logps, logps, **h), **hyperparameters)
+    check_call(loss, ("logps", "old_logps", "advantages"), hyperparameters)
+    _refuse_now(lambda logps, **h: loss(logps, logps, logps, **h), hyperparameters)
 
-    def evaluate(logps: Any, batch: Rollouts, arguments: dict[str, Any]) -> tuple[Array, Metrics]:
-        metrics = {
+    def arguments(logps: Any, batch: Rollouts) -> tuple[Any, ...]:
+        return logps, batch.logps, batch.advantages
+
+    def metrics(logps: Any, batch: Rollouts, _: dict[str, Any]) -> Metrics:
+        return {
             "sampled_reward": batch.rewards,
             "sampled_kl": batch.logps - batch.reference,
             "ratio_change": jnp.abs(jnp.expm1(logps - batch.logps)),
         }
-        return loss(logps, batch.logps, batch.advantages, **arguments), metrics
 
-    return _objective(log_prob, Rollouts, evaluate, hyperparameters)
+    return _objective(log_prob, loss, Rollouts, arguments, metrics, hyperparameters)
 
 
 def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
@@ -244,13 +268,15 @@ def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
 
     Raises:
       TypeError: `log_prob` did not return what it was given: a pair for a pair of responses.
+      ValueError: `log_prob` did not return one number for each response; of tokens, for instance.
     """
     logps = log_prob(reference, data.prompts, data.responses)
     checks.same_structure("log_prob(params, prompts, responses)", logps, data.responses)
+    checks.one_per_row("log_prob(params, prompts, responses)", logps, len(data.prompts))
     return data._replace(reference=jax.lax.stop_gradient(logps))
 
 
-def _refuse_now(loss: Callable[..., Array], **hyperparameters: Hyperparameter) -> None:
+def _refuse_now(loss: Callable[..., Array], hyperparameters: dict[str, Hyperparameter]) -> None:
     """Lets a loss refuse its hyperparameters when the objective is made, not in the first step of training."""
     beta = hyperparameters.get("beta", 1.0)
     if not callable(beta) and not isinstance(beta, Running):
@@ -263,8 +289,10 @@ def _refuse_now(loss: Callable[..., Array], **hyperparameters: Hyperparameter) -
 
 def _objective(
     log_prob: LogProbFn,
+    loss: Callable[..., Array],
     noun: type,
-    evaluate: Callable[..., tuple[Array, Metrics]],
+    arguments: Callable[[Any, Any], tuple[Any, ...]],
+    metrics: Callable[[Any, Any, dict[str, Any]], Metrics],
     hyperparameters: dict[str, Hyperparameter],
 ) -> Objective:
     """Scores a batch, works out the hyperparameters, evaluates losses and metrics, and takes their means."""
@@ -272,11 +300,15 @@ def _objective(
     def apply(params: Params, batch: Any, memory: dict[str, Any]) -> tuple[Array, Metrics, dict[str, Any]]:
         _check_noun(batch, noun)
         logps = log_prob(params, batch.prompts, batch.responses)
-        arguments, memory = _arguments(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
-        values, metrics = evaluate(logps, batch, arguments)
-        shares = None if batch.weights is None else _shares(batch.weights)
-        means = {name: _mean(metric, shares) for name, metric in metrics.items()}
-        return _mean(values, batch.weights), means, memory
+        checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
+        called_with = arguments(logps, batch)
+        values, memory = _values(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
+        if batch.weights is not None:
+            refuse_weights_if_rows_mix(loss, *called_with, **values)
+        mean = _mean(loss(*called_with, **values), batch.weights)
+        of_rows = metrics(logps, batch, values)
+        means = {name: x if isinstance(x, Ratio) else _average(x, batch.weights) for name, x in of_rows.items()}
+        return mean, means, memory
 
     memory = {name: value.memory for name, value in hyperparameters.items() if isinstance(value, Running)}
     if memory:
@@ -289,19 +321,18 @@ def _objective(
     return objective
 
 
-def _arguments(
+def _values(
     hyperparameters: dict[str, Hyperparameter], memory: dict[str, Any], params: Params, batch: Any, logps: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the loss is called with, and what is remembered; no gradient flows through what depends on the batch."""
-    arguments: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in hyperparameters.items():
         if isinstance(value, Running):
-            argument, new = jax.lax.stop_gradient(value.update(memory[name], params, batch, logps))
+            values[name], new = jax.lax.stop_gradient(value.update(memory[name], params, batch, logps))
             memory = {**memory, name: new}
         else:
-            argument = jax.lax.stop_gradient(value(params, batch, logps)) if callable(value) else value
-        arguments[name] = argument
-    return arguments, memory
+            values[name] = jax.lax.stop_gradient(value(params, batch, logps)) if callable(value) else value
+    return values, memory
 
 
 def _check_noun(batch: Any, noun: type) -> None:
@@ -318,17 +349,6 @@ def _check_noun(batch: Any, noun: type) -> None:
         )
 
 
-def _refuse_weights(loss: Any, batch: Preferences) -> None:
-    """Where a loss does not belong to one comparison, neither can a weight."""
-    if batch.weights is not None and loss in (aot_loss, aot_unpaired_loss, beta_dpo_loss):
-        raise ValueError(f"comparisons cannot have weights in {loss.__name__}, which compares whole batches")
-
-
-def _shares(weights: Array) -> Array:
-    mean = jnp.mean(weights)
-    return weights / jnp.where(mean > 0, mean, 1)
-
-
 def reference_of(batch: Any) -> Any:
     """The log-probabilities under the reference that a batch carries; an error if it carries none."""
     if batch.reference is None:
@@ -336,19 +356,30 @@ def reference_of(batch: Any) -> Any:
     return batch.reference
 
 
-def _share(margin: Float[Array, " batch"]) -> Float[Array, " batch"]:
-    return (margin > 0).astype(margin.dtype)
+def _comparison(noun: str, chosen: Float[Array, " batch"], rejected: Float[Array, " batch"]) -> Metrics:
+    """The notebook's metrics, row by row."""
+    margin = chosen - rejected
+    accuracy = (margin > 0).astype(margin.dtype)
+    return {f"chosen_{noun}": chosen, f"rejected_{noun}": rejected, f"{noun}_margin": margin, "accuracy": accuracy}
 
 
-def _portion(values: Float[Array, " batch"], part: Bool[Array, " batch"], weights: Array | None) -> Array:
-    """Values whose (weighted) mean over the batch is that of a part of it; zeros where that part is empty."""
-    weights = jnp.ones_like(values) if weights is None else weights
-    share = jnp.sum(weights * part) / jnp.sum(weights)
-    return jnp.where(part, values, 0) / jnp.where(share > 0, share, 1)
+def _average(values: Float[Array, " batch"], weights: Array | None) -> Array | Ratio:
+    if weights is None:
+        return jnp.mean(values)
+    return _ratio(values, weights, jnp.ones_like(values, bool))
+
+
+def _ratio(values: Float[Array, " batch"], weights: Array | None, part: Bool[Array, " batch"]) -> Ratio:
+    """The mean over a part of the batch, weighted if there are weights."""
+    dtype = jnp.promote_types(values.dtype, jnp.float32)
+    shares = part.astype(dtype) if weights is None else jnp.where(part, weights, 0).astype(dtype)
+    return Ratio(jnp.sum(shares * jnp.where(part, values, 0).astype(dtype)), jnp.sum(shares))
 
 
 def _mean(values: Float[Array, " batch"], weights: Array | None) -> Float[Array, ""]:
+    """The mean of weight times value; NaN, so that training stops, if a weight is negative."""
     if weights is None:
         return jnp.mean(values)
     checks.same_shape(losses=values, weights=weights)
-    return jnp.mean(weights * values)
+    checks.not_negative("weights", weights)
+    return jnp.where(jnp.any(weights < 0), jnp.nan, jnp.mean(weights * values))

@@ -10,7 +10,17 @@ from jaxtyping import Array, Key
 
 from dpo_jax import checks
 from dpo_jax.shuffle import permutation
-from dpo_jax.train.fit import NonFiniteError, TrainState, check_learning_rate, init_state, run_epoch, run_epochs
+from dpo_jax.train.fit import (
+    NonFiniteError,
+    TrainState,
+    check_learning_rate,
+    init_state,
+    make_optimizer,
+    memory_like,
+    pass_over,
+    pooled,
+    run_epochs,
+)
 from dpo_jax.types import Learner, Metrics, Params, Scalar
 
 
@@ -46,12 +56,12 @@ def fit_online(
       optimizer, evaluate, report, epochs_per_report: see `fit`.
 
     Returns:
-      The trained parameters, and the history: for each metric an array `[num_epochs]` of means over batches; `loss` and
-      `step`, the optimizer steps applied by the end of the epoch, are always among them.
+      The trained parameters, and the history: for each metric an array `[num_epochs]`, see `fit`; an epoch is all of
+      its rounds and passes.
 
     Raises:
-      TypeError, ValueError: an argument is not as described.
-      NonFiniteError: as for `fit`; a reward that is NaN counts, too.
+      TypeError, ValueError: an argument is not as described, or a function returned something else than it should.
+      NonFiniteError: as for `fit`; a reward that is NaN and a weight that is negative count, too.
     """
     checks.key(key)
     for name, size in {
@@ -62,14 +72,17 @@ def fit_online(
         checks.size(name, size)
     check_learning_rate(learning_rate)
     memory = jax.tree.map(jnp.asarray, learner.memory)
-    num_rows = checks.rows("collected data", jax.eval_shape(learner.collect, key, params, memory)[0])
+    collected = jax.eval_shape(learner.collect, key, params, memory)
+    if not isinstance(collected, tuple) or len(collected) != 2:
+        raise TypeError(f"learner.collect must return (data, memory), got {type(collected).__name__}")
+    num_rows = checks.rows("collected data", collected[0])
     size = num_rows if batch_size is None else min(batch_size, num_rows)
     checks.size("batch_size", size)
-    transformation = optimizer(learning_rate)
+    transformation = make_optimizer(optimizer, learning_rate)
 
     def one_pass(state: TrainState, pass_key: Key[Array, ""], data: Any) -> tuple[TrainState, Metrics]:
         order = jnp.arange(num_rows) if size == num_rows else permutation(pass_key, num_rows)
-        return run_epoch(state, data, order, objective=learner.objective, optimizer=transformation, batch_size=size)
+        return pass_over(state, data, order, objective=learner.objective, optimizer=transformation, batch_size=size)
 
     def one_round(state: TrainState, round_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         collect_key, train_key = jax.random.split(round_key)
@@ -80,12 +93,13 @@ def fit_online(
             state._replace(memory=objective_memory),
             jax.random.split(train_key, passes_per_round),
         )
+        new_memory = memory_like(memory, new_memory, "learner.collect")
         memory = jax.tree.map(lambda old, new: jnp.where(state.finite, new, old), memory, new_memory)
-        return state._replace(memory=(state.memory, memory)), _means(metrics)
+        return state._replace(memory=(state.memory, memory)), pooled(metrics)
 
     def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         state, metrics = jax.lax.scan(one_round, state, jax.random.split(epoch_key, rounds_per_epoch))
-        return state, _means(metrics)
+        return state, pooled(metrics)
 
     state = init_state(params, objective=learner.objective, optimizer=transformation)
     state, history = run_epochs(
@@ -101,7 +115,3 @@ def fit_online(
         steps_per_epoch = rounds_per_epoch * passes_per_round * -(-num_rows // size)
         raise NonFiniteError(int(state.step), steps_per_epoch, state.params, history)
     return state.params, history
-
-
-def _means(metrics: Metrics) -> Metrics:
-    return {name: jnp.mean(metric, axis=0) for name, metric in metrics.items()}

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.losses import MarginMoments, Shift, kto_reference_point, log_ratios, update_margin_moments, update_shift
+from dpo_jax.losses.ratios import difference
 from dpo_jax.train.objectives import Batchwise, Running, reference_of, with_reference
 from dpo_jax.types import Labels, LogProbFn, Metrics, Objective, Params, Preferences, Scalar, StatefulObjective
 
@@ -16,7 +17,8 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
     """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
 
     Where neighbours happen to have the same prompt, the response is one to that prompt; in a batch of one it is the
-    response itself. It does not follow a `moving_reference`.
+    response itself. It does not follow a `moving_reference`. Where the batch has weights, such a pair counts by the
+    product of the weights of the prompt's row and of the response's.
 
     Args:
       log_prob: scores responses.
@@ -30,7 +32,11 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
     def reference_point(params: Params, batch: Labels, _: Array) -> Float[Array, ""]:
         mismatched = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), batch.responses)
         scores = (log_prob(policy, batch.prompts, mismatched) for policy in (params, reference))
-        return kto_reference_point(*scores)
+        if batch.weights is None:
+            return kto_reference_point(*scores)
+        weights = batch.weights * jnp.roll(batch.weights, -1)
+        shares = weights / jnp.where(jnp.any(weights > 0), jnp.mean(weights), 1)
+        return kto_reference_point(*(shares * score for score in scores))
 
     return reference_point
 
@@ -46,7 +52,7 @@ def running_shift(*, beta: Scalar) -> Running:
     def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array, Shift]:
         reference, weights = reference_of(batch), batch.weights
         if isinstance(batch, Labels):
-            rewards, desirable = beta * (logps - reference), batch.desirable
+            rewards, desirable = beta * difference(logps, reference), batch.desirable
         else:
             rewards = beta * jnp.concatenate(log_ratios(logps, reference))
             desirable = jnp.arange(len(rewards)) < len(logps[0])
@@ -69,7 +75,7 @@ def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Ru
 
     def update(memory: MarginMoments, _: Params, batch: Preferences, logps: Any) -> tuple[Any, MarginMoments]:
         ratios = log_ratios(logps, reference_of(batch))
-        memory = update_margin_moments(memory, ratios.chosen - ratios.rejected, momentum=momentum)
+        memory = update_margin_moments(memory, difference(*ratios), momentum=momentum)
         return memory, memory
 
     return Running(MarginMoments(key), update)

@@ -1,6 +1,7 @@
 """The benchmark: what it counts is what is done, and every workload runs."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +14,7 @@ from dpo_jax import toy
 from experiments import benchmark, measuring
 from experiments.least_work import DPO_PAIR, FLOAT, Network, Training, Work
 from experiments.notebook import POLICY
+from tests.experiments.walks import ROOT
 
 # Counts
 
@@ -80,12 +82,34 @@ def test_a_compiled_program_does_what_its_function_does():
     assert program.memory["argument"] == rows.nbytes
 
 
-def test_rates_are_work_over_time():
-    measurements = benchmark.Measurements(benchmark.Options(), benchmark.Sizes(), 4, {"float32": 100.0, "copy": 50.0})
-    rates = measurements.rates(2.0, Work(40, 20), runs=6)
+def test_rates_are_work_over_time_and_shares_are_of_what_the_machine_did_meanwhile():
+    speeds = iter([{"float32": 150.0, "copy": 30.0}, {"float32": 50.0, "copy": 70.0}])  # before, after
+    measurements = benchmark.Measurements(benchmark.Options(), benchmark.Sizes(), 4, lambda *_: next(speeds))
+    rates = measurements.timed(lambda: 2.0, Work(40, 20), runs=6)
     assert rates["runs_per_second"] == 3
     assert (rates["flops_per_second"], rates["share_of_peak_flops"]) == (20, 0.2)
     assert (rates["bytes_per_second"], rates["share_of_peak_copy"]) == (10, 0.2)
+    assert rates["peaks"] == {"float32": [150, 50], "copy": [30, 70]}
+
+
+def entry(flops=0.5, copy=0.5, speeds=(1e9, 1e9)):
+    return {
+        "num": 4,
+        "share_of_peak_flops": flops,
+        "share_of_peak_copy": copy,
+        "peaks": {"float32": list(speeds), "copy": [1e9, 1e9]},
+    }
+
+
+def test_shares_above_everything_and_changing_machines_are_said_in_words():
+    fine = {"notebooks": [entry()], "dpo": [entry()], "losses": {"dpo": entry()}}
+    assert benchmark.doubts(fine) == []
+    (over,) = benchmark.doubts({**fine, "losses": {"dpo": entry(copy=17.92), "ipo": entry(copy=1.1)}})
+    assert over.startswith("2 of 4 exceed the machine's B/s in a copy, dpo most (1792%)")
+    (changed,) = benchmark.doubts({**fine, "dpo": [entry(speeds=(1e9, 2e9))]})
+    assert changed.startswith("The machine changed its speed meanwhile: 1 G to 2 GFLOP/s")
+    peaks = benchmark.highest({"float32": 1.0, "copy": 3e9}, [entry(speeds=(1e9, 2e9))])
+    assert peaks == {"float32": 2e9, "copy": 3e9}
 
 
 @pytest.mark.parametrize("num", [1, 3, 4, 9, 100])
@@ -116,6 +140,9 @@ def test_every_workload_runs_and_is_reported(tmp_path, capsys):
     assert [entry["num"] for entry in summary["dpo"]] == [1, 2]
     assert all(0 < entry["share_of_peak_flops"] < 1 for entry in summary["notebooks"] + summary["dpo"])
     assert summary["torch"] is None
+    assert summary["machine"].keys() == {"processor", "cores", "usable_cores", "memory", "load"}
+    assert all(len(e["peaks"]["copy"]) == 2 for e in [*summary["dpo"], *summary["losses"].values()])
+    assert all(peak >= max(e["peaks"]["copy"]) for peak in [summary["peaks"]["copy"]] for e in summary["dpo"])
     assert "Losses with their gradients" in capsys.readouterr().out
 
 
@@ -125,6 +152,48 @@ def test_losses_are_finite_with_their_gradients(name):
     values, gradients = benchmark.values_and_gradients(benchmark.LOSSES[name], *logps)
     assert values.shape == (4,)
     assert all(bool(jnp.isfinite(array).all()) for array in (values, *gradients))
+
+
+REPORTED = ROOT / "experiments" / "reported" / "benchmark"
+
+
+def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
+    second = json.loads((REPORTED / "summary.json").read_text())
+    second["notebooks"][0]["microseconds_per_step_and_run"] *= 3
+    second["losses"] = {"dpo": second["losses"]["dpo"]}
+    second |= {"device": "another", "machine": {"processor": "another", "load": [0, 1]}}
+    second["peaks"]["copy"] *= 2
+    (file := tmp_path / "second.json").write_text(json.dumps(second))
+    benchmark.main(benchmark.Options(compare=(REPORTED, file), out=tmp_path / "out"))
+    said = capsys.readouterr().out
+    ratios = dict(re.findall(r"│ (\S.*?) +│.* ([\d.]+) │", said))
+    assert ratios["1 notebooks, per step and run"] == "3.00"
+    assert set(ratios.values()) == {"3.00", "1.00"}
+    assert [name for name in ratios if name.startswith("loss")] == ["loss: dpo"]
+    assert "they differ in device: 2 x cpu (cpu) and another." in said
+    assert "they differ in machine processor: not known and another." in said
+    assert "they differ in peak of copy:" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("no JSON", "is no summary of a benchmark"),
+        ("[]", "is no summary of a benchmark: it has no 'steps'"),
+        (json.dumps({"losses": [], "seed": 0}), "is no summary of a benchmark: it has no 'steps'"),
+        (json.dumps({"pairs": 7}), "they did different work: pairs is 1048576 and 7"),
+        (json.dumps({"notebooks": [], "dpo": [], "losses": {}, "torch": None}), "nothing in common"),
+        (None, "No such file"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(text, problem, tmp_path):
+    if text is not None:
+        if text.startswith(('{"pairs"', '{"notebooks"')):
+            text = json.dumps(json.loads((REPORTED / "summary.json").read_text()) | json.loads(text))
+        (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(SystemExit, match=problem):
+        benchmark.main(benchmark.Options(compare=(REPORTED, tmp_path)))
 
 
 def test_bad_options_are_told(tmp_path):

@@ -38,6 +38,7 @@ def test_it_writes_results_and_nothing_else(finished):
     assert test["num_held_out"] == 120
     assert test["accuracy"]["mean"] > 0.5 + 2 * test["accuracy"]["stderr"]
     assert len(summary["history"]["held_out_loss"]) == 100
+    assert summary["history"]["held_out_accuracy"][-1] == pytest.approx(test["accuracy"]["mean"])
 
 
 def test_the_saved_policy_ranks_as_the_ranking_says(finished):
@@ -90,6 +91,29 @@ def test_weights_average_one_in_both_parts_and_accuracies_are_shares(tmp_path):
     history = json.loads((tmp_path / "out" / "summary.json").read_text())["history"]
     assert history["held_out_accuracy"][-1] == pytest.approx(1.0)
     assert history["accuracy"][-1] == pytest.approx(1.0)
+
+
+def test_ties_count_half_wherever_an_accuracy_stands(tmp_path, capsys):
+    """Of 50 prompts compared once each, those held out were never seen: all ties."""
+    path = tmp_path / "votes.csv"
+    path.write_text("\n".join(["prompt,chosen,rejected,judge", *(f"{i},a,b,me" for i in range(50))]))
+    fit_comparisons.main(fit_comparisons.Options(path, out=tmp_path / "out", num_epochs=1))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    test = summary["test"]
+    assert (test["accuracy"]["mean"], test["majority_accuracy"]["mean"], test["gain"]["mean"]) == (0.5, 0.5, 0.0)
+    assert summary["history"]["held_out_accuracy"] == [0.5]
+    assert summary["history"]["accuracy"] == [1.0]
+    assert "Columns that are not used: 'judge'." in capsys.readouterr().out
+
+
+def test_a_vote_is_tied_whatever_rounding_errors_its_weights_have():
+    names = toy.Names(("q",), (("a", "b"),))
+    policy = toy.NamedPolicy(names, np.log([[0.5, 0.5]]), np.log([[0.5, 0.5]]))
+    weights = np.array([0.3, 0.6, 0.9], np.float32)  # the sum of the first two is not the third, by one digit
+    training = Preferences(np.zeros(3, int), Pair(np.array([0, 0, 1]), np.array([1, 1, 0])), weights)
+    test = fit_comparisons.evaluate(policy, training, training._replace(weights=None))
+    assert test["majority_accuracy"] == {"mean": 0.5, "stderr": 0.0}
+    assert test["accuracy"] == {"mean": 0.5, "stderr": 0.0}
 
 
 def test_markup_in_names_is_left_alone(tmp_path, capsys):

@@ -1,5 +1,6 @@
 import importlib
 import io
+import threading
 
 import pytest
 from rich.console import Console
@@ -59,3 +60,18 @@ def test_lines_come_when_it_is_time_and_in_the_end(screen):
     assert len(lines) == 3
     assert "10 of 40, 5.0 per second" in harness.Text.from_ansi(lines[0]).plain
     assert "about 6 s left" in harness.Text.from_ansi(lines[0]).plain
+
+
+def test_a_long_run_says_how_far_it_is_where_no_bar_can_move(screen, monkeypatch):
+    said, compiled = screen(terminal=False), threading.Event()
+    monkeypatch.setattr(harness, "SECONDS_PER_LINE", 0.001)
+    monkeypatch.setattr(sweep, "compile_fast", lambda *_, **__: compiled.wait())
+    watch = harness.Stopwatch()
+    watch.compiled(lambda x: x, 1.0)
+    with harness.progress("runs", 1000, watch) as show_done:
+        show_done(10)
+        while "runs: 10 of 1,000, 0 of 1 programs compiled\n" not in said.getvalue():
+            pass
+        compiled.set()
+        while "runs: 10 of 1,000\n" not in said.getvalue():
+            pass

@@ -113,7 +113,9 @@ def test_the_script_writes_table_figures_and_summary(tmp_path, monkeypatch, caps
             assert entry[name].keys() == {"mean", "stderr"}
         assert entry["hyperparameters"].keys() == {"learning_rate", *BY_NAME[entry["name"]].ranges}
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "gains.png", "frontiers.png"}
-    assert "clean labels, mean and 95% interval" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 losses on feedback of 4 kinds: 96 runs in 3 worlds, and 2 more for tuning.")
+    assert "clean labels, mean and 95% interval" in printed
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
 import csv
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -84,6 +88,31 @@ def test_stopped_from_outside_it_says_how_to_go_on(tmp_path, short, monkeypatch,
             script.main(script.Options(num_seeds=2, out=tmp_path))
         assert ended.value.code == code
         assert "the same command goes on" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_command_with_one_line(tmp_path):
+    def begin(name):
+        out, script = tmp_path / name, [sys.executable, "-m", "experiments.sweep", "--num-seeds", "2", "--loss"]
+        options = ["dpo", "ipo", "simpo", "orpo", "--out", str(out)]
+        environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        return out, subprocess.Popen([*script, *options], stdout=-1, stderr=-2, text=True, env=environment)
+
+    processes = {number: begin(number.name) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, (out, process) in processes.items():
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.5)  # into tracing or compiling
+        process.send_signal(number)
+    for number, (_, process) in processes.items():
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert said == "Stopped. What is done is stored: the same command goes on from there.\n"
+
+
+def test_a_loop_of_links_is_told_in_one_line(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    with pytest.raises(SystemExit, match="error: .*out is in a loop of symbolic links"):
+        script.main(script.Options(num_seeds=1, out=tmp_path / "out"))
 
 
 @pytest.mark.usefixtures("as_users_have_it")

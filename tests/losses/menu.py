@@ -459,5 +459,10 @@ def evaluate(case: Case, policy: Any, inputs: Inputs, dtype: Any = jnp.float32, 
     return case.loss(Pair(policy[0], policy[2]), reference and Pair(reference[0], reference[2]), **hyperparameters)
 
 
+def with_log_ratios(ratios: Any) -> tuple[Any, Any]:
+    """Policy and reference, neither above 0, whose log-ratios are these exactly."""
+    return jax.tree.map(lambda u: jnp.minimum(u, 0), ratios), jax.tree.map(lambda u: -jnp.maximum(u, 0), ratios)
+
+
 def policy_arrays(inputs: Inputs, dtype: Any = jnp.float32) -> tuple[jax.Array, ...]:
     return tuple(jnp.asarray(side, dtype) for side in inputs.policy)

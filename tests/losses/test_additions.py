@@ -68,6 +68,49 @@ def test_weighted_comparisons_count_by_their_weights():
             losses.with_weights(losses.dpo_loss)(POLICY, REFERENCE, beta=0.5, weights=wrong)
 
 
+def test_weights_have_one_value_for_each_comparison_or_for_all():
+    """Neither a column, which would make a table of losses, nor more digits than the losses have."""
+    column, row = jnp.ones((3, 1)), jnp.array([0.5, 0.0, 2.0])
+    narrow = jax.tree.map(lambda side: side.astype(jnp.bfloat16), (POLICY, REFERENCE))
+    with jax.numpy_rank_promotion("allow"):
+        for made in (
+            lambda weight: losses.with_sft(losses.dpo_loss, weight=weight),
+            lambda weight: losses.weighted_sum((1.0, losses.dpo_loss), (weight, losses.ipo_loss)),
+        ):
+            with pytest.raises(ValueError, match=r"weight must broadcast to the shape \(3,\), got shape \(3, 1\)"):
+                made(column)(POLICY, REFERENCE, beta=0.5)
+            assert made(row)(*narrow, beta=0.5).dtype == jnp.bfloat16
+        with pytest.raises(ValueError, match=r"shapes must be equal, got one_term \(3,\), another_term \(\)"):
+            mean = losses.weighted_sum(
+                (1.0, losses.dpo_loss), (1.0, lambda *x, beta: losses.ipo_loss(*x, beta=beta).mean())
+            )
+            mean(POLICY, REFERENCE, beta=0.5)
+        with pytest.raises(ValueError, match=r"alpha must broadcast to the shape \(3,\), got shape \(3, 1\)"):
+            losses.length_desensitized_logps(-jnp.ones((3, 4)), jnp.ones(3, int), jnp.ones(3, int), alpha=0.5 * column)
+    expected = losses.dpo_loss(POLICY, REFERENCE, beta=0.5) - row * POLICY.chosen
+    np.testing.assert_allclose(losses.with_sft(losses.dpo_loss, weight=row)(POLICY, REFERENCE, beta=0.5), expected)
+    by_row = losses.length_desensitized_logps(
+        -jnp.ones((3, 4)), jnp.full(3, 4), jnp.ones(3, int), alpha=jnp.array([0, 0.5, 1])
+    )
+    np.testing.assert_allclose(by_row, [-1, -2.5, -4])
+
+
+def test_what_has_no_weight_may_be_infinite():
+    masked, weights = Pair(POLICY.chosen.at[0].set(-jnp.inf), POLICY.rejected), jnp.array([0.0, 1.0, 1.0])
+    weighted = losses.with_weights(losses.dpo_loss)
+    for loss in (
+        lambda policy: weighted(policy, REFERENCE, beta=0.5, weights=weights),
+        lambda policy: losses.weighted_sum((weights, losses.dpo_loss))(policy, REFERENCE, beta=0.5),
+        lambda policy: losses.with_sft(losses.apo_zero_loss, weight=0.0)(policy, REFERENCE, beta=0.5) * weights,
+    ):
+        value, gradient = jax.value_and_grad(lambda policy: loss(policy).sum())(masked)  # noqa: B023
+        assert np.isfinite(value) and np.isfinite(np.array(gradient)).all()
+    with_weights = losses.wpo_weights(masked, Pair(-jnp.ones(3), -jnp.ones(3)))
+    assert with_weights[0] == 0 and weighted(masked, REFERENCE, beta=0.5, weights=with_weights)[0] == 0
+    tokens = jnp.array([[-1.0, -jnp.inf]])
+    assert losses.length_desensitized_logps(tokens, jnp.array([2]), jnp.array([1]), alpha=0.0) == -1
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_tokens_past_the_common_length_count_for_less(alpha):
     rng = np.random.default_rng(0)
@@ -107,4 +150,4 @@ def test_impossible_lengths_are_refused(lengths, error, message):
 @pytest.mark.parametrize("alpha", [-0.1, 1.1])
 def test_alpha_of_tokens_is_a_share(alpha):
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
-        losses.length_desensitized_logps(jnp.ones((1, 2)), jnp.ones(1, int), jnp.ones(1, int), alpha=alpha)
+        losses.length_desensitized_logps(-jnp.ones((1, 2)), jnp.ones(1, int), jnp.ones(1, int), alpha=alpha)

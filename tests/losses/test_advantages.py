@@ -62,6 +62,41 @@ def test_dtypes_stay_and_equal_rewards_have_no_advantage(of, dtype, tolerance):
             np.testing.assert_allclose(np.float64(advantages), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("of", EVERY)
+def test_equal_rewards_have_no_advantage_at_all(of, dtype):
+    """Of any size, with weights and without; those without weight have no say."""
+    compiled, weights = jax.jit(of), jnp.asarray([np.geomspace(0.01, 1, 6)], dtype)
+    for reward in (0.0, 0.1, 0.5, -1000.1, 6e4, 1e30, 3e38):
+        if reward < 7e4 or dtype != jnp.float16:
+            rewards = jnp.full((1, 6), reward, dtype)
+            for advantages in (compiled(rewards), compiled(rewards, weights)):
+                np.testing.assert_array_equal(np.float32(advantages), 0)
+    outlier = of(jnp.full((1, 6), 1000.1, dtype).at[0, 2].set(-5.0), jnp.ones((1, 6), dtype).at[0, 2].set(0))
+    np.testing.assert_array_equal(np.float32(outlier[0, [0, 1, 3, 4, 5]]), 0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("of", EVERY)
+def test_small_differences_of_large_rewards_are_seen_and_large_ones_do_not_overflow(of, weighted):
+    for rewards in ([1000.1, 1000.2, 1000.4, 1000.1], [1e30, 3e30, -2e30, 0.0], [1e-20, 3e-20, -2e-20, 0.0]):
+        rewards = np.float32([rewards])
+        weights = np.array([[0.1, 0.4, 0.3, 0.2]]) if weighted else None
+        advantages = of(jnp.asarray(rewards), None if weights is None else jnp.asarray(weights, jnp.float32))
+        np.testing.assert_allclose(advantages, as_by_numpy(rewards, weights, of, epsilon=1e-4), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("of", EVERY)
+def test_without_any_weight_there_is_no_advantage_and_weights_are_up_to_any_factor(of):
+    rewards, weights = jnp.array([[1.0, -2.0, 4.0]]), jnp.array([[1.0, 2.0, 3.0]])
+    np.testing.assert_array_equal(of(rewards, 0 * weights), 0)
+    np.testing.assert_allclose(of(rewards, 1e-30 * weights), of(rewards, weights), rtol=1e-5)
+    np.testing.assert_allclose(of(rewards, 1e36 * weights), of(rewards, weights), rtol=1e-5)
+    assert of(jnp.asarray(rewards, jnp.bfloat16), weights).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="weights must be zero or positive"):
+        of(rewards, -weights)
+
+
 @pytest.mark.parametrize("of", GROUPED)
 def test_jit_and_vmap_change_nothing_and_groups_are_by_themselves(of):
     rewards = jax.random.normal(jax.random.key(0), SHAPE)

@@ -13,13 +13,14 @@ ZEROS = Pair(jnp.zeros(50), jnp.zeros(50))
 
 
 def pair_of_margins(margins):
-    return Pair(jnp.asarray(margins), jnp.zeros(len(margins)))
+    margins = jnp.asarray(margins)
+    return Pair(jnp.minimum(margins, 0), -jnp.maximum(margins, 0))
 
 
 def test_aot_sees_distributions_not_comparisons():
     """Shuffling the reference against the policy changes nothing, and moves gradients to where they belong."""
     rng = np.random.default_rng(0)
-    policy, reference = (Pair(*jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)) for _ in range(2))
+    policy, reference = (Pair(*jnp.asarray(-rng.exponential(size=(2, 6)), jnp.float32)) for _ in range(2))
     shuffled = jax.tree.map(lambda side: side[::-1], reference)
     loss = losses.aot_loss(policy, reference, beta=0.5)
     np.testing.assert_allclose(losses.aot_loss(policy, shuffled, beta=0.5), loss, rtol=1e-6)
@@ -48,9 +49,74 @@ def test_the_shift_is_half_the_sum_of_the_means():
     assert state.desirable.num == good.sum()
 
 
-def test_a_shift_without_bad_responses_is_finite():
-    state = update_shift(Shift(), jnp.array([1.0, 3.0]), jnp.array([True, True]))
-    assert state.value == 1.0
+@pytest.mark.parametrize("good", [True, False])
+def test_the_shift_of_one_side_is_the_mean_of_that_side(good):
+    state = update_shift(Shift(), jnp.array([1.0, 3.0]), jnp.array([good, good]))
+    assert state.value == 2.0
+    assert update_shift(state, jnp.array([0.0]), jnp.array([not good])).value == 1.0
+    assert Shift().value == 0.0
+
+
+def test_what_is_infinite_does_not_count_in_statistics_and_stops_nothing():
+    inf = jnp.inf
+    rewards, good = jnp.array([1.0, -inf, inf, 2.0]), jnp.array([True, True, False, False])
+    assert update_shift(Shift(), rewards, good).value == 1.5
+    state = MarginMoments(jax.random.key(0), mean=jnp.float32(0.5), std=jnp.float32(2.0))
+    moments = update_margin_moments(state, jnp.array([1.0, inf, 3.0, -inf]), momentum=0.0)
+    np.testing.assert_allclose([moments.mean, moments.std], [2.0, np.sqrt(2)], rtol=1e-6)
+    moments = update_margin_moments(state, jnp.array([inf, 1.0]), momentum=0.0)
+    np.testing.assert_allclose([moments.mean, moments.std], [1.0, 2.0])
+    moments = update_margin_moments(state, jnp.array([inf, -inf]), momentum=0.0)
+    np.testing.assert_allclose([moments.mean, moments.std], [0.5, 2.0])
+    logps = jnp.array([-1.0, -inf, -2.0, -inf])
+    assert losses.kto_reference_point(logps, jnp.array([-2.0, -1.0, -inf, -inf])) == 0.5  # of 1 and 0
+    assert losses.kto_reference_point(logps[1:2], jnp.array([-1.0])) == 0
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+def test_a_masked_response_leaves_beta_dpo_to_the_others(keep):
+    """With the rejected response masked, and the chosen one; in a batch of four."""
+    moments, reference = MarginMoments(jax.random.key(0), mean=0.5, std=1.0), Pair(-jnp.ones(4), -jnp.ones(4))
+    for side in (0, 1):
+        policy = [jnp.array([-1.0, -0.5, -1.0, -2.0]), jnp.array([-1.0, -1.0, -2.0, -1.5])]
+        policy[side] = policy[side].at[0].set(-jnp.inf)
+
+        def loss(policy):
+            return beta_dpo_loss(Pair(*policy), reference, beta=0.5, alpha=0.6, moments=moments, keep=keep)
+
+        value, pull_back = jax.vjp(loss, policy)
+        assert np.isfinite(value[1:]).all() and (value[0] == (np.inf if side == 0 and keep == 1 else 0))
+        assert np.isfinite(np.array(pull_back(jnp.ones(4))[0])).all()
+
+
+@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
+def test_sorting_puts_masked_responses_last(loss):
+    """Masked in policy and reference they meet in the paired loss, and cancel; masked in one they are the limit."""
+    chosen, rejected = jnp.array([-1.0, -2.0, -0.5]), jnp.array([-1.5, -0.5, -1.0])
+    reference, masked = Pair(jnp.array([-1.2, -0.7, -2.0]), jnp.array([-1.0, -1.6, -0.3])), rejected.at[1].set(-jnp.inf)
+
+    def total(policy, reference, smoothing=0.0):
+        return loss(policy, reference, beta=0.5, label_smoothing=smoothing)
+
+    value, pull_back = jax.vjp(lambda policy: total(policy, reference), Pair(chosen, masked))
+    limit = total(Pair(chosen, rejected.at[1].set(-1e5)), reference)
+    np.testing.assert_allclose(value, limit, rtol=1e-5)
+    assert np.isfinite(np.array(pull_back(jnp.ones(3))[0])).all()
+    both = total(Pair(chosen, masked), reference._replace(rejected=reference.rejected.at[1].set(-jnp.inf)))
+    assert np.isfinite(both).all()
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_statistics_take_what_belongs_to_them():
+    with pytest.raises(ValueError, match=r"shapes must be equal.*weights \(2, 1\)"):
+        update_shift(Shift(), jnp.ones(2), jnp.array([True, False]), jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="weights must be zero or positive"):
+        update_shift(Shift(), jnp.ones(2), jnp.array([True, False]), -jnp.ones(2))
+    wrong = MarginMoments(jax.random.key(0), mean=jnp.zeros(50))
+    with pytest.raises(ValueError, match=r"mean must broadcast to the shape \(\)"):
+        update_margin_moments(wrong, jnp.ones(50))
+    with pytest.raises(ValueError, match=r"mean must broadcast to the shape \(\)"):
+        beta_dpo_loss(ZEROS, ZEROS, beta=0.5, alpha=1.0, moments=wrong)
 
 
 def test_weighted_responses_count_by_their_weights():
@@ -81,7 +147,7 @@ def test_no_gradient_flows_through_statistics():
         rewards = scale * jnp.array([1.0, 2.0])
         shift = update_shift(Shift(), rewards, jnp.array([True, False])).value
         moments = update_margin_moments(MarginMoments(jax.random.key(0)), rewards)
-        return shift + moments.mean + moments.std + losses.kto_reference_point(rewards, jnp.zeros(2))
+        return shift + moments.mean + moments.std + losses.kto_reference_point(-rewards, -jnp.ones(2))
 
     assert jax.grad(value)(1.0) == 0
 
@@ -133,7 +199,7 @@ def test_a_batch_of_one_leaves_the_spread_as_it_was():
     """The short last batch of an epoch may be that short."""
     moments = update_margin_moments(MarginMoments(jax.random.key(0), std=1.0), jnp.ones(1))
     np.testing.assert_allclose([moments.mean, moments.std], [0.1, 1.0], rtol=1e-6)
-    single = Pair(jnp.ones(1), jnp.zeros(1))
+    single = pair_of_margins([1.0])
     loss = beta_dpo_loss(single, Pair(jnp.zeros(1), jnp.zeros(1)), beta=0.5, alpha=0.0, moments=moments)
     np.testing.assert_allclose(loss, np.logaddexp(0, -0.5), rtol=1e-6)
 

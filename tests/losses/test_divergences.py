@@ -126,10 +126,43 @@ def test_other_losses_are_refused_at_once_with_the_reason(case):
         with_divergence(case.loss, forward_kl)
 
 
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (losses.xpo_loss, "xpo_loss"),
+        (losses.bradley_terry_loss, "bradley_terry_loss"),
+        (losses.grpo_loss, "grpo_loss"),
+        (losses.log_ratios, "log_ratios"),
+        (losses.with_sft(losses.dpo_loss, weight=1.0), "with_sft"),
+        (losses.weighted_sum((1.0, losses.dpo_loss)), "weighted_sum"),
+        (losses.with_weights(losses.dpo_loss), "with_weights"),
+        (with_divergence(losses.dpo_loss, forward_kl), "with_divergence"),
+        (partial(losses.xpo_loss, alpha=0.1), "xpo_loss"),
+        (jax.jit(partial(losses.xpo_loss, alpha=0.1)), "xpo_loss"),
+        (partial(jax.jit(jax.tree_util.Partial(losses.nca_loss)), beta=0.1), "nca_loss"),
+    ],
+)
+def test_all_else_of_the_library_is_refused_whatever_it_is_wrapped_in(loss, name):
+    with pytest.raises(ValueError, match=f"^{name} cannot take a divergence"):
+        with_divergence(loss, forward_kl)
+
+
+def test_a_link_gives_a_score_for_each_log_ratio_in_its_dtype():
+    policy = reference = (jnp.array([-1.0, -2.0]), jnp.array([-3.0, -1.0]))
+    column = jnp.array([[0.5], [2.0]])
+    with jax.numpy_rank_promotion("allow"):
+        for link in (alpha_divergence(column), lambda ratio: column * ratio):
+            with pytest.raises(ValueError, match="alpha must broadcast|shapes must be equal, got log_ratios"):
+                with_divergence(losses.dpo_loss, link)(policy, reference, beta=0.1)
+    narrow = jax.tree.map(lambda side: side.astype(jnp.bfloat16), policy)
+    for link in (alpha_divergence(column[:, 0]), lambda ratio: column[:, 0] * ratio):
+        assert with_divergence(losses.dpo_loss, link)(narrow, narrow, beta=jnp.ones(2)).dtype == jnp.bfloat16
+
+
 def test_the_list_is_that_of_losses_which_a_shift_of_both_ratios_does_not_change():
     inputs = make_inputs()
     policy = policy_arrays(inputs)
-    lifted = tuple(side + 0.3 for side in policy)
+    lifted = tuple(side - 0.3 for side in policy)
     for case in CASES:
         if case.name in vars(losses) and case.kind not in (REFERENCE_FREE, UNPAIRED):
             unchanged = np.allclose(evaluate(case, policy, inputs), evaluate(case, lifted, inputs), rtol=1e-4)

@@ -142,6 +142,35 @@ def test_it_is_finite_for_all_log_probabilities_and_hyperparameters(case, logps,
     chex.assert_tree_all_finite((loss, pull_back(jnp.ones_like(loss))))
 
 
+MASKED = np.array(np.meshgrid(*[[False, True]] * 4)).reshape(4, 2, 8)
+"""Policy chosen, policy rejected, reference chosen, reference rejected: which are -inf, in two batches of eight."""
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@pytest.mark.parametrize("case", [case for case in CASES if case.kind != BATCH], ids=lambda case: case.name)
+def test_a_masked_response_has_the_loss_and_the_gradient_of_the_limit(case, batch):
+    """Where equal infinities meet there is no limit; there as elsewhere nothing is NaN."""
+    masks, middle = MASKED[:, batch], np.full(8, -1.2)
+
+    def value_and_gradient(masked):
+        chosen, rejected, *reference = np.where(masks, masked, np.array([[-1.0], [-0.7], [-2.0], [-1.5]]))
+        inputs = Inputs((chosen, middle, rejected), (reference[0], middle, reference[1]), masks[1])
+        loss, pull_back = jax.vjp(lambda policy: evaluate(case, policy, inputs), policy_arrays(inputs))
+        return np.asarray(loss), np.asarray(pull_back(jnp.ones_like(loss))[0])
+
+    (loss, gradient), (limit, its_gradient) = value_and_gradient(-np.inf), value_and_gradient(-1e5)
+    finite = np.isfinite(loss)
+    assert not np.isnan(loss).any() and not np.isnan(gradient).any()
+    assert np.isfinite(gradient[:, finite]).all()
+    chosen, rejected, reference_chosen, reference_rejected = masks
+    meet = chosen & rejected
+    if case.kind != REFERENCE_FREE:
+        meet |= (chosen & reference_chosen) | (rejected & reference_rejected) | (reference_chosen & reference_rejected)
+    np.testing.assert_allclose(loss[finite & ~meet], limit[finite & ~meet], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient[:, finite & ~meet], its_gradient[:, finite & ~meet], rtol=1e-4, atol=1e-5)
+    assert (np.sign(loss) * limit)[~finite & ~meet].min(initial=np.inf) > 1e3
+
+
 @every_loss
 def test_bfloat16_is_close_to_float32(case):
     inputs = make_inputs()
@@ -245,6 +274,24 @@ def test_each_row_is_by_itself_and_hyperparameters_may_differ_by_row(case):
         np.testing.assert_allclose(together[row], alone[0], rtol=1e-5, atol=1e-6)
 
 
+@every_loss
+def test_hyperparameters_do_not_change_the_dtype(case):
+    """Neither arrays nor NumPy's numbers, of more digits or fewer than the log-probabilities have."""
+    inputs = make_inputs()
+    for dtype, wide in ((jnp.bfloat16, np.float32), (jnp.float32, np.float64)):
+        with jax.enable_x64(True):
+            changed = {name: wide(case.hyperparameters[name]) for name in case.swept}
+            arrays = {name: jnp.asarray(value) for name, value in changed.items()}
+            if "moments" in case.hyperparameters:
+                arrays["moments"] = jax.tree.map(lambda x: jnp.asarray(x, wide) if x.ndim == 0 else x, menu.MOMENTS)  # noqa: B023
+            for values in (changed, arrays):
+                loss = jax.eval_shape(
+                    lambda policy: evaluate(case, policy, inputs, dtype, **values),  # noqa: B023
+                    policy_arrays(inputs, dtype),
+                )
+                assert loss.dtype == dtype
+
+
 # Bad input
 
 BAD = {
@@ -287,6 +334,22 @@ def test_arrays_that_do_not_match_are_refused(case):
         evaluate(case, tuple(jnp.ones(8, int) for _ in policy), inputs)
     with pytest.raises(TypeError, match="must be an array|must be a"):
         evaluate(case, tuple([-1.0] * 8 for _ in policy), inputs)
+
+
+@every_loss
+def test_what_is_no_log_probability_is_refused_where_it_is_known(case):
+    inputs = make_inputs()
+    policy = policy_arrays(inputs)
+    for above, dtype in ((1e-4, jnp.float32), (0.05, jnp.bfloat16)):  # rounding
+        evaluate(case, tuple(side.at[3].set(above) for side in policy_arrays(inputs, dtype)), inputs, dtype)
+    wrong = tuple(side.at[3].set(0.5) for side in policy)
+    with pytest.raises(ValueError, match=r"policy.* must be zero or negative, .* got 0.5 in row 3"):
+        evaluate(case, wrong, inputs)
+    jax.eval_shape(lambda policy: evaluate(case, policy, inputs), wrong)
+    if case.kind != REFERENCE_FREE:
+        spoilt = Inputs(inputs.policy, tuple(0.5 + 0 * side for side in inputs.reference), inputs.desirable)
+        with pytest.raises(ValueError, match=r"reference.* must be zero or negative, .* got 0.5"):
+            evaluate(case, policy, spoilt)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.kind != REFERENCE_FREE], ids=lambda case: case.name)

@@ -86,6 +86,45 @@ def test_it_is_finite_at_the_extremes(case, dtype):
 
 
 @every_function
+def test_hyperparameters_do_not_change_the_dtype(case):
+    arrays = [jnp.asarray(array, jnp.bfloat16) for array in make_arrays(case)]
+    for wide in (np.float32, jnp.float32):
+        hyperparameters = {name: wide(value) for name, value in make_hyperparameters(case).items()}
+        assert jax.eval_shape(partial(case.function, **hyperparameters), *arrays).dtype == jnp.bfloat16
+
+
+LOGPS = [name for name, (_, high) in RANGES.items() if high == -0.01]
+
+
+@every_function
+def test_what_is_no_log_probability_is_refused_where_it_is_known(case):
+    arrays, hyperparameters = make_arrays(case), make_hyperparameters(case)
+    for place, name in enumerate(case.arrays):
+        wrong = [np.where(np.arange(NUM) == 3, 0.5, array) if i == place else array for i, array in enumerate(arrays)]
+        if name in LOGPS:
+            with pytest.raises(ValueError, match=f"{name} must be zero or negative, .*got 0.5 in row 3"):
+                evaluate(case, wrong, **hyperparameters)
+        else:
+            evaluate(case, wrong, **hyperparameters)
+
+
+@every_function
+def test_what_is_ruled_out_is_never_nan(case):
+    """Log-probabilities of -inf in all places that have them, advantages of 0; hyperparameters that may be 0, are."""
+    ends = [(-1.0, -np.inf) if name in LOGPS else (0.0, 1.0, -1.0) for name in case.arrays]
+    corners = np.resize(np.array(np.meshgrid(*ends)).reshape(len(ends), -1), (len(ends), 24))
+    hyperparameters = make_hyperparameters(case)
+    for zero in (0.0, 1.0):
+        changed = hyperparameters | {n: zero for n in ("alpha", "centring") if n in hyperparameters}
+        if case.name.startswith("grpo"):
+            changed["beta"] = zero
+        values, (slopes, _) = compiled(case, jnp.float32)(corners, changed)
+        assert not np.isnan(values).any()
+        places = [i for i, name in enumerate(case.arrays) if name.startswith(("logps", "policy"))]
+        assert np.isfinite(np.array([slopes[i] for i in places])[:, np.isfinite(values)]).all()
+
+
+@every_function
 def test_vmap_over_a_hyperparameter_is_a_loop_and_rows_may_differ(case):
     arrays, hyperparameters = make_arrays(case, 3), make_hyperparameters(case)
     for name in case.hyperparameters:

@@ -10,6 +10,7 @@ from scipy import optimize, special
 
 from dpo_jax import losses
 from dpo_jax.types import Pair
+from tests.losses.menu import with_log_ratios
 
 BETA = 0.3
 
@@ -33,10 +34,10 @@ def risk(loss, win, z, *, beta, lift=0.4, lengths=None, **hyperparameters):
     Both log-ratios are lifted a little, which losses of the margin must not notice, unless they have a divergence.
     """
     ratios = Pair(lift + array(z) / (2 * beta), lift - array(z) / (2 * beta))
-    zeros = jax.tree.map(jnp.zeros_like, ratios)
     columns = {} if lengths is None else {"lengths": Pair(*(jnp.full(np.shape(z), length) for length in lengths))}
-    won = loss(ratios, zeros, beta=beta, **hyperparameters, **columns)
-    lost = loss(turned(ratios), zeros, beta=beta, **hyperparameters, **jax.tree.map(turned, columns, is_leaf=is_pair))
+    turned_columns = jax.tree.map(turned, columns, is_leaf=is_pair)
+    won = loss(*with_log_ratios(ratios), beta=beta, **hyperparameters, **columns)
+    lost = loss(*with_log_ratios(turned(ratios)), beta=beta, **hyperparameters, **turned_columns)
     return win * won + (1 - win) * lost
 
 
@@ -107,7 +108,7 @@ def test_robust_dpo_sees_through_flipped_labels_and_dpo_does_not(win, flip, beta
 @betas
 def test_a_comparison_that_is_always_won_pulls_ipo_to_exactly_one_over_two_beta(beta):
     def loss(margin):
-        return losses.ipo_loss(Pair(margin, margin * 0), Pair(margin * 0, margin * 0), beta=beta)
+        return losses.ipo_loss(*with_log_ratios(Pair(margin, margin * 0)), beta=beta)
 
     target = jnp.float64(1 / (2 * beta))
     assert (loss(target), jax.grad(loss)(target)) == (0, 0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from dpo_jax.losses import dpo_loss, log_ratios
-from dpo_jax.losses.ratios import bounded_exp, log1mexp
+from dpo_jax.losses.ratios import bounded_exp, difference, log1mexp, times
 from dpo_jax.types import Pair
 
 POLICY = Pair(jnp.array([-1.0, -0.2, -7.0]), jnp.array([-3.0, -2.5, -0.1]))
@@ -35,6 +35,37 @@ def test_pairs_that_do_not_match_are_refused():
         dpo_loss(POLICY, REFERENCE, beta=jnp.ones((3, 1)))
 
 
+def test_equal_infinities_cancel_without_a_gradient_and_nothing_times_infinity_is_nothing():
+    inf = np.inf
+    first, second = jnp.array([2.0, -inf, inf, -inf, -inf]), jnp.array([1.0, -inf, inf, inf, 0.0])
+    value, pull_back = jax.vjp(difference, first, second)
+    np.testing.assert_array_equal(value, [1, 0, 0, -inf, -inf])
+    np.testing.assert_array_equal(pull_back(jnp.ones(5)), [[1, 0, 0, 1, 1], [-1, 0, 0, -1, -1]])
+    factor, second = jnp.array([0.0, 0.0, 2.0, 2.0, 0.0]), jnp.array([3.0, -inf, inf, 3.0, jnp.nan])
+    value, pull_back = jax.vjp(times, factor, second)
+    np.testing.assert_array_equal(value, [0, 0, inf, 6, np.nan])
+    np.testing.assert_array_equal(pull_back(jnp.ones(5)), [[3, 0, 0, 3, np.nan], [0, 0, 2, 2, 0]])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_masked_response_does_not_stop_dpo(smoothing, traced):
+    """The chosen response allowed and the rejected one masked, the other way round, both masked, none."""
+    inf, reference = np.inf, (-jnp.ones(4), -jnp.ones(4))
+    policy = jnp.array([-1.0, -inf, -inf, -1.0]), jnp.array([-inf, -1.0, -inf, -1.0])
+
+    def loss(policy, beta, label_smoothing):
+        return dpo_loss(policy, reference, beta=beta, label_smoothing=label_smoothing)
+
+    smoothed = jnp.full(4, smoothing) if traced else smoothing
+    value, pull_back = jax.vjp(jax.jit(loss) if traced else loss, policy, 0.1, smoothed)
+    np.testing.assert_allclose(value, [inf if smoothing else 0, inf, np.log(2), np.log(2)], rtol=1e-6)
+    by_policy, by_beta, _ = pull_back(jnp.ones(4))
+    pull = 0.1 * np.array([smoothing, smoothing - 1, 0, smoothing - 0.5])
+    np.testing.assert_allclose(by_policy, [pull, -pull], rtol=1e-6)
+    assert by_beta == 0
+
+
 @given(exponent=st.floats(-80, 22))
 @settings(deadline=None)
 def test_bounded_exp_is_exp_where_it_matters(exponent):
@@ -44,6 +75,8 @@ def test_bounded_exp_is_exp_where_it_matters(exponent):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bounded_exp_goes_on_along_its_tangent(dtype):
     """So its square and its gradient stay finite, and the gradient does not vanish."""
+    np.testing.assert_array_equal(jax.value_and_grad(bounded_exp)(jnp.asarray(jnp.inf, dtype))[0], np.inf)
+    assert jax.grad(bounded_exp)(jnp.asarray(jnp.inf, dtype)) == jax.grad(bounded_exp)(jnp.asarray(1e4, dtype))
     exponent = jnp.asarray([25.0, 1e3, 1e4, 1e8], dtype)
     value, slope = jax.vmap(jax.value_and_grad(bounded_exp))(exponent)
     chex.assert_tree_all_finite((value**2, slope**2))

@@ -53,10 +53,15 @@ def policy_of(params):
 
 @pytest.fixture(scope="session")
 def bandit():
-    return make_bandit()
+    return _make_bandit()
 
 
-def make_bandit(dtype=jnp.float32):
+@pytest.fixture(scope="session")
+def make_bandit():
+    return _make_bandit
+
+
+def _make_bandit(dtype=jnp.float32):
     world = toy.make_world(jax.random.key(3), num_prompts=NUM_PROMPTS, num_responses=NUM_RESPONSES, embedding_dim=3)
     world = jax.tree.map(lambda leaf: leaf.astype(dtype), world)
     table = jax.nn.log_softmax(jax.random.normal(jax.random.key(4), (NUM_PROMPTS, NUM_RESPONSES), dtype))

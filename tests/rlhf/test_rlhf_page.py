@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from dpo_jax import losses, rlhf, toy
+from dpo_jax.intervals import half_width
 
 PAGE = Path(rlhf.__file__).parent / "README.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -19,7 +20,7 @@ def estimators_table(estimators):
     rows = ["| estimate | alignment | length | noise |", "|---|---|---|---|"]
     for name, quality in estimators.items():
         cells = (f"{quality[column]['mean']:.{digits}f}" for column, digits in (("alignment", 3), ("scale", 2)))
-        noise = f"{quality['noise']['mean']:.1f} ± {1.96 * quality['noise']['stderr']:.1f}"
+        noise = f"{quality['noise']['mean']:.1f} ± {half_width(quality['noise']['stderr'], SUMMARY['num_seeds']):.1f}"
         rows.append("| " + " | ".join([name, *cells, noise]) + " |")
     return "\n".join(rows)
 

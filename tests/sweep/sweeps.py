@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ import optax
 import xarray  # noqa: F401  (so that the processes below start with it)
 
 from dpo_jax import losses, sweep, toy, train
-from dpo_jax.sweep import store
+from dpo_jax.sweep import processes, store
 
 POLICY = toy.ToyLM(num_responses=4)
 
@@ -133,21 +134,33 @@ def make_on_devices(out, name, num_devices):
     make(out, name)
 
 
-def make_together(out, name, returned, environment, fails):
-    """Exits with 99 if another process fails, 98 if the folder holds another sweep, and with the system's error."""
+def make_together(out, name, returned, environment, ends):
+    """Exits with 99 if another process fails, 98 if the folder holds another sweep, and with the system's error.
+
+    Args:
+      out: the folder.
+      name: of the sweep.
+      returned: where to write what is returned, or what went wrong.
+      environment: says which process this is.
+      ends: how a process ends after its first block: "fails" or "dies". The other one takes its time then.
+    """
     os.environ.update(environment)
+    processes.SECONDS_OF_SILENCE = 4.0
     sweep.join_processes()
     assert jax.process_count() == 2
 
     def report(_):
-        if fails:
+        if ends == {"fails": jax.process_index()}:
             raise OSError(errno.ENOSPC, "No space left on device")
+        if ends == {"dies": jax.process_index()}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5 if ends else 0)
 
     try:
         np.savez(f"{returned}.npz", **make(out, name, report=report))
     except OSError as problem:
         sys.exit(problem.errno)
-    except RuntimeError as problem:
+    except sweep.OtherProcessError as problem:
         Path(f"{returned}.txt").write_text(str(problem))
         sys.exit(99)
     except ValueError:

@@ -88,6 +88,31 @@ def test_labels_of_several_kinds_stay_what_they_are(key):
     assert result.sel(a=0.5) == 0.5
 
 
+LITERALS = [0.01, 0.1, 0.125, 0.3, 1 / 3, 1.0, 3e-4]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16, np.float64])
+@pytest.mark.parametrize("of", [list, np.array, jnp.array])
+def test_values_are_selected_by_what_was_written(key, dtype, of):
+    literals = [value for value in LITERALS if value != 1 / 3 or dtype in (np.float32, np.float64)]
+    given = of([np.asarray(value, dtype)[()] for value in literals])
+    result = sweep.grid(lambda key, *, a: a, key, num_seeds=1, a=given)["result"].isel(seed=0)
+    for value, handed in zip(literals, given, strict=True):
+        assert result.sel(a=value) == np.float32(handed)
+
+
+def test_values_that_a_range_makes_are_selected_by_short_numbers(key):
+    values = jnp.geomspace(0.01, 10, 4)
+    result = sweep.grid(lambda key, *, a: a, key, num_seeds=1, a=values)["result"].isel(seed=0)
+    assert (result.sel(a=[0.01, 0.1, 1, 10]).values == values).all()
+    fine = np.float32(1) + np.arange(4, dtype=np.float32) * np.finfo(np.float32).eps
+    assert read_axes(anything, {"a": fine}).coordinates["a"].tolist() == fine.tolist()
+
+
+def test_labels_that_are_no_int64_stay_what_they_are():
+    assert read_axes(anything, {"a": [2**63 + 1, 1]}).coordinates["a"].tolist() == [2**63 + 1, 1]
+
+
 def test_no_axes_are_one_point():
     axes = read_axes(anything, {})
     assert (axes.num_points, axes.points(slice(0, 1)), axes.combinations) == (1, {}, [{}])
@@ -126,6 +151,9 @@ def test_discrete_values_label_results(key):
         (ValueError, "axis a must be finite, got a number of 401 digits", [10**400, 0.5]),
         (ValueError, "axis a has values that float32 does not tell apart: 0.1 and 0.1000000001", [0.1, 0.1 + 1e-10]),
         (ValueError, "axis a has values that float32 does not tell apart: 0.0 and 1e-50", [0.0, 1e-50]),
+        (ValueError, "axis a has 1e-46, which becomes 0 in float32", [1e-46]),
+        (ValueError, "axis a has -1e-39, which becomes 0 in float32", np.array([0.0, -1e-39])),
+        (ValueError, "axis a has .*e-4., which becomes 0 in float32", [1, np.float32(1e-40)]),
         (ValueError, "axis a has the value 'x' twice", ["x", "y", "x"]),
         (ValueError, "axis a has the value 'double' twice", [double, double]),
         (ValueError, "axis a has the value '<lambda>' twice", [lambda x: x, lambda x: -x]),

@@ -286,6 +286,7 @@ def scaled(key, *, scale, shift=0.0):
 
 BAD = {
     "no seeds": (ValueError, "num_seeds must be at least 1", scaled, {"num_seeds": 0, "scale": [1.0]}),
+    "too many seeds": (ValueError, "num_seeds must be at most", scaled, {"num_seeds": 2**32 + 1, "scale": [1.0]}),
     "half a seed": (TypeError, "num_seeds must be a whole", scaled, {"num_seeds": 1.5, "scale": [1.0]}),
     "no runs at once": (ValueError, "runs_at_once must be at least 1", scaled, {"runs_at_once": 0, "scale": [1.0]}),
     "no memory": (ValueError, "memory_limit must be at least 1", scaled, {"memory_limit": 0, "scale": [1.0]}),
@@ -324,6 +325,21 @@ def test_bad_input_is_refused_before_anything_is_computed(key, tmp_path, monkeyp
         with pytest.raises(error, match=message):
             sweep.grid(run, key, **{"num_seeds": 3, "out": out, **options})
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_names_the_runs_that_it_came_from(key):
+    def run(key, *, name, scale):
+        def ask(scale):
+            raise OSError("not there")
+
+        if name == "traced":
+            raise KeyError("no such loss")
+        return jax.pure_callback(ask, jax.ShapeDtypeStruct((), jnp.float32), scale) if name == "run" else scale
+
+    for name, error, scales in (("traced", KeyError, "any"), ("run", jax.errors.JaxRuntimeError, "1.0 to 2.0")):
+        with pytest.raises(error) as problem:
+            sweep.grid(run, key, num_seeds=1, name=["fine", name], scale=[1.0, 2.0])
+        assert problem.value.__notes__[-1] == f"This came from run with name='{name}', scale={scales}."
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])

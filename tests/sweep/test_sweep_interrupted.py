@@ -1,13 +1,26 @@
 """Killed, asked to stop, out of space: a folder keeps what was done and comes to the same end, byte by byte."""
 
+import contextlib
 import errno
+import gc
+import importlib
+import os
 import random
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from dpo_jax import sweep
 from tests.sweep import sweeps
+
+programs = importlib.import_module("dpo_jax.sweep.programs")
 
 
 def test_killed_at_twenty_moments_it_comes_to_the_same_end(tmp_path, expected):
@@ -35,6 +48,68 @@ def test_asked_to_terminate_it_stops_after_a_block_and_goes_on_later(tmp_path, e
     sweeps.make(tmp_path / "out", report=told.append)
     assert len(told) == sweeps.NUM_BLOCKS - done
     assert sweeps.contents(tmp_path / "out") == expected
+
+
+@contextlib.contextmanager
+def signal_soon(number):
+    """Sends a signal to this process now, in another thread, and sees that it acts within seconds."""
+    start, sent = time.perf_counter(), threading.Timer(0.2, os.kill, (os.getpid(), number))
+    sent.start()
+    yield
+    sent.join()
+    assert time.perf_counter() - start < 5
+
+
+@contextlib.contextmanager
+def signal_in_the_collector(number):
+    """Sends a signal while the garbage collector calls Python, where exceptions are swallowed."""
+
+    def callback(phase, info):
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            gc.callbacks.remove(callback)
+            signal.raise_signal(number)
+
+    gc.callbacks.append(callback)
+    yield
+
+
+@pytest.mark.parametrize("where", ["collector", "trace", "compile", "run"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_acts_at_once_whatever_is_done(key, monkeypatch, where, number):
+    again, compiled, before = threading.Event(), [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(key, *, name):
+        if where == "collector":
+            gc.collect()
+        if where in ("collector", "trace"):
+            again.wait(10)
+        waits = lambda: np.float32(again.wait(10))  # noqa: E731
+        return jax.pure_callback(waits, jax.ShapeDtypeStruct((), jnp.float32)) if where == "run" else 0.0
+
+    def compile_slowly(lowered):
+        compiled.append(lowered)
+        again.wait(10)
+
+    if where == "compile":
+        monkeypatch.setattr(programs, "compile_fast", compile_slowly)
+    expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    send = signal_in_the_collector if where == "collector" else signal_soon
+    with send(number), pytest.raises(expected) as stopped:
+        sweep.grid(run, key, num_seeds=1, name=list(range(20)))
+    again.set()
+    assert expected is KeyboardInterrupt or stopped.value.code == 143
+    assert len(compiled) <= (os.cpu_count() or 1)
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_handler_of_the_callers_is_left_alone(key, monkeypatch):
+    caught = []
+    before = signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+    try:
+        sweep.grid(lambda key: signal.raise_signal(signal.SIGTERM) or 0.0, key, num_seeds=1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught == [1]
 
 
 def test_without_space_it_fails_and_goes_on_later(out, expected):

@@ -1,6 +1,8 @@
 """Several processes share a sweep."""
 
+import contextlib
 import errno
+import importlib
 import socket
 
 import jax
@@ -8,8 +10,10 @@ import numpy as np
 import pytest
 
 from dpo_jax import sweep
+from dpo_jax.sweep import processes
 from tests.sweep import sweeps
 
+grid_module = importlib.import_module("dpo_jax.sweep.grid")
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -19,7 +23,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def make_together(out, name, folder, failing=None):
+def make_together(out, name, folder, **ends):
     address = f"127.0.0.1:{free_port()}"
     processes = [
         sweeps.in_a_process(
@@ -28,7 +32,7 @@ def make_together(out, name, folder, failing=None):
             name,
             folder / str(number),
             dict(zip(NAMES, (address, "2", str(number)), strict=True)),
-            number == failing,
+            ends,
         )
         for number in range(2)
     ]
@@ -58,7 +62,7 @@ def test_two_processes_finish_what_one_began(tmp_path):
 def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
     options = {"num_seeds": 11, "runs_at_once": 3, "scale": [1.0, 2.0]}
     monkeypatch.setattr(jax, "process_count", lambda: num_processes)
-    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", lambda mine: np.array([mine]))
+    monkeypatch.setattr(grid_module, "others", lambda *_: contextlib.nullcontext())
     shares = []
     for index in range(num_processes):
         told = []
@@ -74,15 +78,41 @@ def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
     sweeps.assert_same(again, sweep.grid(sweeps.noisy, key, **options))
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_what_fails_in_one_process_ends_them_all(tmp_path, number):
-    codes = make_together(tmp_path / "out", "many blocks", tmp_path, failing=number)
-    assert codes[number] == errno.ENOSPC
+@pytest.mark.parametrize(("how", "number"), [("fails", 0), ("fails", 1), ("dies", 0), ("dies", 1)])
+def test_what_ends_one_process_ends_them_all_at_once(tmp_path, how, number):
+    codes = make_together(tmp_path / "out", "many blocks", tmp_path, **{how: number})
+    assert codes[number] == (errno.ENOSPC if how == "fails" else -9)
     assert codes[1 - number] == 99
-    assert (tmp_path / f"{1 - number}.txt").read_text().startswith(f"process {number} could not make its share")
-    assert make_together(tmp_path / "out", "many blocks", tmp_path) == [0, 0]
+    said = (tmp_path / f"{1 - number}.txt").read_text()
+    assert said.startswith(
+        f"process {number} of 2 "
+        + ("failed: [Errno 28] No space left" if how == "fails" else "has given no sign of life for")
+    )
+    assert len(list((tmp_path / "out" / "done").iterdir())) < sweeps.NUM_BLOCKS * 0.5
+    sweeps.make(tmp_path / "out")
     sweeps.make(tmp_path / "one")
     assert sweeps.contents(tmp_path / "out") == sweeps.contents(tmp_path / "one")
+
+
+def test_processes_hear_of_each_other(tmp_path, monkeypatch):
+    first, second = (processes.Others(tmp_path, "start", number, 2) for number in range(2))
+    assert first.hear() == {1: "begun"}
+    first.say("open")
+    assert second.hear() == {0: "open"}
+    (tmp_path / ".processes" / "before").mkdir()
+    processes.forget_those_before(tmp_path, first)
+    second.say("failed: no space")
+    with pytest.raises(sweep.OtherProcessError, match="process 1 of 2 failed: no space"):
+        first.hear()
+    monkeypatch.setattr(processes, "SECONDS_OF_SILENCE", 0.0)
+    with pytest.raises(sweep.OtherProcessError, match="process 0 of 2 has given no sign of life for 0 s"):
+        second.hear()
+    first.leave()
+    monkeypatch.setattr(processes, "SECONDS_TO_BEGIN", 0.0)
+    with pytest.raises(sweep.OtherProcessError, match="process 1 of 3 has not begun"):
+        processes.Others(tmp_path, "later", 0, 3).hear()
+    with pytest.raises(sweep.OtherProcessError, match="started again meanwhile"):
+        first.hear()
 
 
 def test_a_folder_that_holds_something_else_is_refused_by_all(tmp_path):

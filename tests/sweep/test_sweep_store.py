@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -131,7 +132,7 @@ OTHERS = {
     "names": (r"axes\.draws was \[2, 3\] and is now \[2\]", {"draws": [2]}),
     "more axes": (r"axes\.shift was null and is now \[0.5\]", {"shift": [0.5]}),
     "seeds": ("num_seeds was 9 and is now 10", {"num_seeds": 10}),
-    "code": ("programs was", {"run": noisy}),
+    "code": ("what run computes with draws=2 has changed", {"run": noisy}),
     "name": ('run was "noisy" and is now "named"', {"run": named}),
     "results": (r"dims\.part\.column was|results\.part\.column was", {"run": less}),
     "dims": ("dims.part.column was", {"dims": {"part": ["column"]}}),
@@ -148,6 +149,24 @@ def test_another_sweep_is_refused_before_anything_is_compiled(whole, expected, m
     with pytest.raises(ValueError, match=f"holds another sweep: {message}"):
         sweep.grid(out=whole, **options)
     assert sweeps.contents(whole) == expected
+
+
+@pytest.mark.parametrize(("change", "num_traced"), [({"num_seeds": 10}, 0), ({"factor": 2.0}, 2)])
+def test_a_refusal_traces_no_more_than_it_must(tmp_path, key, change, num_traced):
+    traced = []
+
+    def make(factor=1.0, num_seeds=2):
+        def run(key, *, name):
+            traced.append(name)
+            return factor if name == "b" else 1.0
+
+        sweep.grid(run, key, num_seeds=num_seeds, out=tmp_path, name=["a", "b", "c", "d"])
+
+    make()
+    traced.clear()
+    with pytest.raises(ValueError, match=r"num_seeds was 2|what run computes with name='b' has changed"):
+        make(**change)
+    assert len(traced) == num_traced
 
 
 def test_zeros_of_both_signs_are_told_apart(tmp_path, key):
@@ -184,7 +203,7 @@ def test_functions_without_names_of_their_own_can_go_on(tmp_path, key):
         with pytest.raises(sweeps.StoppedError) if report else contextlib.nullcontext():
             results = sweep.grid(run, key, report=report, function=function, **options)["result"]
     np.testing.assert_allclose(results[1] / results[0], 1.5, rtol=1e-6)
-    with pytest.raises(ValueError, match="programs was"):
+    with pytest.raises(ValueError, match="what run computes with function=.* has changed"):
         sweep.grid(
             run,
             key,
@@ -219,7 +238,7 @@ def test_numbers_that_a_run_closes_over_belong_to_the_sweep(tmp_path, key, num_r
         run = lambda key, *, scale, draws, entry=entry: with_a_table(key, scale=scale, draws=draws, entry=entry)  # noqa: E731
         sweep.grid(run, key, out=tmp_path, **{**SWEEP, "runs_at_once": num_runs})
     run = lambda key, *, scale, draws: with_a_table(key, scale=scale, draws=draws, entry=2.0)  # noqa: E731
-    with pytest.raises(ValueError, match="another sweep: programs"):
+    with pytest.raises(ValueError, match="another sweep: what run computes with draws=2 has changed"):
         sweep.grid(run, key, out=tmp_path, **{**SWEEP, "runs_at_once": num_runs})
 
 
@@ -240,6 +259,33 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path, name):
         sweeps.make(tmp_path)
     assert sweeps.contents(tmp_path) == {name: b"mine"}
     assert not (tmp_path / ".lock").exists()
+
+
+def loop(path):
+    path.symlink_to(path.with_name("other"))
+    path.with_name("other").symlink_to(path)
+
+
+PLACES = {
+    "in a loop of symbolic links": (loop, OSError),
+    "is a link to .*nothing, which does not exist": (lambda path: path.symlink_to("nothing"), FileNotFoundError),
+    "is a file: choose another folder": (lambda path: path.write_text("mine"), NotADirectoryError),
+}
+
+
+@pytest.mark.parametrize("message", PLACES)
+@pytest.mark.parametrize("below", [".", "a/b"])
+def test_what_is_no_folder_is_told_in_words(tmp_path, message, below):
+    make, error = PLACES[message]
+    make(tmp_path / "out")
+    with pytest.raises(error, match=message):
+        sweeps.make(tmp_path / "out" / below)
+
+
+def test_a_link_to_a_folder_is_one(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    store.check_place(tmp_path / "link" / "a" / "b")
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -303,6 +349,65 @@ def test_damage_is_found_and_nothing_written_over_it(out, what, make):
     with pytest.raises(sweep.DamagedStoreError, match=f"(?s){message}"):
         make(out)
     assert sweeps.contents(out) == before
+
+
+def test_all_damage_is_named_at_once(tmp_path, whole):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    for number in range(3, 15):
+        (out / "done" / str(number)).write_text("00000000\n")
+    with pytest.raises(sweep.DamagedStoreError, match=r"blocks 3, .*, 12, ... \(12 in all\) are not .*repair=True"):
+        sweeps.make(out)
+    for name in ("total", "part.column"):
+        (out / f"{name}.npy").write_bytes(b"")
+    with pytest.raises(sweep.DamagedStoreError, match=r"part.column.npy cannot be read .*; total.npy cannot be read"):
+        sweeps.make(out)
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_repair_makes_again_what_is_damaged_and_nothing_else(tmp_path, whole, expected, what):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    message, damage = DAMAGE[what]
+    damage(out)
+    if "sweep.json" in message or "format" in message or "runs_at_once" in message:
+        with pytest.raises(sweep.DamagedStoreError, match=message):
+            sweeps.make(out, repair=True)
+        return
+    told = []
+    sweeps.make(out, repair=True, report=told.append)
+    assert sweeps.contents(out) == expected
+    assert len(told) == (1 if "block" in message else sweeps.NUM_BLOCKS)
+
+
+def test_a_complete_folder_is_read_without_writing(tmp_path, whole, expected, monkeypatch):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    (out / ".lock").unlink()
+    for name in ("mkdir", "unlink", "touch"):
+        monkeypatch.setattr(Path, name, lambda *_, **__: pytest.fail("the file system is read-only"))
+    sweeps.make(out)
+    assert sweeps.contents(out) == expected
+    assert not (out / ".lock").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_data_are_on_the_disk_before_a_block_is_done(tmp_path, whole, monkeypatch, seconds):
+    monkeypatch.setattr(store, "SECONDS_BETWEEN_SYNCS", seconds)
+    blocks = sweep.plan(sweeps.noisy, sweeps.base_key(), **SWEEP).blocks()
+    synced, marked, fsync = {}, [], os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.suffix == ".npy":
+            synced[path.name] = np.load(path)
+        if path.parent.name == "done":
+            marked.append(block := blocks[int(path.name.split(".")[1])])
+            for name in ("total.npy", "part.column.npy"):
+                part = block.combination, block.points, block.seeds
+                np.testing.assert_array_equal(synced[name][part], np.load(whole / name)[part])
+
+    monkeypatch.setattr(os, "fsync", noted)
+    sweeps.make(tmp_path / "out")
+    assert marked == blocks
 
 
 def test_every_bit_of_an_array_is_looked_after(tmp_path, whole):

@@ -368,3 +368,27 @@ def test_the_policy_that_responds_decides_what_is_labelled_and_ranked(key, world
 def test_rankings_cannot_be_split_into_labels(key, world):
     with pytest.raises(ValueError, match="split_pairs takes comparisons of two, got rankings of 3"):
         toy.split_pairs(toy.sample_rankings(key, world, num=3, num_ranked=3))
+
+
+def test_what_is_not_known_is_not_judged(key):
+    """Where tables are traced, a reward that is NaN and a response that is impossible yield the id -1."""
+    world = toy.make_world(key, num_prompts=2, num_responses=3)
+    table = jnp.log(jnp.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]))
+
+    @jax.jit
+    def judged(rewards, table):
+        judges = world._replace(rewards=rewards)
+        return {
+            "preferences": toy.sample_preferences(key, judges, num=40),
+            "labels": toy.sample_labels(key, judges, num=40),
+            "rankings": toy.sample_rankings(key, judges, num=40, num_ranked=3, log_probs=table),
+        }
+
+    for rewards, log_probs, names in (
+        (world.rewards.at[0].set(jnp.nan), table.at[0].set(-1.0), ("preferences", "labels", "rankings")),
+        (world.rewards, table, ("rankings",)),
+        (world.rewards, table.at[0, 2].set(jnp.nan), ("rankings",)),
+    ):
+        for name, data in judged(rewards, log_probs).items():
+            for ids in jax.tree.leaves(data.responses):
+                assert jnp.all((ids == -1) == ((data.prompts == 0) & (name in names))), name

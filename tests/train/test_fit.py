@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dpo_jax import losses, toy, train
-from dpo_jax.types import Demonstrations, Pair, Preferences, StatefulObjective
+from dpo_jax.types import Demonstrations, Pair, Preferences, Ratio, StatefulObjective
 
 POLICY = toy.ToyLM(num_responses=10)
 GOLDEN = Path(__file__).parents[1] / "golden" / "torch_epochs.npz"
@@ -235,7 +235,7 @@ def test_weights_must_match_and_only_scale_the_loss(start, key):
     loss, metrics = objective(params, preferences)
     tripled, same = objective(params, preferences._replace(weights=jnp.full(70, 3.0)))
     np.testing.assert_allclose(tripled, 3 * loss, rtol=1e-5)
-    chex.assert_trees_all_close(same, metrics, rtol=1e-5)
+    chex.assert_trees_all_close({name: np.asarray(metric) for name, metric in same.items()}, metrics, rtol=1e-5)
     with pytest.raises(ValueError, match=r"losses \(70,\), weights \(70, 1\)"):
         objective(params, preferences._replace(weights=jnp.ones((70, 1))))
 
@@ -373,6 +373,95 @@ def test_bad_arguments_are_refused(changes, error, message):
     arguments |= {"learning_rate": 0.1, "num_epochs": 1, "batch_size": 2, **changes}
     with pytest.raises(error, match=message):
         inspect.unwrap(train.fit)(objective=nan_from(0), **arguments)
+
+
+# What users' functions return, and weights
+
+
+def fit_parabola(changes=lambda loss, batch: (loss, {}), **options):
+    def objective(params, batch):
+        return changes(params**2, batch)
+
+    arguments = {"objective": objective, "learning_rate": 0.1, "num_epochs": 1, "batch_size": 4, **options}
+    return train.fit(jax.random.key(0), jnp.float32(1.0), jnp.arange(6.0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            lambda loss, _: loss,
+            TypeError,
+            r"must return \(loss, metrics\) \(without metrics, an empty dict\)",
+        ),
+        (lambda loss, _: (loss, {}, None), TypeError, r"must return \(loss, metrics\), got a tuple of 3"),
+        (
+            lambda loss, batch: (loss * batch, {}),
+            TypeError,
+            r"loss is one floating-point number, got an array",
+        ),
+        (lambda loss, _: (loss, {"loss": 0.0}), ValueError, "objective must not return loss"),
+        (lambda loss, _: (loss, {"step": 0.0, "mine": 0.0}), ValueError, "objective must not return step"),
+        (
+            lambda loss, batch: (loss, {"mine": batch}),
+            TypeError,
+            r"metrics\['mine'\] must be one number",
+        ),
+        (lambda loss, _: (loss, loss), TypeError, "objective must return metrics as a dict"),
+    ],
+)
+def test_objectives_that_return_something_else_are_told_what_they_should(changes, error, message):
+    with pytest.raises(error, match=message):
+        fit_parabola(changes)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [(lambda params: params, "evaluate must return metrics as a dict"), (lambda _: {"x": "y"}, "must return arrays")],
+)
+def test_evaluations_that_are_no_metrics_are_refused(as_users_have_it, evaluate, message):
+    with pytest.raises(TypeError, match=message):
+        fit_parabola(evaluate=evaluate)
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [({"other": 0}, "memory of the shapes"), (jnp.zeros(3), "memory of the shapes"), (0.5, "float32 of int32")],
+)
+def test_a_memory_that_changes_its_kind_is_refused(memory, message):
+    objective = StatefulObjective(jnp.int32(0), lambda params, batch, _: (params**2, {}, memory))
+    with pytest.raises(TypeError, match=f"objective must return a {message}|but made {message}"):
+        fit_parabola(objective=objective)
+
+
+def test_a_ratio_is_a_number_in_history_reports_and_evaluations():
+    reported = []
+    _, history = fit_parabola(
+        lambda loss, batch: (loss, {"mean": Ratio(jnp.sum(batch), len(batch))}),
+        evaluate=lambda params: {"half": Ratio(params, 2.0)},
+        report=lambda _, metrics: reported.append(metrics),
+    )
+    assert history["mean"] == reported[0]["mean"] == 2.5
+    assert history["half"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (jnp.ones(70).at[2].set(-1.0), "data.weights must be zero or positive, and finite, got -1.0 in row 2"),
+        (jnp.ones(70).at[2].set(jnp.nan), "data.weights must be zero or positive, and finite, got nan in row 2"),
+        (jnp.zeros(70), "data.weights must not all be zero"),
+    ],
+)
+def test_weights_by_which_nothing_can_be_learnt_are_refused(start, key, weights, message):
+    with pytest.raises(ValueError, match=message):
+        fit_dpo(key, (*start[:4], start[4]._replace(weights=weights)))
+
+
+def test_a_beta_that_is_too_high_is_among_the_suspects(start, key):
+    moved = jax.tree.map(lambda leaf: leaf * 1.5, start[2])
+    with pytest.raises(train.NonFiniteError, match="the learning rate or a hyperparameter of the loss, such as beta"):
+        fit_dpo(key, (*start[:2], moved, *start[3:]), beta=3e38)
 
 
 # Objectives that remember

@@ -1,12 +1,15 @@
 import inspect
+from functools import partial
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpo_jax import losses, toy, train
+from dpo_jax.types import Labels, Pair, Preferences
 
 POLICY = toy.ToyLM(num_responses=10)
 
@@ -58,7 +61,9 @@ def test_whole_weights_equal_repeated_rows(start, key):
         (train.preference_objective(log_prob, losses.dpo_loss, beta=0.1), preferences),
     ):
         repeated = objective(params, jax.tree.map(lambda leaf: leaf[rows], data))
-        weighted = objective(params, jax.tree.map(lambda leaf: leaf[:2], data)._replace(weights=jnp.array([0.5, 1.5])))
+        two_rows = jax.tree.map(lambda leaf: leaf[:2], data)._replace(weights=jnp.array([0.5, 1.5]))
+        loss, metrics = objective(params, two_rows)
+        weighted = loss, {name: np.asarray(metric) for name, metric in metrics.items()}
         chex.assert_trees_all_close(weighted, repeated, rtol=1e-5)
 
 
@@ -74,6 +79,24 @@ def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
 
     with pytest.raises(TypeError, match="must return 2 arrays, one for each of the responses, got 1"):
         train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
+
+
+def test_numbers_of_tokens_are_refused(start):
+    """A comparison is one row; the loss of its tokens is another loss."""
+    _, log_prob, params, demos, preferences = start
+
+    def of_tokens(params, prompts, responses):
+        return jax.tree.map(lambda logps: jnp.stack([logps, logps], axis=1), log_prob(params, prompts, responses))
+
+    message = r"one number for each of the \d+ rows of the batch, got shape \(\d+, 2\): take sums or means over tokens"
+    for call in (
+        lambda: train.with_reference(of_tokens, params, preferences),
+        lambda: train.sft_objective(of_tokens)(params, demos),
+        lambda: train.preference_objective(of_tokens, losses.dpo_loss, beta=0.1)(params, preferences),
+        lambda: train.reference_free_objective(of_tokens, losses.simpo_loss, beta=2.0, gamma=0.5)(params, preferences),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_preferences_without_reference_are_refused(start):
@@ -122,11 +145,12 @@ def test_unpaired_objective_tells_good_from_bad(start, labels, weights):
     np.testing.assert_allclose(metrics["reward_margin"], desirable - undesirable, rtol=1e-4, atol=1e-6)
 
 
-def test_a_batch_without_bad_responses_has_no_nan(start, labels):
+def test_a_batch_without_bad_responses_adds_nothing_to_their_mean(start, labels):
     _, log_prob, params, _, _ = start
     good = labels._replace(desirable=jnp.ones(40, bool))
     _, metrics = train.unpaired_objective(log_prob, losses.apo_zero_unpaired_loss, beta=0.5)(params, good)
-    assert metrics["undesirable_reward"] == 0
+    assert (metrics["undesirable_reward"].numerator, metrics["undesirable_reward"].denominator) == (0, 0)
+    assert np.isnan(metrics["undesirable_reward"])
     chex.assert_tree_all_finite(metrics)
 
 
@@ -284,15 +308,124 @@ def test_rankings_in_losses_of_pairs_are_refused(start, key):
             objective(params, rankings)
 
 
-@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
-def test_losses_of_whole_batches_refuse_weights(start, loss):
-    _, log_prob, params, _, preferences = start
-    objective = train.preference_objective(log_prob, loss, beta=0.1)
-    with pytest.raises(ValueError, match=f"comparisons cannot have weights in {loss.__name__}"):
-        objective(params, preferences._replace(weights=jnp.ones(70)))
+def score(params, prompts, responses):
+    """Of a table of logits."""
+    return toy.lookup(jax.nn.log_softmax(params), prompts, responses)
+
+
+def own_loss(policy, reference, *, beta):
+    margin = losses.dpo_loss(policy, reference, beta=beta)
+    return margin / jax.lax.stop_gradient(jnp.mean(margin))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.aot_loss,
+        partial(losses.aot_unpaired_loss, label_smoothing=0.1),
+        losses.with_sft(losses.aot_loss, weight=0.1),
+        losses.weighted_sum((1.0, losses.dpo_loss), (1.0, losses.aot_loss)),
+        partial(losses.beta_dpo_loss, keep=0.5, alpha=0.1, moments=losses.MarginMoments(jax.random.key(0))),
+        own_loss,
+    ],
+)
+def test_losses_of_whole_batches_refuse_weights(loss):
+    pairs = Preferences(jnp.zeros(4, int), Pair(jnp.array([2, 1, 1, 1]), jnp.array([0, 0, 2, 2])))
+    data = train.with_reference(score, jnp.zeros((1, 3)), pairs)
+    weighted = data._replace(weights=jnp.array([4.0, 0.0, 0.0, 0.0]))
+
+    def value(beta, data):
+        return train.preference_objective(score, loss, beta=beta)(jnp.zeros((1, 3)), data)[0]
+
+    for call in (value, jax.jit(jax.vmap(value, in_axes=(0, None)))):
+        beta = 0.1 if call is value else jnp.array([0.1, 0.2])
+        with pytest.raises(ValueError, match="comparisons cannot have weights in .*, which compares whole batches"):
+            call(beta, weighted)
+    assert jnp.isfinite(value(0.1, data))
 
 
 def test_weights_of_nothing_give_no_nan(start):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
     chex.assert_tree_all_finite(objective(params, preferences._replace(weights=jnp.zeros(70))))
+
+
+def test_negative_weights_are_an_error_and_stop_training_where_nobody_can_look(start):
+    _, log_prob, params, _, preferences = start
+    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
+    data = preferences._replace(weights=jnp.ones(70).at[3].set(-1.0))
+    with pytest.raises(ValueError, match=r"weights must be zero or positive, and finite, got -1.0 in row 3"):
+        objective(params, data)
+    assert jnp.isnan(jax.jit(objective)(params, data)[0])
+
+
+# Metrics of an epoch
+
+
+@pytest.mark.parametrize("batch_size", [64, 16, 4, 24])
+def test_metrics_with_a_denominator_of_their_own_do_not_depend_on_the_batch_size(key, batch_size):
+    """64 labels of which 4 are good, and 64 comparisons of which one counts, with a policy that stays as it is."""
+    params, prompts = jnp.array([[1.0, 0.5, -1.0]]), jnp.zeros(64, int)
+    good = jnp.arange(64) % 16 == 3
+    labels = Labels(prompts, jnp.where(good, jnp.arange(64) // 16 % 3, 2), good)
+    pairs = Preferences(prompts, Pair(prompts, prompts + 1), weights=jnp.zeros(64).at[5].set(64.0))
+    labels, pairs = (train.with_reference(score, jnp.zeros((1, 3)), data) for data in (labels, pairs))
+    kto = train.unpaired_objective(score, losses.kto_loss, beta=1.0, reference_point=0.0)
+    dpo = train.preference_objective(score, losses.dpo_loss, beta=1.0)
+
+    def epoch(objective, data):
+        options = {"objective": objective, "optimizer": optax.set_to_zero()}
+        state = train.init_state(params, **options)
+        return train.run_epoch(state, data, jax.random.permutation(key, 64), batch_size=batch_size, **options)[1]
+
+    rewards = np.asarray(score(params, prompts, labels.responses) - labels.reference, np.float64)
+    metrics = epoch(kto, labels)
+    np.testing.assert_allclose(metrics["desirable_reward"], rewards[good].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_margin"], rewards[good].mean() - rewards[~good].mean(), rtol=1e-5)
+    weighted = epoch(dpo, pairs)
+    assert weighted["accuracy"] == 1
+    np.testing.assert_allclose(weighted["reward_margin"], 0.5, rtol=1e-5)
+    assert all(isinstance(metric, jax.Array) for metric in (metrics | weighted).values())
+    if batch_size != 24:  # the loss counts batches, a short one like the others
+        np.testing.assert_allclose(weighted["loss"], np.log1p(np.exp(-0.5)), rtol=1e-5)
+
+
+def test_a_tie_counts_as_wrong_as_in_the_notebook(start):
+    _, log_prob, params, _, preferences = start
+    _, metrics = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)(params, preferences)
+    assert metrics["accuracy"] == 0
+
+
+# Losses of another family
+
+
+@pytest.mark.parametrize(
+    ("make", "loss", "message"),
+    [
+        ("preference", losses.simpo_loss, "simpo_loss is called .* use train.reference_free_objective"),
+        ("preference", partial(losses.kto_loss, reference_point=0.0), "kto_loss .* use train.unpaired_objective"),
+        (
+            "preference",
+            losses.with_sft(losses.orpo_loss, weight=1.0),
+            r"with_sft\(orpo_loss\).*reference_free",
+        ),
+        ("reference_free", losses.dpo_loss, "use train.preference_objective"),
+        ("reference_free", losses.bradley_terry_loss, "use train.reward_objective"),
+        ("unpaired", losses.ppo_loss, "use train.policy_gradient_objective"),
+        ("policy_gradient", losses.value_loss, "loss of a value function"),
+        ("policy_gradient", lambda mine, yours: mine, r"takes \(mine, yours\): use train.preference_objective"),
+        ("reward", losses.sft_loss, "use train.reference_free_objective"),
+        ("preference", losses.xpo_loss, "xpo_loss needs alpha, reference_won"),
+        (
+            "unpaired",
+            losses.apo_zero_unpaired_loss,
+            "has no hyperparameter delta; it takes beta",
+        ),
+        ("preference", 0.1, "loss must be a function"),
+    ],
+)
+def test_the_objective_that_fits_a_loss_is_named(as_users_have_it, make, loss, message):
+    hyperparameters = {"beta": 0.1} if make in ("preference", "unpaired") else {}
+    hyperparameters |= {"delta": 1.0} if loss is losses.apo_zero_unpaired_loss else {}
+    with pytest.raises(TypeError, match=message):
+        getattr(inspect.unwrap(train), f"{make}_objective")(score, loss, **hyperparameters)

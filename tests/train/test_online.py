@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dpo_jax import train
-from dpo_jax.types import Learner, StatefulObjective
+from dpo_jax.types import Learner, Ratio, StatefulObjective
 
 START = {"x": jnp.array([2.0, -1.0])}
 OPTIONS = {"learning_rate": 0.1, "num_epochs": 3}
@@ -119,6 +119,30 @@ def test_hyperparameters_are_traced():
     assert run._cache_size() == 1
 
 
+def test_ratios_are_pooled_over_batches_passes_and_rounds(key):
+    """Rows of which only some count, more of them in each round."""
+
+    def collect(key, params, num):
+        return {"target": jnp.zeros((4, 2)), "weight": (jnp.arange(4) < num).astype(jnp.float32)}, num + 1
+
+    def objective(params, batch):
+        weight = batch["weight"]
+        return jnp.sum(params["x"]) * 0.0, {"mean": Ratio(jnp.sum(weight**2 * jnp.sum(weight)), jnp.sum(weight))}
+
+    options = {"rounds_per_epoch": 2, "passes_per_round": 2, "num_epochs": 1, "batch_size": 4}
+    _, history = fit(key, learner=Learner(collect, objective, 1), **options)
+    np.testing.assert_allclose(history["mean"], (1 * 1 + 2 * 2) / (1 + 2), rtol=1e-6)
+
+
+def test_a_memory_keeps_its_dtype(key):
+    """Also if what is remembered is worked out in another one."""
+
+    def collect(key, params, memory):
+        return collect_noise(key, params, jnp.asarray(memory + 0.5, jnp.bfloat16))
+
+    fit(key, learner=Learner(collect, squared_error, np.float32(0.0)))
+
+
 def breaks_in_round(when):
     """Collects NaN from a round on."""
 
@@ -155,6 +179,13 @@ def test_under_jit_it_freezes(key):
         ({"learning_rate": np.array([0.1, 0.2])}, ValueError, "learning_rate must broadcast"),
         ({"key": 7}, TypeError, "key must be a typed key"),
         ({"learner": Learner(lambda *_: ({}, None), squared_error)}, ValueError, "collected data holds no arrays"),
+        ({"learner": Learner(lambda *_: START, squared_error)}, TypeError, r"must return \(data, memory\), got dict"),
+        (
+            {"learner": Learner(lambda *_: ({"target": START["x"][None]}, 0), squared_error)},
+            TypeError,
+            "learner.collect must return a memory",
+        ),
+        ({"optimizer": optax.adam(0.1)}, TypeError, "write optimizer=optax.adam, learning_rate=1e-3"),
         ({"evaluate": lambda params: {"loss": 0.0}}, ValueError, "evaluate must not return loss"),
     ],
 )

@@ -25,6 +25,19 @@ def test_ktos_reference_point_is_that_of_responses_to_the_next_prompt(start, lab
     assert max(points) > 0
 
 
+def test_ktos_reference_point_counts_pairs_by_the_weights_of_both_rows(start, labels):
+    _, log_prob, params, _, _ = start
+    moved, weights = jax.tree.map(lambda leaf: leaf * 1.5, params), np.arange(40.0, dtype=np.float32) % 3
+    mismatched, weighted = jnp.roll(labels.responses, -1), labels._replace(weights=jnp.asarray(weights))
+    scores = (np.float64(log_prob(policy, labels.prompts, mismatched)) for policy in (moved, params))
+    expected = np.average(np.subtract(*scores), weights=weights * np.roll(weights, -1))
+    forth, back = (
+        train.batch_reference_point(log_prob, reference)(policy, weighted, labels.reference)
+        for policy, reference in ((moved, params), (params, moved))
+    )
+    np.testing.assert_allclose(forth - back, expected, rtol=1e-4)
+
+
 def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
     """With a learning rate of nothing, after two epochs: every response counted twice, good and bad equally."""
     _, log_prob, params, _, preferences = start

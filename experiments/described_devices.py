@@ -1,18 +1,22 @@
-"""What notebooks would cost on a GPU that is not there: the kernels that XLA makes for it, and the bytes they move.
+"""Notebooks compiled for a GPU or a TPU that is only described: memory, kernels, and the bytes they move.
 
-XLA compiles for a described card without having one. The optimised program says which kernels run, how often, and what
-each reads and writes; the card's bandwidth then tells about how long that takes at least. It is a reckoning and no
-measurement: caches can save traffic, starting a kernel takes time, and a few kernels read less than is counted here.
+XLA compiles for a described device without having one. The optimised program says which kernels run, how often, and
+what each reads and writes; the device's bandwidth then gives a lower bound on the time. All of it is estimated, nothing
+is measured: caches can save traffic, starting a kernel takes time, padding is not counted, and a few kernels read less
+than is counted here.
 
-Needs JAX's CUDA plugin (`pip install "jax[cuda12]"`), and no card.
+The GPU needs JAX's CUDA plugin (`pip install "jax[cuda12]"`), the TPU libtpu (`pip install "jax[tpu]"`); no device is
+needed.
 """
 
 import math
+import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,15 +42,59 @@ H200 = """
 """An H200, as XLA's GpuTargetConfigProto describes it."""
 
 
+class Device(NamedTuple):
+    """A device that XLA can compile for without having it.
+
+    Attributes:
+      name: of the product.
+      needs: what to install.
+      topology: arguments of JAX's `get_topology_desc`.
+      num: how many notebooks at once, unless the user says.
+      bandwidth: bytes per second that its memory can copy, unless the user says.
+      compiler_options: of XLA.
+    """
+
+    name: str
+    needs: str
+    topology: dict[str, Any]
+    num: int
+    bandwidth: float
+    compiler_options: dict[str, str]
+
+
+DEVICES = {
+    "h200": Device(
+        "NVIDIA H200",
+        "jax[cuda12]",
+        {"topology_name": "", "platform": "cuda", "target_config": H200, "topology": "1x1x1"},
+        num=131072,
+        bandwidth=4.3e12,
+        compiler_options={"xla_gpu_autotune_level": "0"},  # tuning needs the card
+    ),
+    "v5e": Device(
+        "TPU v5e",
+        "jax[tpu]",
+        {"topology_name": "v5e:2x2", "platform": "tpu"},
+        num=1024,
+        bandwidth=8.19e11,  # of Google's data sheet
+        compiler_options={},
+    ),
+}
+NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+"""Environment variables with which libtpu neither looks for a TPU nor complains that there is none."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """Which kernels notebooks would run on a GPU, and how many bytes they would move."""
+    """What notebooks would cost on a device that is only described: memory, kernels, bytes moved. Nothing runs."""
 
-    num: int = 131072
-    """How many notebooks at once."""
-    bandwidth: float = 4.3e12
-    """Bytes per second that the card can copy."""
-    out: Path = Path("results/gpu_traffic")
+    device: Literal["h200", "v5e"] = "h200"
+    """Which device: an NVIDIA H200 or a TPU v5e."""
+    num: int | None = None
+    """How many notebooks at once; by default 131,072 on the GPU, and 1,024 on the TPU."""
+    bandwidth: float | None = None
+    """Bytes per second that its memory can copy; by default 4.3e12 on the GPU, and 8.19e11 on the TPU."""
+    out: Path = Path("results/described_devices")
     """Folder for summary.json."""
 
 
@@ -87,8 +135,12 @@ ITEM_BYTES = {
     "f64": 8,
 }
 LINE = re.compile(r"^  (ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
-"""What is no kernel."""
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done")
+"""What is no kernel, or the end of one."""
+OPAQUE = ("custom-call", "conditional", "async-start")
+"""What does not say what it moves."""
+NAMES_OF_MEMORY = ("AllocateBuffer", "ConcatBitcast")
+"""Custom calls on a TPU that move nothing."""
 PARTS = ("slice", "dynamic-slice", "gather")
 """What reads only as much of its first operand as it returns."""
 STEPS_IN_TURN = SFT.steps + 2 * DPO.steps
@@ -131,16 +183,21 @@ def kernels(module: Module, computation: str, runs: int = 1) -> Iterator[Kernel]
     """All kernels that a computation runs; what is inside a loop runs as often as the loop is known to go round."""
     for instruction in module[computation]:
         if instruction.opcode == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-            yield from kernels(module, _called(instruction, "body"), runs * (int(trips[1]) if trips else 1))
+            yield from kernels(module, _called(instruction, "body"), runs * _trips(module, instruction))
         elif instruction.opcode == "call":
             yield from kernels(module, _called(instruction, "to_apply"), runs)
         elif instruction.opcode == "fusion":
             yield Kernel(instruction.name, runs, fusion_bytes(module[_called(instruction, "calls")]))
         elif instruction.opcode == "copy":
             yield Kernel(instruction.name, runs, 2 * num_bytes(instruction.shape))
-        elif instruction.opcode not in FREE:
+        elif instruction.opcode == "copy-start":  # its shape names both places
+            yield Kernel(instruction.name, runs, num_bytes(instruction.shape))
+        elif instruction.opcode == "slice-start":  # its shape names the whole array, then the part that is copied
+            yield Kernel(instruction.name, runs, num_bytes(instruction.shape.split("), ")[1].split("S(")[0]))
+        elif instruction.opcode in OPAQUE and not any(name in instruction.attributes for name in NAMES_OF_MEMORY):
             raise ValueError(f"nothing is known of what this moves: {instruction}")
+        elif instruction.opcode not in (*FREE, *OPAQUE):
+            yield Kernel(instruction.name, runs, fusion_bytes(_alone(module[computation], instruction)))
 
 
 def fusion_bytes(fusion: Computation) -> int:
@@ -155,8 +212,11 @@ def fusion_bytes(fusion: Computation) -> int:
 
 
 def num_bytes(shape: str) -> int:
-    """The size of an array, or of a tuple of arrays, whose shape is written as `f32[2,3]{1,0}`."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    """The size of an array, or of a tuple of arrays, whose shape is written as `f32[2,3]{1,0}`.
+
+    Arrays in a core's own memory, `f32[2,3]{1,0:S(1)}`, count nothing.
+    """
+    arrays = re.findall(r"(\w+)\[([\d,]*)\](?!\{[^}]*S\(\d)", shape)
     return sum(ITEM_BYTES[kind] * math.prod(int(size) for size in sizes.split(",") if size) for kind, sizes in arrays)
 
 
@@ -182,61 +242,98 @@ def _bytes_written(by_name: dict[str, Instruction], result: Instruction) -> int:
     return num_bytes(result.shape)
 
 
+def _trips(module: Module, loop: Instruction) -> int:
+    """How often a loop is known to go round; 1 if that depends on numbers."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
+        return int(known[1])
+    *_, test = condition = module[_called(loop, "condition")]
+    limits = [int(line.operands[0]) for line in condition if line.opcode == "constant" and line.operands[0].isdigit()]
+    return limits[0] if test.opcode == "compare" and "direction=LT" in test.attributes and len(limits) == 1 else 1
+
+
+def _alone(computation: Computation, instruction: Instruction) -> Computation:
+    """A fusion of this instruction only."""
+    inputs = [other._replace(opcode="parameter") for other in computation if other.name in instruction.operands]
+    return [*inputs, instruction._replace(is_root=True)]
+
+
 def _called(instruction: Instruction, role: str) -> str:
     name = re.search(rf"{role}=%?([\w.-]+)", instruction.attributes)
     assert name, instruction
     return name[1]
 
 
-def compiled_for(description: str, num: int) -> str:
-    """The program that makes notebooks on a described card, as XLA has optimised it."""
+def compiled_for(device: Device, num: int) -> jax.stages.Compiled:
+    """The program that makes notebooks on a described device.
+
+    Raises:
+      ValueError: JAX cannot describe the device; something is not installed.
+    """
     from jax.experimental import topologies
 
-    card = topologies.get_topology_desc("", "cuda", target_config=description, topology="1x1x1")
-    sharding = NamedSharding(Mesh(np.array(card.devices), ("devices",)), PartitionSpec("devices"))
+    os.environ.update(NO_TPU_HERE | dict(os.environ))
+    try:
+        described = topologies.get_topology_desc(**device.topology).devices[:1]
+    except RuntimeError as problem:
+        raise ValueError(f'JAX cannot compile for {device.name}: pip install "{device.needs}" ({problem})') from problem
+    sharding = NamedSharding(Mesh(np.array(described), ("devices",)), PartitionSpec("devices"))
     lowered = jax.jit(jax.vmap(notebook), in_shardings=sharding, out_shardings=sharding).lower(
         jax.ShapeDtypeStruct((num,), jnp.uint32)
     )
-    return str(lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"}).as_text())  # tuning needs the card
+    return lowered.compile(compiler_options=device.compiler_options)
 
 
-def reckon(text: str, options: Options) -> dict[str, Any]:
-    """How many kernels, how many bytes, and about how long at least."""
+def reckon(text: str, num: int, bandwidth: float) -> dict[str, Any]:
+    """How many kernels, how many bytes, and how long at least, by estimate."""
     found = list(kernels(*read_module(text)))
     total = sum(kernel.runs * kernel.bytes for kernel in found)
     costly = sorted(found, key=lambda kernel: kernel.runs * kernel.bytes, reverse=True)
     return {
-        "num": options.num,
-        "bandwidth": options.bandwidth,
+        "num": num,
+        "bandwidth": bandwidth,
         "kernels_per_step": sum(kernel.runs for kernel in found) / STEPS_IN_TURN,
-        "bytes_per_step_and_run": total / (options.num * NOTEBOOK_STEPS),
+        "bytes_per_step_and_run": total / (num * NOTEBOOK_STEPS),
         "least_bytes_per_step_and_run": NOTEBOOK_WORK.bytes / NOTEBOOK_STEPS,
-        "seconds_at_least": total / options.bandwidth,
-        "seconds_at_least_for_100000": total / options.bandwidth * 100_000 / options.num,
+        "seconds_at_least": total / bandwidth,
+        "seconds_at_least_for_100000": total / bandwidth * 100_000 / num,
         "kernels": [kernel._asdict() for kernel in costly],
+    }
+
+
+def memory(program: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes that a program takes on its device, as XLA has planned them."""
+    sizes = program.memory_analysis()
+    return {
+        kind: int(getattr(sizes, f"{kind}_size_in_bytes")) for kind in ("argument", "output", "temp", "generated_code")
     }
 
 
 def main() -> None:
     """Compiles, reckons, and writes the summary."""
     options = harness.parse(Options)
-    jax.config.update("jax_platforms", "cpu")  # nothing runs, so nobody need look for a card
+    device = DEVICES[options.device]
+    num, bandwidth = options.num or device.num, options.bandwidth or device.bandwidth
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so there is no need to look for a device
     folder = harness.output_folder(options.out)
+    start = time.perf_counter()
     with harness.clear_errors():
-        summary = reckon(compiled_for(H200, options.num), options)
-    harness.save_summary({**summary, "card": "NVIDIA H200", "versions": harness.provenance()["versions"]}, folder)
+        program = compiled_for(device, num)
+        summary = reckon(str(program.as_text()), num, bandwidth)
+    summary |= {"memory": memory(program), "compile_seconds": time.perf_counter() - start, "device": device.name}
+    harness.save_summary({**summary, "versions": harness.provenance()["versions"]}, folder)
     harness.print_table(
-        f"{options.num:,} notebooks on an H200, reckoned",
+        f"{num:,} notebooks on a described {device.name}, estimated",
         ("kernel", "runs", "bytes per run", "share"),
         (
-            (kernel["name"], f"{kernel['runs']:,}", f"{kernel['bytes'] / options.num:,.0f}", f"{share:.1%}")
+            (kernel["name"], f"{kernel['runs']:,}", f"{kernel['bytes'] / num:,.0f}", f"{share:.1%}")
             for kernel in summary["kernels"][:25]
-            for share in [kernel["runs"] * kernel["bytes"] / (summary["seconds_at_least"] * options.bandwidth)]
+            for share in [kernel["runs"] * kernel["bytes"] / (summary["seconds_at_least"] * bandwidth)]
         ),
     )
     harness.console.print(
+        f"compiled in {summary['compile_seconds']:.0f} s; {summary['memory']['temp'] / 1e6:,.0f} MB of temporaries; "
         f"{summary['kernels_per_step']:.0f} kernels a step, {summary['bytes_per_step_and_run']:,.0f} bytes per step "
-        f"and run: at {options.bandwidth:.1e} bytes/s, 100,000 notebooks take about "
+        f"and run: at {bandwidth:.1e} bytes/s, 100,000 notebooks take about "
         f"{summary['seconds_at_least_for_100000']:.1f} s at least"
     )
 

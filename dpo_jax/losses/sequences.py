@@ -1,0 +1,71 @@
+"""From a language model's logits to what losses eat: one log-probability for each response."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from dpo_jax import checks
+
+
+def sequence_logps(
+    logits: Float[Array, "*batch tokens vocabulary"],
+    tokens: Int[Array, "*batch tokens"],
+    mask: Bool[Array, "*batch tokens"] | Int[Array, "*batch tokens"] | Float[Array, "*batch tokens"],
+    *,
+    mean: bool = False,
+) -> Float[Array, "*batch"]:
+    r"""Log-probabilities of responses: sums, or means, over their tokens.
+
+    .. math:: \log \pi(y|x) = \sum_{t \in y} \log \mathrm{softmax}(z_{t-1})[y_t]
+
+    A row holds the tokens of a prompt and of its response, and logits :math:`z_t` that predict token :math:`t + 1`, as
+    causal language models give them: the shift is done here. `mask` marks the response: not the prompt, not the
+    padding, but its end token if that was the model's to write. So the first token that counts is predicted by the
+    logits of the last token of the prompt. An attention mask is no such mask, since it covers the prompt.
+
+    Most losses eat sums; SimPO, AlphaPO and ORPO eat means. Which is which cannot be told from the numbers: SimPO of
+    sums is a loss whose margins are as many times too large as a response has tokens, and falls to 0 at once.
+
+    >>> import jax.numpy as jnp
+    >>> logits = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]]))
+    >>> tokens = jnp.array([[0, 0, 1, -100]])
+    >>> mask = jnp.array([[False, True, True, False]])  # prompt, response of two tokens, padding
+    >>> print(sequence_logps(logits, tokens, mask))  # log 0.5 + log 0.1
+    [-2.9957]
+    >>> print(sequence_logps(logits, tokens, mask, mean=True))
+    [-1.4979]
+
+    Args:
+      logits: of all tokens. What stands where no token of the response is predicted may be anything, NaN for instance.
+      tokens: ids. Those outside the response may be anything, -100 for instance.
+      mask: true, or positive, where a token belongs to the response; on either side there may be padding. Never at the
+        first place of a row, which nothing predicts: a prompt has one token at least, as the start token is.
+      mean: divide by the number of tokens of the response.
+
+    Returns:
+      One number (nats) for each row, in float32 at least. A response without tokens has 0.
+
+    Raises:
+      TypeError: logits are not floating-point numbers, or tokens not integers.
+      ValueError: shapes do not fit; the mask covers the first place of a row; or a token of the response is not in the
+        vocabulary. Where mask or tokens are traced, such a row is NaN.
+    """
+    checks.floating("logits", logits)
+    checks.same_shape(logits_of_one_token=logits[..., 0], tokens=tokens, mask=mask)
+    checks.integers("tokens", tokens)
+    if not checks.is_traced(mask) and np.any(np.asarray(mask)[..., 0] > 0):
+        raise ValueError(
+            "mask must not cover the first token of a row, which no logits predict: "
+            "mark the tokens of the response alone, and let the prompt begin with a start token"
+        )
+    if not checks.is_traced((tokens, mask)):
+        checks.ids("tokens", np.where(np.asarray(mask) > 0, tokens, 0), logits.shape[-1])
+    targets, counts = tokens[..., 1:], mask[..., 1:] > 0
+    known = (targets >= 0) & (targets < logits.shape[-1])
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    log_probs = jax.nn.log_softmax(jnp.where(counts[..., None], logits[..., :-1, :], 0).astype(dtype))
+    entries = jnp.take_along_axis(log_probs, jnp.where(counts & known, targets, 0)[..., None], axis=-1)[..., 0]
+    sums = jnp.sum(jnp.where(counts, jnp.where(known, entries, jnp.nan), 0), axis=-1)
+    sums = jnp.where(mask[..., 0] > 0, jnp.nan, sums)
+    return sums / jnp.maximum(jnp.sum(counts, axis=-1), 1) if mean else sums

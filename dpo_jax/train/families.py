@@ -1,0 +1,61 @@
+"""Which objective calls which loss: told from a loss's signature when the objective is made."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Array
+
+from dpo_jax.losses.structure import name_of
+
+_FITTING = {
+    ("policy", "reference"): "use train.preference_objective",
+    ("policy",): "use train.reference_free_objective",
+    ("rewards",): "use train.reward_objective",
+    ("policy", "reference", "desirable"): "use train.unpaired_objective",
+    ("logps", "old_logps", "advantages"): "use train.policy_gradient_objective",
+    ("logps", "advantages"): "use train.policy_gradient_objective and a function that drops the old log-probabilities",
+    ("values", "old_values", "returns"): "it is a loss of a value function, which rlhf.ppo adds by itself",
+}
+_BY_NUMBER = {
+    1: "use train.reference_free_objective, or train.reward_objective for a loss of rewards",
+    2: "use train.preference_objective",
+    3: "use train.unpaired_objective for labels, or train.policy_gradient_objective for rollouts",
+}
+
+
+def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparameters: dict[str, Any]) -> None:
+    """The loss can be called with the arrays that an objective has, and with these hyperparameters.
+
+    Args:
+      loss: a loss, perhaps a partial or a wrapper.
+      wanted: names of the arrays that the objective passes by position.
+      hyperparameters: passed by name.
+
+    Raises:
+      TypeError: it is a loss of another family (the message names the objective that fits), needs a hyperparameter
+        that is missing, or has none of that name.
+    """
+    if not callable(loss):
+        raise TypeError(f"loss must be a function, such as losses.dpo_loss, got {loss!r}")
+    name, parameters = name_of(loss), inspect.signature(loss).parameters.values()
+    free = [p for p in parameters if p.name not in hyperparameters]
+    by_position = [p for p in free if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = tuple(p.name for p in by_position if p.default is p.empty)
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    possible = len(required) <= len(wanted) and (any_number or len(wanted) <= len(by_position))
+    if not possible or (required != wanted and required in _FITTING and not any_number):
+        fitting = _FITTING.get(required) or _BY_NUMBER.get(len(required))
+        raise TypeError(
+            f"{name} is called with ({', '.join(wanted)}) by this objective, but takes ({', '.join(required)})"
+            + (f": {fitting}" if fitting else "")
+        )
+    if missing := [p.name for p in free if p.kind is p.KEYWORD_ONLY and p.default is p.empty]:
+        raise TypeError(
+            f"{name} needs {', '.join(missing)}: give the objective a value for this hyperparameter by name"
+        )
+    known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY and p.name not in required[: len(wanted)]]
+    unknown = sorted(hyperparameters.keys() - set(known))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        taken = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        raise TypeError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}")

@@ -1,0 +1,95 @@
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from dpo_jax import losses, toy, train
+from dpo_jax.types import Demonstrations, Pair, Preferences
+
+
+@pytest.mark.parametrize("rows_per_chunk", [3, 8])  # batches of 8 and 6 rows
+def test_batches_in_chunks_train_as_whole_batches_do(key, rows_per_chunk):
+    """With a loss of whole batches, a reference that moves, and a statistic that runs."""
+    with jax.enable_x64(True):
+        keys = jax.random.split(key, 4)
+        start, reference = (jax.random.normal(k, (4, 3)) for k in keys[:2])
+        prompts, chosen, rejected = (jax.random.randint(k, (14,), 0, 3) for k in keys[1:])
+
+        def log_prob(params, prompts, responses):
+            assert params.shape == (4, 3)
+            return jax.tree.map(lambda r: toy.lookup(jax.nn.log_softmax(params), prompts, r), responses)
+
+        def run(log_prob):
+            data = train.with_reference(log_prob, reference, Preferences(prompts, Pair(chosen, rejected)))
+            objective = train.preference_objective(log_prob, mixed, beta=0.5, shift=train.running_shift(beta=0.5))
+            objective = train.moving_reference(objective, log_prob, reference, mix=0.5, steps_per_move=2)
+            options = {"objective": objective, "learning_rate": 0.1, "num_epochs": 2, "batch_size": 8}
+            return train.fit(key, start, data, **options)
+
+        def mixed(policy, reference, *, beta, shift):
+            bco = losses.bco_pair_loss(policy, reference, beta=beta, shift=shift)
+            return bco + losses.aot_loss(policy, reference, beta=beta)
+
+        chunked, whole = run(train.in_chunks(log_prob, rows_per_chunk)), run(log_prob)
+        chex.assert_trees_all_close(chunked, whole, rtol=1e-9)
+        assert chunked[1]["step"].tolist() == [2, 4]
+
+
+def test_a_chunk_at_a_time_needs_less_memory():
+    """Of a wide model, whose activations are the largest arrays."""
+    width, num_rows = 512, 256
+    params = {"in": jnp.zeros((4, width)), "out": jnp.zeros((width, 4))}
+    data = Demonstrations(jnp.zeros(num_rows, int), jnp.zeros(num_rows, int))
+
+    def log_prob(params, prompts, responses):
+        logits = jnp.tanh(params["in"][prompts]) @ params["out"]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), responses[:, None], 1)[:, 0]
+
+    def memory(log_prob):
+        gradient = jax.grad(lambda params: train.sft_objective(log_prob)(params, data)[0])
+        return jax.jit(gradient).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(train.in_chunks(log_prob, 16)) < memory(log_prob) / 4
+
+
+def gathering(rate):
+    return optax.chain(optax.clip(1.0), optax.MultiSteps(optax.adam(rate), 2).gradient_transformation())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "error", "message"),
+    [
+        (lambda rate: optax.MultiSteps(optax.adam(rate), 2), ValueError, "log_prob = train.in_chunks"),
+        (gathering, ValueError, "each part for a batch.*log_prob = train.in_chunks"),
+        (lambda rate: optax.chain(optax.apply_every(2), optax.sgd(rate)), ValueError, "log_prob = train.in_chunks"),
+        (optax.adam(1e-3), TypeError, "write optimizer=optax.adam, learning_rate=1e-3"),
+        ("adam", TypeError, "optimizer must be a function from a learning rate"),
+        (lambda rate: rate, TypeError, r"optimizer\(learning_rate\) must be an Optax optimizer, got 0.1"),
+    ],
+)
+def test_optimizers_that_cannot_be_used_are_refused(as_users_have_it, key, optimizer, error, message):
+    with pytest.raises(error, match=message):
+        minimise(key, optimizer)
+
+
+def sharpness_aware(rate):
+    return optax.contrib.sam(optax.sgd(rate), optax.sgd(0.01))
+
+
+@pytest.mark.parametrize("optimizer", [optax.lbfgs, optax.polyak_sgd, sharpness_aware])
+def test_optimizers_are_given_what_they_ask_for(key, optimizer):
+    params, history = minimise(key, optimizer)
+    assert abs(params) < 1
+    assert history["loss"][-1] < history["loss"][0]
+
+
+def minimise(key, optimizer):
+    options = {"learning_rate": 0.1, "num_epochs": 4, "batch_size": 4, "optimizer": optimizer}
+    return train.fit(key, jnp.float32(1.0), jnp.zeros(4), objective=lambda p, batch: (p**2 + batch[0], {}), **options)
+
+
+@pytest.mark.parametrize(("num", "error"), [(0, ValueError), (2.5, TypeError)])
+def test_a_chunk_has_a_row_at_least(as_users_have_it, num, error):
+    with pytest.raises(error, match="rows_per_chunk must be"):
+        train.in_chunks(lambda *_: jnp.zeros(3), num)
