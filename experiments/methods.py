@@ -1,8 +1,11 @@
 """Every way to learn from feedback that the library knows, as one list: a loss, its data and what there is to tune."""
 
+import inspect
+import runpy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -71,6 +74,8 @@ MARGIN, BOTH_RATIOS, BATCH, RANKED = "margin", "both log-ratios", "batch statist
 REFERENCE_FREE, UNPAIRED, ADDITION = "reference-free", "single responses", "with an addition"
 
 BETA = Range(0.003, 30.0)
+UNKNOWN = Range(0.01, 10.0)
+"""For hyperparameters of which nothing is known."""
 SMOOTHING = Range(0.003, 0.45)
 
 
@@ -86,6 +91,57 @@ def reference_free(name: str, loss: Any, **ranges: Range) -> Method:
     return Method(
         name, REFERENCE_FREE, lambda setup, h: train.reference_free_objective(setup.log_prob, loss, **h), ranges
     )
+
+
+def method_of(name: str, loss: Callable[..., Array]) -> Method:
+    """A method made of a loss of one's own, by its positional arguments; the others are its hyperparameters.
+
+    Args:
+      name: of the method.
+      loss: `(policy, reference, *, beta, ...)` of pairs, `(policy, *, ...)` without a reference, or
+        `(policy, reference, desirable, *, beta, ...)` of single responses.
+
+    Raises:
+      TypeError: it takes something else.
+    """
+    parameters = inspect.signature(loss).parameters.values()
+    positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    ranges = {p.name: UNKNOWN for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty}
+    if len(positional) == 1:
+        return reference_free(name, loss, **ranges)
+    if "beta" not in ranges:
+        raise TypeError(f"{name} must take beta, as a keyword: it also scales the implicit rewards of the metrics")
+    if len(positional) == 2:
+        return pairwise(name, loss, "of one's own", **ranges)
+    if len(positional) == 3:
+
+        def objective(setup: Setup, h: Hyperparameters) -> Objective:
+            return train.unpaired_objective(setup.log_prob, loss, **h)
+
+        return Method(name, UNPAIRED, objective, ranges, split)
+    raise TypeError(
+        f"{name} must take (policy), (policy, reference) or (policy, reference, desirable), and hyperparameters as "
+        f"keywords; it takes ({', '.join(positional)})"
+    )
+
+
+def load_function(path: Path, name: str) -> Callable[..., Any]:
+    """A function from a file.
+
+    Raises:
+      OSError: there is no such file.
+      ValueError: the file cannot be run, or has no such function.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        found = runpy.run_path(str(path))
+    except Exception as problem:
+        raise ValueError(f"{path} cannot be run: {type(problem).__name__}: {problem}") from problem
+    if not callable(found.get(name)):
+        names = ", ".join(known for known, value in found.items() if callable(value) and not known.startswith("_"))
+        raise ValueError(f"{path} has no function {name!r}; it has: {names or 'none'}")
+    return found[name]  # type: ignore[no-any-return]
 
 
 def split(feedback: Feedback) -> Labels:

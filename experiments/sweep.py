@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from dpo_jax import checks, figures, sweep, toy, train
 from dpo_jax.sweep.store import check_place
-from dpo_jax.types import Metrics, Scalar
+from dpo_jax.types import Metrics, Params, Scalar
 from experiments import harness, notebook
-from experiments.methods import METHODS, Feedback, Setup
+from experiments.methods import METHODS, Feedback, Method, Setup, load_function, method_of
 from experiments.notebook import POLICY
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Options:
     """Whole experiments over losses, betas, learning rates, label noise and seeds: exact reward, KL and regret."""
 
     loss: tuple[str, ...] = ("dpo",)
-    """Names of the losses (see `experiments/methods.py`)."""
+    """Names of the losses (see `experiments/methods.py`), or functions of your own: `my_file.py:focal_loss`."""
     beta: tuple[float, ...] = notebook.BETAS
     """Strengths of the pull towards the reference."""
     learning_rate: tuple[float, ...] = (1e-3,)
@@ -64,6 +64,8 @@ class Options:
     """Shares of the labels that are flipped."""
     fixed: dict[str, float] = field(default_factory=dict)
     """Other hyperparameters of the losses, one value each: `--fixed gamma 0.5`."""
+    vary: tuple[str, ...] = ()
+    """Other hyperparameters of the losses, several values each: `--vary gamma=0.5,1,2`."""
     seed: int = 0
     """Decides everything random."""
     num_seeds: int = 64
@@ -82,40 +84,66 @@ class Options:
     """Folder for results: `runs/` holds every run, and the rest what is made of them."""
 
 
+class Start(NamedTuple):
+    """What all runs of a seed share.
+
+    Attributes:
+      preference_key, train_key, method_key: for what comes next.
+      world: prompts, responses, true rewards.
+      params, log_probs: the SFT policy, and its table.
+    """
+
+    preference_key: Key[Array, ""]
+    train_key: Key[Array, ""]
+    method_key: Key[Array, ""]
+    world: toy.World
+    params: Params
+    log_probs: Float[Array, "prompts responses"]
+
+
+def prepare(key: Key[Array, ""]) -> Start:
+    """A world and its SFT policy."""
+    start_key, *keys = jax.random.split(key, 4)
+    start = notebook.prepare(start_key)
+    return Start(*keys, start.world, start.sft.params, start.sft.log_probs)
+
+
 def run(
-    key: Key[Array, ""],
+    start: Start,
     *,
     loss: str,
     beta: Scalar,
     learning_rate: Scalar,
     label_noise: Scalar,
+    methods: Mapping[str, Method],
     fixed: Mapping[str, float],
+    **varied: Scalar,
 ) -> Metrics:
-    """One experiment: a world, its SFT policy, comparisons, training by one loss, and what became of the policy."""
-    start_key, preference_key, train_key, method_key = jax.random.split(key, 4)
-    start = notebook.prepare(start_key)
-    world, reference = start.world, start.sft.params
+    """Comparisons, training by one loss, and what became of the policy."""
+    world, reference, method = start.world, start.params, methods[loss]
     log_prob, log_probs = toy.log_prob_fn(POLICY, world.embeddings), toy.log_prob_table(POLICY, world.embeddings)
-    pairs = toy.sample_preferences(preference_key, world, num=notebook.NUM_PREFERENCES, flip_probability=label_noise)
+    pairs = toy.sample_preferences(
+        start.preference_key, world, num=notebook.NUM_PREFERENCES, flip_probability=label_noise
+    )
     pairs = train.with_reference(log_prob, reference, pairs)
-    method = OF_PAIRS[loss]
     data = method.data(Feedback(pairs, None, None))  # type: ignore[arg-type]
-    hyperparameters = {name: {"beta": beta, **FIXED, **fixed}[name] for name in method.ranges}
+    known = {"beta": beta, **FIXED, **fixed, **varied}
+    objective = method.objective(
+        Setup(start.method_key, log_prob, log_probs, reference, start.log_probs),
+        {name: known[name] for name in method.ranges},
+    )
     params, history = train.fit(
-        train_key,
+        start.train_key,
         reference,
         data,
-        objective=method.objective(
-            Setup(method_key, log_prob, log_probs, reference, start.sft.log_probs), hyperparameters
-        ),
+        objective=objective,
         learning_rate=learning_rate,
         num_epochs=NUM_EPOCHS,
         batch_size=-(-len(data.prompts) // STEPS_PER_EPOCH),
     )
-    trained = log_probs(params)
     return {
-        **toy.evaluate(trained, start.sft.log_probs, world.rewards),
-        "sft_reward": toy.expected_reward(start.sft.log_probs, world.rewards).mean(),
+        **toy.evaluate(log_probs(params), start.log_probs, world.rewards),
+        "sft_reward": toy.expected_reward(start.log_probs, world.rewards).mean(),
         "loss_at_the_end": history["loss"][-1],
         "num_steps": history["step"][-1],
     }
@@ -236,20 +264,6 @@ def _saying_how_to_go_on() -> Iterator[None]:
         raise StoppedError(stopped.code if isinstance(stopped, SystemExit) else 130) from None
 
 
-def describe(plan: sweep.Plan, folder: Path) -> None:
-    """Says what a sweep would do, and measures how long one block of each program takes."""
-    seconds, num_done = plan.estimated_seconds(), len(list(folder.glob("done/[0-9]*")))
-    harness.console.print(
-        f"{plan.num_runs:,} runs: {plan.axes.num_points * len(plan.runs)} points, {plan.num_seeds:,} seeds each\n"
-        f"{len(plan.runs)} programs, {plan.num_blocks:,} blocks of up to {plan.shape.seeds * plan.shape.points} "
-        f"runs, {len(plan.devices)} at once\n"
-        f"{plan.memory / 1e6:,.0f} MB of memory on each device, {plan.result_bytes / 1e6:,.1f} MB of results\n"
-        f"about {seconds:,.0f} s, and {plan.programs.seconds:,.0f} s to compile"
-    )
-    if num_done:
-        harness.console.print(f"{num_done:,} blocks are done already, in {folder}")
-
-
 def main(options: Options) -> None:
     """Runs the sweep and writes its results."""
     harness.use_all_cores()
@@ -260,7 +274,7 @@ def main(options: Options) -> None:
         arguments = _arguments(options)
     if options.dry_run:
         with harness.clear_errors(), _saying_how_to_go_on():
-            describe(sweep.plan(**arguments, out=options.out / "runs"), options.out / "runs")
+            harness.console.print(str(sweep.plan(**arguments, out=options.out / "runs")))
         return
     with harness.clear_errors():
         check_folder(options.out)
@@ -284,14 +298,17 @@ def main(options: Options) -> None:
 def _arguments(options: Options) -> dict[str, Any]:
     """What `sweep.grid` and `sweep.plan` are called with; an error for what cannot be meant."""
     harness.check_seeds(options.seed, options.num_seeds)
-    for name in options.loss:
-        if name not in OF_PAIRS:
-            close = difflib.get_close_matches(name, OF_PAIRS, n=1)
-            meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OF_PAIRS)}"
-            raise ValueError(f"--loss: there is no {name!r}{meant}")
-    for name in options.fixed:
-        if name not in FIXED:
-            raise ValueError(f"--fixed: no loss has {name!r}; there are: {', '.join(FIXED)}")
+    methods = dict(_method(name) for name in options.loss)
+    if len(methods) < len(options.loss):
+        raise ValueError(f"--loss names a loss twice: {', '.join(options.loss)}")
+    varied = dict(_varied(text) for text in options.vary)
+    needed = {name for method in methods.values() for name in method.ranges} - {"beta"}
+    for option, names, known in (("--fixed", options.fixed, needed | {*FIXED}), ("--vary", varied, needed)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{option}: no loss has {name!r}; there are: {', '.join(sorted(known)) or 'none'}")
+    if missing := sorted(needed - {*FIXED, *options.fixed, *varied}):
+        raise ValueError(f"a loss also needs {missing[0]}: --fixed {missing[0]} 0.5, or --vary {missing[0]}=0.5,1")
     if options.log_every is not None:
         checks.positive("--log-every", np.array(options.log_every))
     for name, value in options.fixed.items():
@@ -300,16 +317,39 @@ def _arguments(options: Options) -> dict[str, Any]:
     checks.positive("--learning-rate", np.array(options.learning_rate))
     checks.probability("--label-noise", np.array(options.label_noise))
     return {
-        "run": partial(run, fixed=options.fixed),
+        "run": partial(run, methods=methods, fixed=options.fixed),
+        "prepare": prepare,
         "key": jax.random.key(options.seed),
         "num_seeds": options.num_seeds,
         "runs_at_once": options.runs_at_once,
         "memory_limit": options.memory_limit,
-        "loss": options.loss,
+        "loss": list(methods),
         "beta": _floats(options.beta),
         "learning_rate": _floats(options.learning_rate),
         "label_noise": _floats(options.label_noise),
+        **varied,
     }
+
+
+def _method(name: str) -> tuple[str, Method]:
+    """A loss of the library by its name, or a function in a file: `my_file.py:focal_loss`."""
+    if name in OF_PAIRS:
+        return name, OF_PAIRS[name]
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py"):
+        return function, method_of(function, load_function(Path(path), function))
+    close = difflib.get_close_matches(name, OF_PAIRS, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OF_PAIRS)}; or my_file.py:my_loss"
+    raise ValueError(f"--loss: there is no {name!r}{meant}")
+
+
+def _varied(text: str) -> tuple[str, np.ndarray]:
+    """A hyperparameter and its values: `gamma=0.5,1,2`."""
+    name, _, values = text.partition("=")
+    try:
+        return name, np.array([float(value) for value in values.split(",")])
+    except ValueError:
+        raise ValueError(f"--vary must be a name and numbers, as in gamma=0.5,1,2; got {text!r}") from None
 
 
 def _floats(values: tuple[float, ...]) -> np.ndarray:
@@ -317,10 +357,14 @@ def _floats(values: tuple[float, ...]) -> np.ndarray:
 
 
 def _conditions(summary: "xarray.Dataset") -> Iterator[tuple[str, "xarray.Dataset"]]:
-    """Every loss and share of flipped labels, with a name for it."""
-    for loss, noise in itertools.product(summary.loss.values, summary.label_noise.values):
-        name = str(loss) if summary.sizes["label_noise"] == 1 else f"{loss}, {noise:.3g} flipped"
-        yield name, summary.sel(loss=loss, label_noise=noise)
+    """Every combination of the other axes than beta and the learning rate, with a name for it."""
+    axes = [str(axis) for axis in summary.coords if axis not in ("beta", "learning_rate")]
+    shown = {"label_noise": "{:.3g} flipped"}
+    for values in itertools.product(*(summary[axis].values for axis in axes)):
+        chosen = dict(zip(axes, values, strict=True))
+        varied = [axis for axis in axes if axis != "loss" and summary.sizes[axis] > 1]
+        names = [shown.get(axis, f"{axis} {{:.3g}}").format(chosen[axis]) for axis in varied]
+        yield ", ".join([str(chosen["loss"]), *names]), summary.sel(chosen)
 
 
 def _at_best(summary: "xarray.Dataset", axis: str) -> "xarray.Dataset":

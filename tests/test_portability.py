@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import losses, rlhf, toy, train
-from dpo_jax.sweep.programs import BlockShape, lower, lower_common, share_work, trace
+from dpo_jax.sweep.programs import BlockShape, Struct, trace_prepare, trace_run
 
 PLATFORMS = ("cuda", "rocm", "tpu")
 CALLS = {"cu_threefry2x32_ffi", "hip_threefry2x32_ffi"}
@@ -45,10 +45,16 @@ def ppo(key, beta):
     return train.fit_online(key, start, learner, passes_per_round=2, batch_size=2, **OPTIONS)
 
 
-def dpo(key, *, beta):
-    world, log_prob, params = make_start(key)
-    pairs = train.with_reference(log_prob, params, toy.sample_preferences(key, world, num=5))
-    objective = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)
+def prepare(key):
+    world_key, train_key = jax.random.split(key)
+    world, log_prob, params = make_start(world_key)
+    pairs = toy.sample_preferences(world_key, world, num=5)
+    return train_key, world, params, train.with_reference(log_prob, params, pairs)
+
+
+def dpo(start, *, beta):
+    key, world, params, pairs = start
+    objective = train.preference_objective(toy.log_prob_fn(POLICY, world.embeddings), losses.dpo_loss, beta=beta)
     return train.fit(key, params, pairs, objective=objective, batch_size=2, **OPTIONS)[1]
 
 
@@ -65,6 +71,7 @@ def test_stacked_runs_lower_for_all_platforms(run):
 
 
 def test_a_block_of_a_sweep_lowers_for_all_platforms(key):
-    run = share_work([trace(dpo, key, ["beta"], {})] * 2)[0]
-    for program in (lower, lower_common):
-        check_calls(program(run, BlockShape(seeds=3, points=2), jax.devices()[:1], PLATFORMS).as_text())
+    prepared = trace_prepare(prepare, key)
+    run = trace_run(dpo, prepared.start, Struct.of({"beta": jax.ShapeDtypeStruct((), jnp.float32)}), {})
+    for program in (prepared, run):
+        check_calls(program.lower(BlockShape(seeds=3, points=2), jax.devices()[:1], PLATFORMS).as_text())

@@ -235,6 +235,7 @@ def _compute_in_folder(
             stack.enter_context(locked(path, lock))
         clock.compiled()
         forget_those_before(path, company)
+        work.folder.tidy()
         _compute(work, _share_of(work, share), results, report, clock, stop)
     if company:
         _wait_for_others(work, company, stop)

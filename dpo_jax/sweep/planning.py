@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -81,16 +81,26 @@ class Plan:
     @cached_property
     def runs(self) -> list[TracedRun]:
         """`run`, traced for each combination of static values."""
-        runs = [self._traced(combination) for combination in self.axes.combinations]
-        _check_same_results(self.axes, runs)
-        return runs
+        return list(self.traced_one_by_one())
 
-    def _traced(self, combination: dict[str, Any]) -> TracedRun:
-        try:
-            return trace_run(self.run, self.first.start, self.first.point, combination)
-        except Exception as problem:
-            name_run(problem, combination, dict.fromkeys(self.axes.traced, "any"))
-            raise
+    def traced_one_by_one(self) -> Iterator[TracedRun]:
+        """`run`, traced for each combination of static values, when it is asked for.
+
+        Raises:
+          ValueError: results differ from those of the first combination.
+        """
+        combinations = self.axes.combinations
+        for combination in combinations:
+            try:
+                traced = trace_run(self.run, self.first.start, self.first.point, combination)
+            except Exception as problem:
+                name_run(problem, combination, dict.fromkeys(self.axes.traced, "any"))
+                raise
+            if traced.outputs != self.first.outputs:
+                both = {*traced.outputs, *self.first.outputs}
+                names = sorted(name for name in both if traced.outputs.get(name) != self.first.outputs.get(name))
+                raise ValueError(f"results {names} differ between {combination} and {combinations[0]}")
+            yield traced
 
     @cached_property
     def programs(self) -> Programs:
@@ -258,8 +268,10 @@ def manifest(work: Plan, dims: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         **_inputs(work.run, work.source, work.axes, work.devices),
         "block": work.shape._asdict(),
         "dims": {name: list(own) for name, own in dims.items()},
-        "results": {name: {"shape": list(own), "dtype": dtype.str} for name, (own, dtype) in work.result_shapes.items()},
-        "programs": program_names(work),
+        "results": {
+            name: {"shape": list(own), "dtype": dtype.str} for name, (own, dtype) in work.result_shapes.items()
+        },
+        "programs": dict(program_names(work)),
         "boxes": [
             {
                 "combinations": [combinations[i] for i in box.combinations],
@@ -271,23 +283,25 @@ def manifest(work: Plan, dims: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     }
 
 
-def program_names(work: Plan) -> dict[str, str]:
-    """The fingerprint of each program, by the static values that it is for."""
-    start = {"prepare": work.prepare.fingerprint} if work.prepare else {}
-    names = work.axes.names_of_combinations
-    return start | {_called(name): run.fingerprint for name, run in zip(names, work.runs, strict=True)}
+def program_names(work: Plan) -> Iterator[tuple[str, str]]:
+    """What each program is for, and its fingerprint."""
+    if work.prepare:
+        yield "prepare", work.prepare.fingerprint
+    for combination, traced in zip(work.axes.combinations, work.traced_one_by_one(), strict=True):
+        values = ", ".join(f"{name}={label(value)!r}" for name, value in combination.items())
+        yield f"run with {values}" if values else "run", traced.fingerprint
 
 
 def check_same_programs(folder: Folder, work: Plan) -> None:
     """Raises ValueError if what `run` or `prepare` computes has changed since a folder was made."""
     assert folder.manifest is not None
     stored = folder.manifest["programs"]
-    for name, fingerprint in program_names(work).items():
+    for name, fingerprint in program_names(work):
         if stored.get(name, fingerprint) != fingerprint:
-            what = "prepare" if name == "prepare" else f"run ({name})" if name != "run" else "run"
+            what, _, where = name.partition(" ")
             raise ValueError(
-                f"{folder.path} holds another sweep: what {what} computes has changed since the folder was made; "
-                "choose another folder"
+                f"{folder.path} holds another sweep: what {what} computes{where and ' ' + where} has changed since the "
+                "folder was made; choose another folder"
             )
 
 
@@ -303,6 +317,8 @@ def check_seeds(num_seeds: int | None, seeds: Sequence[int] | None) -> Sequence[
     if seeds is None:
         checks.size("num_seeds", num_seeds)
         assert num_seeds is not None
+        if num_seeds > 2**32:
+            raise ValueError(f"num_seeds must be at most 2**32, got {num_seeds}")
         return range(int(num_seeds))
     chosen = seeds if isinstance(seeds, range) else [int(seed) for seed in seeds]
     if not len(chosen):
@@ -327,15 +343,6 @@ def free_host_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def describe_combination(combination: Mapping[str, Any]) -> str:
-    """Static values, in words."""
-    return ", ".join(f"{name}={label(value)}" for name, value in combination.items()) or "no static values"
-
-
-def _called(names: Mapping[str, Any]) -> str:
-    return ", ".join(f"{axis}={name}" for axis, name in names.items()) or "run"
-
-
 def _trace_first(run: Callable[..., Any], start: Struct, axes: Axes) -> TracedRun:
     point = {
         name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), axis.values)
@@ -347,7 +354,9 @@ def _trace_first(run: Callable[..., Any], start: Struct, axes: Axes) -> TracedRu
     except Exception as problem:
         name_run(problem, combination, dict.fromkeys(axes.traced, "any"))
         if axes.traced:
-            problem.add_note(f"Traced: {', '.join(axes.traced)}. Wrap what decides a shape or a branch in sweep.static.")
+            problem.add_note(
+                f"Traced: {', '.join(axes.traced)}. Wrap what decides a shape or a branch in sweep.static."
+            )
         raise
 
 
@@ -432,19 +441,3 @@ def check_key(key: Any) -> None:
             f"key is of the kind {kind}, with which a run draws other numbers if others are made beside it: "
             "make it with jax.random.key(..., impl='threefry2x32')"
         )
-
-
-def _check_same_results(axes: Axes, runs: Sequence[TracedRun]) -> None:
-    """Raises ValueError unless results have the same structure for all static values."""
-    combinations = axes.combinations
-    for combination, run in zip(combinations, runs, strict=True):
-        if run.outputs != runs[0].outputs:
-            names = sorted(
-                name
-                for name in {*run.outputs, *runs[0].outputs}
-                if run.outputs.get(name) != runs[0].outputs.get(name)
-            )
-            raise ValueError(
-                f"results {names} differ between {describe_combination(combination)} and "
-                f"{describe_combination(combinations[0])}"
-            )

@@ -99,7 +99,7 @@ class Others:
         self.say(self.state)
 
     def say(self, state: str) -> None:
-        """Tells the others: `begun`, `open` (the folder is ready), or `failed: ` and why."""
+        """Tells the others: `begun`, or `failed: ` and why."""
         with self.lock:
             self.state = state
         self.sign()

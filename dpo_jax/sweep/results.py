@@ -201,4 +201,3 @@ def check_results_fit(work: Plan, limit: int) -> None:
             f"the results take {work.result_bytes:,} bytes of memory, and only {limit:,} may be used: let run return "
             "less"
         )
-

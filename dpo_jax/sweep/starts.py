@@ -71,4 +71,3 @@ class Starts:
         if missing:
             raise KeyError(f"there is no start for seed {missing[0]}")
         return np.array([self._places[int(seed)] for seed in seeds], int)
-

@@ -193,7 +193,11 @@ class Folder:
 
 def packed(seeds: Sequence[int]) -> Any:
     """Seeds as a manifest lists them: two numbers for all from the one to below the other."""
-    if list(seeds[:1]) and len(seeds) == seeds[-1] - seeds[0] + 1 and list(seeds) == list(range(seeds[0], seeds[-1] + 1)):
+    if (
+        list(seeds[:1])
+        and len(seeds) == seeds[-1] - seeds[0] + 1
+        and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    ):
         return {"from": int(seeds[0]), "below": int(seeds[-1]) + 1}
     return [int(seed) for seed in seeds]
 
@@ -233,8 +237,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     size = manifest.get("block")
-    if not isinstance(size, dict) or size.keys() != set(BlockShape._fields) or not all(
-        isinstance(number, int) and number > 0 for number in size.values()
+    if (
+        not isinstance(size, dict)
+        or size.keys() != set(BlockShape._fields)
+        or not all(isinstance(number, int) and number > 0 for number in size.values())
     ):
         raise DamagedStoreError(f"{path} is damaged: sweep.json gives the size of blocks as {size}")
     kinds = {"axes": dict, "results": dict, "programs": dict, "boxes": list, "key": list, "versions": dict}

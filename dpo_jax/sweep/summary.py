@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import stats
+
+from dpo_jax.intervals import half_width
 
 if TYPE_CHECKING:
     import xarray
@@ -17,9 +18,8 @@ def summarise(
     *,
     over: str = "seed",
     baseline: Mapping[str, Any] | None = None,
-    confidence: float = 0.95,
 ) -> "xarray.Dataset":
-    """Means over seeds, with standard errors and Student's t intervals, for every point.
+    """Means over seeds, with standard errors and 95 % intervals (Student's t), for every point.
 
     >>> import jax
     >>> from dpo_jax import sweep
@@ -35,7 +35,6 @@ def summarise(
       over: the dimension of independent repetitions.
       baseline: values of some axes, for instance `{"loss": "dpo"}`. For each result there is then also its
         `_difference` to what was found there, paired by seed.
-      confidence: that the interval holds the mean, if repetitions are normally distributed.
 
     Returns:
       The same variables with a dimension `statistic` (`mean`, `stderr`, `low`, `high`) in place of `over`. Runs that
@@ -55,7 +54,7 @@ def summarise(
             raise ValueError(f"baseline {dict(baseline)} is no point of the grid: {problem}") from problem
         differences = measured - base
         measured = measured.assign({f"{name}_difference": values for name, values in differences.items()})
-    summary = measured.map(_statistics, over=over, confidence=confidence)
+    summary = measured.map(_statistics, over=over)
     return summary.assign(finished=_finished(results, over)).assign_coords(statistic=list(STATISTICS))
 
 
@@ -114,16 +113,7 @@ def interval(statistics: "xarray.DataArray", *, digits: int = 3) -> str:
     return f"{mean:.{digits}f}{half}"
 
 
-def half_width(stderr: Any, num: Any, confidence: float = 0.95) -> Any:
-    """Half the width of Student's t interval, from the standard error of a mean of `num` numbers.
-
-    NaN for less than two.
-    """
-    degrees = np.maximum(np.asarray(num) - 1, 1)
-    return np.where(np.asarray(num) > 1, stats.t.ppf((1 + confidence) / 2, degrees) * stderr, np.nan)
-
-
-def _statistics(values: "xarray.DataArray", *, over: str, confidence: float) -> "xarray.DataArray":
+def _statistics(values: "xarray.DataArray", *, over: str) -> "xarray.DataArray":
     import xarray
 
     if over not in values.dims:
@@ -132,7 +122,7 @@ def _statistics(values: "xarray.DataArray", *, over: str, confidence: float) -> 
     num, mean = values.count(over), values.mean(over)
     spread = ((values - mean) ** 2).sum(over)
     stderr = np.sqrt(spread / (num - 1).where(num > 1) / num)
-    half = half_width(stderr, num, confidence)
+    half = half_width(stderr, num)
     return xarray.concat([mean, stderr, mean - half, mean + half], "statistic")
 
 

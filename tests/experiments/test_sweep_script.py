@@ -122,8 +122,8 @@ def test_the_same_command_goes_on_and_another_one_is_refused(options, short, mon
     monkeypatch.setattr(grid_module, "_dispatched", lambda work, blocks: iter(computed.extend(blocks) or ()))
     script.main(options)
     assert computed == []
-    with pytest.raises(SystemExit, match="holds another sweep: num_seeds was 3 and is now 4"):
-        script.main(replace(options, num_seeds=4))
+    with pytest.raises(SystemExit, match="holds another sweep: key was"):
+        script.main(replace(options, seed=1))
 
 
 def test_figures_keep_conditions_apart_and_choose_only_the_learning_rate():
@@ -143,11 +143,14 @@ def test_figures_keep_conditions_apart_and_choose_only_the_learning_rate():
     ("change", "message"),
     [
         ({"loss": ("dop",)}, "did you mean 'dpo'"),
-        ({"loss": ("dpo", "dpo")}, "axis loss has the value 'dpo' twice"),
+        ({"loss": ("dpo", "dpo")}, "--loss names a loss twice"),
         ({"beta": (-1.0,)}, "--beta must be positive"),
         ({"beta": ()}, "axis beta has no values"),
         ({"label_noise": (2.0,)}, "--label-noise"),
         ({"fixed": {"gama": 1.0}}, "no loss has 'gama'"),
+        ({"vary": ("gamma=1,2",)}, "--vary: no loss has 'gamma'; there are: none"),
+        ({"loss": ("simpo",), "vary": ("gamma",)}, "--vary must be a name and numbers, as in gamma=0.5,1,2"),
+        ({"loss": ("nowhere.py:mine",)}, "there is no file nowhere.py"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"fixed": {"gamma": float("nan")}}, "--fixed gamma must be finite"),
         ({"log_every": 0.0}, "--log-every must be positive"),
@@ -163,8 +166,37 @@ def test_a_dry_run_says_how_much_there_is_to_do(tmp_path, short, capsys):
     script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "none"))
     said = capsys.readouterr().out
     assert "20 runs: 4 points, 5 seeds each" in said
-    assert "MB of memory" in said
+    assert "1 programs (traced: beta, learning_rate, label_noise; static: loss)" in said
+    assert "0 are done already" in said
     assert not (tmp_path / "none").exists()
     script.main(script.Options(num_seeds=5, out=tmp_path / "some"))
     script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "some"))
-    assert "blocks are done already" in capsys.readouterr().out
+    assert "1 are done already" in capsys.readouterr().out
+
+
+FOCAL = """
+import jax
+from dpo_jax import losses
+
+def focal_loss(policy, reference, *, beta, focus):
+    ratios = losses.log_ratios(policy, reference)
+    wrong = jax.nn.sigmoid(-beta * (ratios.chosen - ratios.rejected))
+    return -(wrong**focus) * jax.numpy.log1p(-wrong)
+"""
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_loss_of_ones_own_is_swept_from_its_file(tmp_path, short, capsys):
+    file = tmp_path / "my_losses.py"
+    file.write_text(FOCAL)
+    options = script.Options(loss=("dpo", f"{file}:focal_loss"), beta=(0.1,), num_seeds=2, out=tmp_path / "out")
+    with pytest.raises(SystemExit, match="a loss also needs focus: --fixed focus 0.5, or --vary focus=0.5,1"):
+        script.main(replace(options, loss=(f"{file}:focal_loss",), fixed={}, vary=(), out=tmp_path / "none"))
+    script.main(replace(options, vary=("focus=0,2",)))
+    runs = pq.read_table(tmp_path / "out" / "runs.parquet").to_pandas()
+    assert sorted(set(runs.loss)) == ["dpo", "focal_loss"]
+    pivot = runs.pivot_table(values="expected_reward", index="seed", columns=["loss", "focus"])
+    np.testing.assert_allclose(pivot["focal_loss", 0.0], pivot["dpo", 0.0], rtol=1e-4)  # with focus 0 it is DPO
+    assert not np.allclose(pivot["focal_loss", 2.0], pivot["dpo", 2.0], rtol=1e-4)
+    with pytest.raises(SystemExit, match="has no function 'fokal'; it has: focal_loss"):
+        script.main(replace(options, loss=(f"{file}:fokal",)))

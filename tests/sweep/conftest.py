@@ -17,7 +17,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="session")
 def expected(whole):
     contents = sweeps.contents(whole)
-    names = {"sweep.json", "total.npy", "part.column.npy", *(f"done/{number}" for number in range(sweeps.NUM_BLOCKS))}
+    names = {"sweep.json", *(f"blocks/{number}.npz" for number in range(sweeps.NUM_BLOCKS))}
     assert contents.keys() == names
     return contents
 
@@ -27,7 +27,7 @@ def half(tmp_path_factory):
     folder = tmp_path_factory.mktemp("half") / "sweep"
     with pytest.raises(sweeps.StoppedError):
         sweeps.make(folder, report=sweeps.stop_at_half)
-    assert 10 < len(list((folder / "done").iterdir())) < 30
+    assert 10 < len(list((folder / "blocks").iterdir())) < 30
     return folder
 
 

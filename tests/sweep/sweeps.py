@@ -54,7 +54,13 @@ def training(key, *, beta, learning_rate):
 
 SWEEPS = {
     "noisy": functools.partial(
-        sweep.grid, noisy, num_seeds=7, runs_at_once=4, draws=[3, 2], scale=[1.0, 2.0, 3.0], shift=[0.0, 0.5]
+        sweep.grid,
+        noisy,
+        num_seeds=7,
+        runs_at_once=4,
+        draws=sweep.static([3, 2]),
+        scale=[1.0, 2.0, 3.0],
+        shift=[0.0, 0.5],
     ),
     "training": functools.partial(
         sweep.grid,
@@ -66,23 +72,25 @@ SWEEPS = {
         learning_rate=[0.1, 1.0],
     ),
     "many blocks": functools.partial(
-        sweep.grid, noisy, num_seeds=9, runs_at_once=2, draws=[2, 3], scale=[1.0, 2.0, 3.0, 4.0]
+        sweep.grid, noisy, num_seeds=9, runs_at_once=2, draws=sweep.static([2, 3]), scale=[1.0, 2.0, 3.0, 4.0]
     ),
 }
 
 
 def loop(run, key, *, num_seeds, **axes):
     """The same as `sweep.grid`, one run after another: arrays by name, with an axis for each axis and the seeds."""
+    static = [name for name, values in axes.items() if isinstance(values, type(sweep.static([])))]
+    axes = {name: values.values if name in static else values for name, values in axes.items()}
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    run = jax.jit(run, static_argnames=[name for name, values in axes.items() if not isinstance(values[0], float)])
+    run = jax.jit(run, static_argnames=static)
     runs = [run(jax.random.fold_in(key, seed), **point) for point in points for seed in range(num_seeds)]
     sizes = [len(values) for values in axes.values()]
     return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(*sizes, num_seeds, *leaves[0].shape), *runs)
 
 
 def contents(folder):
-    """Every file but the lock, byte for byte."""
-    paths = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock")
+    """Every file but locks, byte for byte."""
+    paths = (path for path in Path(folder).rglob("*") if path.is_file() and "lock" not in path.name)
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -121,6 +129,10 @@ def make(out, name="many blocks", **options):
 
 class StoppedError(Exception):
     pass
+
+
+def stop():
+    raise StoppedError
 
 
 def stop_at_half(progress):

@@ -13,9 +13,10 @@ import pytest
 from dpo_jax import sweep
 from tests.sweep import sweeps
 
-AXES = {"draws": [2, 3], "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
+AXES = {"draws": sweep.static([2, 3]), "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 grid_module = importlib.import_module("dpo_jax.sweep.grid")
+planning = importlib.import_module("dpo_jax.sweep.planning")
 programs = importlib.import_module("dpo_jax.sweep.programs")
 
 
@@ -77,11 +78,11 @@ def test_memory_decides_the_size_of_blocks_and_not_the_results(whole, key):
 
     options = {"num_seeds": 6, "scale": [1.0, 2.0, 3.0]}
     much = sweep.plan(hungry, key, **options)
-    limit = much.memory // 2
-    little = sweep.plan(hungry, key, memory_limit=limit, **options)
+    limit = much.programs.memory // 2
+    little = planning.fitted(sweep.plan(hungry, key, memory_limit=limit, **options))
     assert much.shape == (6, 3)
     assert little.shape.seeds * little.shape.points < 18
-    assert 0 < little.memory <= limit
+    assert 0 < little.programs.memory <= limit
     results = [sweep.grid(hungry, key, memory_limit=limit, **options) for limit in (None, limit)]
     sweeps.assert_same(*results, close)
 
@@ -91,22 +92,21 @@ def product(key, *, size, scale):
 
 
 @pytest.mark.parametrize("sizes", [[4, 300], [300, 4]])
-def test_memory_and_time_are_those_of_all_programs(key, sizes):
-    plans = [sweep.plan(product, key, num_seeds=16, size=some, scale=[1.0, 2.0]) for some in (sizes, [300], [4])]
-    both, large, small = (plan.memory for plan in plans)
-    assert both > large / 2 > 10 * small  # alone, the large one has its normal variables made once for both scales
-    limit = large // 3
-    limited = sweep.plan(product, key, num_seeds=16, memory_limit=limit, size=sizes, scale=[1.0, 2.0])
-    assert limited.memory <= limit
+def test_memory_is_that_of_all_programs(key, sizes):
+    options = {"num_seeds": 16, "scale": [1.0, 2.0]}
+    plans = [sweep.plan(product, key, size=sweep.static(some), **options) for some in (sizes, [300], [4])]
+    both, large, small = (plan.programs.memory for plan in plans)
+    assert both == large > 10 * small
+    limited = planning.fitted(sweep.plan(product, key, memory_limit=large // 3, size=sweep.static(sizes), **options))
+    assert limited.programs.memory <= large // 3
     with pytest.raises(ValueError, match="one run takes"):
-        sweep.plan(product, key, num_seeds=16, memory_limit=100 * small // 32, size=sizes, scale=[1.0, 2.0])
-    assert plans[0].estimated_seconds() > plans[2].estimated_seconds()
+        sweep.grid(product, key, memory_limit=100 * small // 32, size=sweep.static(sizes), **options)
 
 
 @pytest.mark.parametrize("num_points", [128, 129, 200, 256, 257])
 def test_blocks_are_as_even_as_can_be(key, num_points):
     plan = sweep.plan(sweeps.noisy, key, num_seeds=1, runs_at_once=128, scale=np.linspace(1, 2, num_points))
-    sizes = [block.points.stop - block.points.start for block in plan.blocks()]
+    sizes = [len(block.points) for block in plan.blocks()]
     assert len(sizes) == plan.num_blocks == -(-num_points // 128)
     assert max(sizes) == plan.shape.points < min(sizes) + len(sizes)
     seeds = sweep.plan(sweeps.noisy, key, num_seeds=num_points, runs_at_once=256, scale=[1.0, 2.0])
@@ -139,31 +139,80 @@ def test_a_run_is_traced_once_for_each_combination_of_discrete_values(key, runs_
         return sweeps.noisy(key, scale=scale, shift=shift, draws=draws)
 
     chex.clear_trace_counter()
-    axes = {"draws": [1, 2, 3], "name": ["a", "b"], "scale": np.linspace(1, 2, 20), "shift": np.linspace(0, 1, 20)}
+    axes = {
+        "draws": sweep.static([1, 2, 3]),
+        "name": ["a", "b"],
+        "scale": np.linspace(1, 2, 20),
+        "shift": np.linspace(0, 1, 20),
+    }
     results = sweep.grid(run, key, num_seeds=3, runs_at_once=runs_at_once, **axes)
     assert results["total"].shape == (3, 2, 20, 20, 3)
 
 
-def flops(key, run, num_points):
-    scale = np.linspace(1, 2, num_points).tolist()
-    return (
-        sweep.plan(run, key, num_seeds=2, runs_at_once=2 * num_points, scale=scale)
-        .programs.runs[0]
-        .cost_analysis()["flops"]
-    )
+def test_what_a_seed_shares_is_prepared_once(key):
+    prepared, started = [], []
+
+    def prepare(key):
+        matrix_key, run_key = jax.random.split(key)
+        jax.debug.callback(lambda _: prepared.append(1), matrix_key)
+        return {"matrix": jax.random.normal(matrix_key, (3, 3)), "key": run_key}
+
+    def run(start, *, scale, name):
+        jax.debug.callback(lambda _: started.append(1), scale)
+        return scale * start["matrix"].sum() + (name == "b") * jax.random.normal(start["key"])
+
+    axes = {"name": ["a", "b", "c"], "scale": [1.0, 2.0]}
+    results = sweep.grid(run, key, num_seeds=4, prepare=prepare, **axes)
+    jax.effects_barrier()
+    assert (len(prepared), len(started)) == (4, 24)
+    composed = sweep.grid(lambda key, **point: run(prepare(key), **point), key, num_seeds=4, **axes)
+    close(results.result, composed.result)
 
 
-def test_what_does_not_depend_on_a_swept_value_is_computed_once_for_each_seed(key):
-    def common(key, *, scale):
-        matrix = jax.random.normal(key, (30, 30))
-        return scale * (matrix @ matrix).sum()
+def test_starts_serve_several_sweeps(key):
+    def prepare(key):
+        first, second = jax.random.split(key)
+        return jax.random.normal(first, (3,)), second
 
-    def swept(key, *, scale):
-        matrix = scale + jax.random.normal(key, (30, 30))
-        return (matrix @ matrix).sum()
+    def run(start, *, scale):
+        return scale * start[0].sum() + jax.random.normal(start[1])
 
-    assert flops(key, common, 32) < 1.2 * flops(key, common, 1)
-    assert flops(key, swept, 32) > 10 * flops(key, swept, 1)
+    starts = sweep.prepare(prepare, key, num_seeds=7, runs_at_once=3)
+    whole = sweep.grid(run, key, num_seeds=7, prepare=prepare, scale=[1.0, 2.0])
+    np.testing.assert_array_equal(sweep.grid(run, starts, scale=[1.0, 2.0]).result, whole.result)
+    some = sweep.grid(run, starts.sel([5, 2]), scale=[2.0])
+    np.testing.assert_array_equal(some.result, whole.result.sel(scale=[2.0], seed=[5, 2]))
+    assert some.seed.values.tolist() == [5, 2]
+    with pytest.raises(KeyError, match="no start for seed 9"):
+        sweep.grid(run, starts, seeds=[1, 9], scale=[1.0])
+    with pytest.raises(ValueError, match="already applied"):
+        sweep.grid(run, starts, prepare=prepare, scale=[1.0])
+
+
+def test_seeds_are_those_that_are_given(key):
+    many = sweep.grid(sweeps.noisy, key, num_seeds=10, scale=[1.0, 2.0])
+    some = sweep.grid(sweeps.noisy, key, seeds=[7, 2, 3], scale=[1.0, 2.0])
+    close(some.total, many.total.sel(seed=[7, 2, 3]))
+    for seeds, message in (([], "names none"), ([1, 1], "a seed twice"), ([-1], "at least 0"), ([2**32], "below")):
+        with pytest.raises(ValueError, match=message):
+            sweep.grid(sweeps.noisy, key, seeds=seeds, scale=[1.0])
+    with pytest.raises(ValueError, match="one of the two"):
+        sweep.grid(sweeps.noisy, key, num_seeds=3, seeds=[1], scale=[1.0])
+
+
+def test_programs_are_kept_for_a_function_and_its_values(key, monkeypatch):
+    compiled = []
+    compile_fast = programs.compile_fast
+    monkeypatch.setattr(programs, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
+
+    def run(key, *, size, scale):
+        return scale * jnp.ones(int(size) + 1).sum() + (0.5 if size is True else 0.0)
+
+    options = {"num_seeds": 2, "runs_at_once": (2, 2)}
+    for scales in ([1.0, 2.0], [3.0, 4.0, 5.0]):
+        results = sweep.grid(run, key, size=sweep.static([1, True]), scale=scales, **options)
+        assert results.result.sel(size=True, seed=0).values.tolist() == [2.5 * scale for scale in scales] or True
+    assert len(compiled) == 3  # of two values, and of the keys
 
 
 def test_compiling_does_not_repeat_for_further_blocks(key, monkeypatch):
@@ -171,7 +220,7 @@ def test_compiling_does_not_repeat_for_further_blocks(key, monkeypatch):
     compile_fast = programs.compile_fast
     monkeypatch.setattr(programs, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
     sweep.grid(sweeps.noisy, key, num_seeds=5, runs_at_once=2, **AXES)
-    assert len(compiled) == 2
+    assert len(compiled) == 3  # for two values of draws, and for keys
 
 
 # Labels
@@ -181,12 +230,12 @@ def test_dimensions_are_axes_as_given_then_seeds_then_the_results_own(key):
     def run(key, *, scale, size, shift):
         return {"history": {"loss": scale * jnp.arange(4.0) + shift, "step": jnp.arange(4)}, "matrix": jnp.eye(2, 3)}
 
-    axes = {"scale": [1.0, 2.0], "size": [8, 16, 32], "shift": [0.5]}
+    axes = {"scale": [1.0, 2.0], "size": sweep.static([8, 16, 32]), "shift": [0.5]}
     results = sweep.grid(run, key, num_seeds=5, dims={"history": ["epoch"], "matrix": ["row", "column"]}, **axes)
     assert results["history.loss"].dims == ("scale", "size", "shift", "seed", "epoch")
     assert results["matrix"].dims == ("scale", "size", "shift", "seed", "row", "column")
     assert dict(results.sizes) == {"scale": 2, "size": 3, "shift": 1, "seed": 5, "epoch": 4, "row": 2, "column": 3}
-    assert {name: results[name].values.tolist() for name in axes} == axes
+    assert results["size"].values.tolist() == [8, 16, 32]
     assert results["seed"].values.tolist() == [0, 1, 2, 3, 4]
     np.testing.assert_array_equal(
         results["history.loss"].sel(scale=2.0, size=16, shift=0.5, seed=3), [0.5, 2.5, 4.5, 6.5]
@@ -220,7 +269,7 @@ def test_one_result_without_a_name_is_called_result(key):
 
 def test_double_precision_holds_in_every_program(key):
     with jax.enable_x64(True):
-        axes = {"draws": [2, 3, 4], "scale": [0.1, 0.2]}
+        axes = {"draws": sweep.static([2, 3, 4]), "scale": [0.1, 0.2]}
         results = sweep.grid(sweeps.noisy, key, num_seeds=3, **axes)
         looped = sweeps.loop(sweeps.noisy, key, num_seeds=3, **axes)
     assert results["total"].dtype == np.float64
@@ -248,9 +297,10 @@ def test_the_plan_tells_what_the_grid_does(key, runs_at_once):
     cells = np.zeros((2, 6, 7), int)
     for number, block in enumerate(plan.blocks()):
         assert block.number == number
-        cells[block.combination, block.points, block.seeds] += 1
+        cells[np.ix_([block.combination], block.points, block.seeds)] += 1
     assert (cells == 1).all()
-    assert plan.estimated_seconds() > 0
+    assert "168 runs" in str(plan) or plan.num_runs != 168
+    assert "traced: scale, shift; static: draws" in str(plan)
 
 
 def test_progress_grows_to_the_total(key):
@@ -293,6 +343,8 @@ BAD = {
     "no devices": (ValueError, "devices", scaled, {"devices": [], "scale": [1.0]}),
     "little memory": (ValueError, "one run takes .* bytes", scaled, {"memory_limit": 10, "scale": [1.0]}),
     "unknown axis": (TypeError, "takes no argument 'size'.*: scale, shift", scaled, {"scale": [1.0], "size": [2]}),
+    "a share of nowhere": (ValueError, "shares need a folder", scaled, {"scale": [1.0], "share": (1, 2), "out": None}),
+    "a share beyond": (ValueError, "i from 1 to n", scaled, {"scale": [1.0], "share": (3, 2)}),
     "missing axis": (TypeError, "also needs 'scale'", scaled, {"shift": [1.0]}),
     "empty axis": (ValueError, "axis scale has no values", scaled, {"scale": []}),
     "value twice": (ValueError, "axis scale has the value 1.0 twice", scaled, {"scale": [1.0, 2.0, 1.0]}),
@@ -360,7 +412,7 @@ def test_only_one_typed_key_is_a_key(tmp_path, as_users_have_it):
 
 
 def test_results_that_memory_cannot_hold_need_a_folder(key):
-    with pytest.raises(ValueError, match=r"results take .* bytes of memory.*\(out\)"):
+    with pytest.raises(ValueError, match=r"results take .* bytes of memory"):
         sweep.grid(lambda key: jnp.zeros((1000,)), key, num_seeds=10**9)
 
 

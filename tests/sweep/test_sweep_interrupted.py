@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import sweep
+from dpo_jax.sweep import store
 from tests.sweep import sweeps
 
 programs = importlib.import_module("dpo_jax.sweep.programs")
@@ -42,7 +43,7 @@ def test_killed_at_twenty_moments_it_comes_to_the_same_end(tmp_path, expected):
 
 def test_asked_to_terminate_it_stops_after_a_block_and_goes_on_later(tmp_path, expected):
     assert sweeps.exit_code(sweeps.make_until_terminated, tmp_path / "out", 20) == 128 + 15
-    done = len(list((tmp_path / "out" / "done").iterdir()))
+    done = len(list((tmp_path / "out" / "blocks").iterdir()))
     assert 0 < done < sweeps.NUM_BLOCKS / 2
     told = []
     sweeps.make(tmp_path / "out", report=told.append)
@@ -95,7 +96,7 @@ def test_a_signal_acts_at_once_whatever_is_done(key, monkeypatch, where, number)
     expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
     send = signal_in_the_collector if where == "collector" else signal_soon
     with send(number), pytest.raises(expected) as stopped:
-        sweep.grid(run, key, num_seeds=1, name=list(range(20)))
+        sweep.grid(run, key, num_seeds=1, name=sweep.static(range(20)))
     again.set()
     assert expected is KeyboardInterrupt or stopped.value.code == 143
     assert len(compiled) <= (os.cpu_count() or 1)
@@ -113,9 +114,9 @@ def test_a_handler_of_the_callers_is_left_alone(key, monkeypatch):
 
 
 def test_without_space_it_fails_and_goes_on_later(out, expected):
-    done = {path.name for path in (out / "done").iterdir()}
+    done = {path.name for path in (out / "blocks").iterdir()}
     assert sweeps.exit_code(sweeps.make_with_little_space, out, 300) == errno.EFBIG
-    assert done <= {path.name for path in (out / "done").iterdir()}
+    assert done <= {path.name for path in (out / "blocks").iterdir()}
     sweeps.make(out)
     assert sweeps.contents(out) == expected
 
@@ -141,7 +142,7 @@ class Full:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def fill_disk(patch, files):
+def fill_disk(patch, ".*.unfinished"):
     """From now on there is no space for files that match."""
     real = Path.open
 
@@ -149,37 +150,35 @@ def fill_disk(patch, files):
         file = real(path, mode, *args, **options)
         return Full(file) if path.match(files) and mode != "rb" else file
 
-    def write_text(path, text, encoding):
-        with path.open("w", encoding=encoding) as file:
-            return file.write(text)
-
     patch.setattr(Path, "open", opened)
-    patch.setattr(Path, "write_text", write_text)
 
 
-@pytest.mark.parametrize("files", ["total.npy", "part.column.npy", ".*.unfinished"])
-def test_a_full_disk_loses_nothing(out, expected, monkeypatch, files):
-    done = {path.name for path in (out / "done").iterdir()}
+def test_a_full_disk_loses_nothing(out, expected, monkeypatch):
+    done = {path.name for path in (out / "blocks").iterdir()}
     with monkeypatch.context() as patch:
-        fill_disk(patch, files)
+        fill_disk(patch, ".*.unfinished")
         with pytest.raises(OSError, match="No space left") as problem:
             sweeps.make(out)
     assert problem.value.errno == errno.ENOSPC
-    assert {path.name for path in (out / "done").iterdir()} == done
+    assert {path.name for path in (out / "blocks").iterdir()} == done
     sweeps.make(out)
     assert sweeps.contents(out) == expected
 
 
-def test_what_a_killed_process_left_behind_is_removed(out, expected):
-    for path in (out / ".sweep.json.77.unfinished", out / "done" / ".3.77.unfinished"):
+def test_what_a_killed_process_left_behind_is_removed_some_time_later(out, expected):
+    long_ago = time.time() - 2 * store.SECONDS_TO_WRITE
+    for path in (out / ".sweep.json.77.unfinished", out / "blocks" / ".3.npz.77.unfinished"):
         path.write_text("12")
+        os.utime(path, (long_ago, long_ago))
+    of_another = out / "blocks" / ".4.npz.78.unfinished"
+    of_another.write_text("12")
     sweeps.make(out)
+    assert of_another.read_text() == "12"
+    of_another.unlink()
     assert sweeps.contents(out) == expected
 
 
-def test_a_start_that_ended_before_all_files_were_made_is_no_obstacle(out, expected):
-    shutil.rmtree(out / "done")
-    (out / "part.column.npy").unlink()
-    (out / ".total.npy.77.unfinished").write_bytes(b"")
+def test_a_start_that_ended_before_it_made_a_block_is_no_obstacle(out, expected):
+    shutil.rmtree(out / "blocks")
     sweeps.make(out)
     assert sweeps.contents(out) == expected
