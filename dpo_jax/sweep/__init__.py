@@ -6,7 +6,6 @@ from dpo_jax.sweep.grid import prepare as prepare
 from dpo_jax.sweep.planning import Plan as Plan
 from dpo_jax.sweep.planning import plan as plan
 from dpo_jax.sweep.processes import OtherProcessError as OtherProcessError
-from dpo_jax.sweep.processes import OtherProcessError as OtherProcessError
 from dpo_jax.sweep.processes import join_processes as join_processes
 from dpo_jax.sweep.programs import compile_fast as compile_fast
 from dpo_jax.sweep.progress import Progress as Progress

@@ -27,7 +27,6 @@ from dpo_jax.sweep.programs import (
     trace_run,
 )
 from dpo_jax.sweep.starts import Starts
-from dpo_jax.sweep.stopping import stopping
 from dpo_jax.sweep.store import (
     FORMAT,
     Block,

@@ -1,7 +1,7 @@
 """Starts: what the runs of a seed share, made once and handed to sweeps."""
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any

@@ -4,16 +4,13 @@ Its numbers are those of the PyTorch tutorial that this project reimplements. Th
 them. `Pipeline.prepare` makes what all runs of a seed share, for `sweep.grid(..., prepare=...)`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dpo_jax import toy, train
-from dpo_jax.types import Metrics, Objective, Params, Preferences, Scalar
+from dpo_jax import toy
+from dpo_jax.types import Metrics, Params, Preferences
 
 BETA = 0.1
 BETAS = (0.01, 0.1, 0.5, 2.0)

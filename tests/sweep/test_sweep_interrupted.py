@@ -142,7 +142,7 @@ class Full:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def fill_disk(patch, ".*.unfinished"):
+def fill_disk(patch, files):
     """From now on there is no space for files that match."""
     real = Path.open
 

@@ -145,24 +145,6 @@ def test_another_sweep_is_refused_before_anything_is_compiled(whole, expected, m
     assert sweeps.contents(whole) == expected
 
 
-@pytest.mark.parametrize(("change", "num_traced"), [({"num_seeds": 10}, 0), ({"factor": 2.0}, 2)])
-def test_a_refusal_traces_no_more_than_it_must(tmp_path, key, change, num_traced):
-    traced = []
-
-    def make(factor=1.0, num_seeds=2):
-        def run(key, *, name):
-            traced.append(name)
-            return factor if name == "b" else 1.0
-
-        sweep.grid(run, key, num_seeds=num_seeds, out=tmp_path, name=["a", "b", "c", "d"])
-
-    make()
-    traced.clear()
-    with pytest.raises(ValueError, match=r"num_seeds was 2|what run computes with name='b' has changed"):
-        make(**change)
-    assert len(traced) == num_traced
-
-
 def test_zeros_of_both_signs_are_told_apart(tmp_path, key):
     run = lambda key, *, a: 1 / a  # noqa: E731
     sweep.grid(run, key, num_seeds=1, out=tmp_path, a=[0.0, 1.0])
