@@ -215,11 +215,8 @@ def _compute(work: Plan, store: Store, report: Callable[[Progress], None] | None
     resumed, start = total - left, time.perf_counter()
     with impatient(1) as waiting, _synced(store):
         for blocks, results in _one_ahead(_dispatched(work, pending)):
-            try:
+            with _naming_runs(work, next(iter(blocks.values()))):
                 fetched = waiting.submit(jax.device_get, results).result()
-            except Exception as problem:
-                _name_runs(problem, work, next(iter(blocks.values())))
-                raise
             for block, arrays in _parts(work, blocks, fetched):
                 store.write(block, arrays)
                 left -= _num_runs(block)
@@ -239,11 +236,16 @@ def _synced(store: Store) -> Iterator[None]:
         store.sync()
 
 
-def _name_runs(problem: Exception, work: Plan, block: Block) -> None:
+@contextmanager
+def _naming_runs(work: Plan, block: Block) -> Iterator[None]:
     """Adds to an error of a block which runs these were."""
-    points = {name: values.tolist() for name, values in work.axes.points(block.points).items()}
-    ranges = {name: f"{min(values)} to {max(values)}" for name, values in points.items()}
-    name_run(problem, work.axes.combinations[block.combination], ranges)
+    try:
+        yield
+    except Exception as problem:
+        points = {name: values.tolist() for name, values in work.axes.points(block.points).items()}
+        ranges = {name: f"{min(values)} to {max(values)}" for name, values in points.items()}
+        name_run(problem, work.axes.combinations[block.combination], ranges)
+        raise
 
 
 def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:
@@ -259,7 +261,9 @@ def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Blo
                 together.setdefault(place, {})[device] = block
         for (combination, *points), by_device in sorted(together.items(), key=lambda item: item[0]):
             program = work.programs.runs[combination]
-            yield by_device, program(values, work.key, seeds, work.points(slice(*points)))
+            with _naming_runs(work, next(iter(by_device.values()))):
+                results = program(values, work.key, seeds, work.points(slice(*points)))
+            yield by_device, results
 
 
 def _parts(

@@ -18,7 +18,7 @@ import psutil
 from jaxtyping import Array, Key
 
 from dpo_jax import checks
-from dpo_jax.sweep.axes import Axes, label, name_run, read_axes
+from dpo_jax.sweep.axes import Axes, label, read_axes
 from dpo_jax.sweep.programs import (
     BlockShape,
     Programs,
@@ -27,6 +27,7 @@ from dpo_jax.sweep.programs import (
     compile_all,
     fingerprint,
     impatient,
+    naming,
     share_work,
     trace,
 )
@@ -202,11 +203,8 @@ def plan(
         work = replace(work, shape=stored_shape(folder, stored))
     with stopping():
         for combination in read.combinations:
-            try:
+            with naming(combination, tuple(read.traced)):
                 traced = trace(run, key, tuple(read.traced), combination)
-            except Exception as problem:
-                name_run(problem, combination, dict.fromkeys(read.traced, "any"))
-                raise
             work = replace(work, runs=[*work.runs, traced])
             _check_same_results(work)
             if folder:

@@ -16,6 +16,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt32
 
+from dpo_jax.sweep.axes import name_run
 from dpo_jax.sweep.sharing import share
 
 SPLIT, WHOLE = PartitionSpec("seeds"), PartitionSpec()
@@ -57,6 +58,7 @@ class TracedRun:
       jaxpr: what it does to a key and one value of each traced axis.
       outputs: the shape and dtype of each result, by name.
       traced: names of the traced axes.
+      discrete: the discrete values.
       rest: what is left to do with the values that `common` made; the whole, with no such values, if nothing is shared.
       common: what all runs of a grid do with the key alone, each of them the same.
     """
@@ -64,6 +66,7 @@ class TracedRun:
     jaxpr: ClosedJaxpr
     outputs: dict[str, jax.ShapeDtypeStruct]
     traced: tuple[str, ...]
+    discrete: dict[str, Any]
     rest: ClosedJaxpr
     common: ClosedJaxpr | None = None
 
@@ -115,7 +118,7 @@ def trace(run: Callable[..., Any], key: Key[Array, ""], traced: Sequence[str], d
             raise TypeError(f"result {name!r} is a {output.dtype}, which files of arrays do not know; return float32")
     names = sorted(outputs)  # as a dictionary's leaves are
     shapes = {name: jax.ShapeDtypeStruct(outputs[name].shape, outputs[name].dtype) for name in names}
-    return TracedRun(jaxpr, shapes, tuple(traced), rest=jaxpr)
+    return TracedRun(jaxpr, shapes, tuple(traced), discrete, rest=jaxpr)
 
 
 def share_work(runs: Sequence[TracedRun]) -> list[TracedRun]:
@@ -131,10 +134,23 @@ def compile_all(runs: Sequence[TracedRun], shape: BlockShape, devices: Sequence[
     start = time.perf_counter()
     with impatient(os.cpu_count()) as compilers:
         commons = [compilers.submit(compile_fast, lower_common(run, shape, devices)) for run in runs[:1] if run.common]
-        programs = [compilers.submit(compile_fast, lower(run, shape, devices)) for run in runs]
+        programs = []
+        for run in runs:
+            with naming(run.discrete, run.traced):
+                programs.append(compilers.submit(compile_fast, lower(run, shape, devices)))
         compiled = [program.result() for program in programs]
         common = commons[0].result() if commons else None
     return Programs(compiled, common, time.perf_counter() - start)
+
+
+@contextmanager
+def naming(discrete: dict[str, Any], traced: Sequence[str]) -> Iterator[None]:
+    """Adds to an error of `run` for which combination of discrete values it was traced."""
+    try:
+        yield
+    except Exception as problem:
+        name_run(problem, discrete, dict.fromkeys(traced, "any"))
+        raise
 
 
 @contextmanager

@@ -327,19 +327,27 @@ def test_bad_input_is_refused_before_anything_is_computed(key, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_names_the_runs_that_it_came_from(key):
-    def run(key, *, name, scale):
-        def ask(scale):
-            raise OSError("not there")
+@pytest.mark.parametrize(
+    ("name", "method", "error", "scales"),
+    [
+        ("traced", None, KeyError, "any"),
+        ("stacked", None, NotImplementedError, "any"),
+        ("run", "sequential", jax.errors.JaxRuntimeError, "1.0 to 2.0"),
+    ],
+)
+def test_an_error_names_the_runs_that_it_came_from(key, name, method, error, scales):
+    def ask(scale):
+        raise OSError("not there")
 
+    def run(key, *, name, scale):
         if name == "traced":
             raise KeyError("no such loss")
-        return jax.pure_callback(ask, jax.ShapeDtypeStruct((), jnp.float32), scale) if name == "run" else scale
+        number = jax.ShapeDtypeStruct((), jnp.float32)
+        return scale if name == "fine" else jax.pure_callback(ask, number, scale, vmap_method=method)
 
-    for name, error, scales in (("traced", KeyError, "any"), ("run", jax.errors.JaxRuntimeError, "1.0 to 2.0")):
-        with pytest.raises(error) as problem:
-            sweep.grid(run, key, num_seeds=1, name=["fine", name], scale=[1.0, 2.0])
-        assert problem.value.__notes__[-1] == f"This came from run with name='{name}', scale={scales}."
+    with pytest.raises(error) as problem:
+        sweep.grid(run, key, num_seeds=1, name=["fine", name], scale=[1.0, 2.0])
+    assert problem.value.__notes__[-1] == f"This came from run with name='{name}', scale={scales}."
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
