@@ -59,7 +59,7 @@ class Device(NamedTuple):
     topology: dict[str, Any]
     num: int
     bandwidth: float
-    compiler_options: dict[str, str]
+    compiler_options: dict[str, str | bool]
 
 
 DEVICES = {
