@@ -38,7 +38,7 @@ RUNS_AT_ONCE = {"cpu": 128}
 """How many runs a device makes at once, if memory allows: on a CPU, what its caches hold."""
 
 RUNS_AT_ONCE_ON_ACCELERATORS = 65536
-"""Elsewhere. A kernel of a training step then moves about 90 MB, by `experiments.described_devices`; none was measured."""
+"""Elsewhere. A kernel of a training step then moves an estimated 90 MB (`experiments.described_devices`)."""
 
 
 @dataclass(frozen=True)
