@@ -59,7 +59,7 @@ class Device(NamedTuple):
     topology: dict[str, Any]
     num: int
     bandwidth: float
-    compiler_options: dict[str, str]
+    compiler_options: dict[str, str | bool]
 
 
 DEVICES = {
@@ -75,7 +75,7 @@ DEVICES = {
         "TPU v5e",
         "jax[tpu]",
         {"topology_name": "v5e:2x2", "platform": "tpu"},
-        num=1024,
+        num=64,  # XLA compiles slowly for it, the more notebooks the more slowly
         bandwidth=8.19e11,  # of Google's data sheet
         compiler_options={},
     ),
@@ -91,7 +91,7 @@ class Options:
     device: Literal["h200", "v5e"] = "h200"
     """Which device: an NVIDIA H200 or a TPU v5e."""
     num: int | None = None
-    """How many notebooks at once; by default 131,072 on the GPU, and 1,024 on the TPU."""
+    """How many notebooks at once; by default 131,072 on the GPU, and 64 on the TPU, for which XLA compiles slowly."""
     bandwidth: float | None = None
     """Bytes per second that its memory can copy; by default 4.3e12 on the GPU, and 8.19e11 on the TPU."""
     out: Path = Path("results/described_devices")

@@ -102,7 +102,7 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
     except Exception as problem:
         if isinstance(problem, kinds or (TypeError, ValueError, OSError)):
             notes = [note for note in getattr(problem, "__notes__", []) if not note.startswith("---")]  # JAX's own
-            sys.exit(" ".join([f"error: {problem}", *notes]))
+            sys.exit(" ".join([f"error: {problem}", *(f"({note})" for note in notes)]))
         raise
 
 

@@ -250,10 +250,6 @@ def check_folder(out: Path) -> None:
             raise FileExistsError(f"{out} holds other files ({others[0]}) and no sweep: choose a new folder")
 
 
-class StoppedError(SystemExit):
-    """The sweep was stopped from outside."""
-
-
 @contextmanager
 def _saying_how_to_go_on() -> Iterator[None]:
     """Says, if the sweep is stopped from outside, that nothing is lost."""
@@ -261,7 +257,7 @@ def _saying_how_to_go_on() -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit) as stopped:
         harness.console.print("Stopped. What is done is stored: the same command goes on from there.")
-        raise StoppedError(stopped.code if isinstance(stopped, SystemExit) else 130) from None
+        raise SystemExit(stopped.code if isinstance(stopped, SystemExit) else 130) from None
 
 
 def main(options: Options) -> None:
@@ -379,7 +375,9 @@ def _as_text(options: Options) -> dict[str, Any]:
 if __name__ == "__main__":
     try:
         main(harness.parse(Options))
-    except StoppedError as stopped:  # XLA cannot be stopped, so nobody waits for it
+    except SystemExit as ended:  # XLA cannot be stopped, so nobody waits for it
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(int(str(stopped.code)))
+        os._exit(1 if isinstance(ended.code, str) else ended.code or 0)

@@ -189,6 +189,10 @@ def test_what_the_page_of_sweeps_says_of_a_gpu_is_what_was_reckoned():
     least = summary["bytes_per_step_and_run"] / summary["least_bytes_per_step_and_run"]
     assert f"{least:.1f} times the least there is" in words
     assert f"take about {summary['seconds_at_least_for_100000']:.1f} s at least" in words
+    on_tpu = json.loads((ROOT / "experiments/reported/described_devices/v5e/summary.json").read_text())
+    assert f"{on_tpu['num']} notebooks take {on_tpu['memory']['temp'] / 1e6:.0f} MB of temporaries" in words
+    assert f"{on_tpu['kernels_per_step']:.0f} kernels a step" in words
+    assert f"{on_tpu['bytes_per_step_and_run']:,.0f} bytes per step and run go to the chip's memory" in words
 
 
 def test_what_it_says_of_claims_is_what_was_measured():

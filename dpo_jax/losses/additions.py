@@ -41,8 +41,9 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
     def loss_with_sft(policy: PairLike[Float[Array, "*batch"]], *args: Any, **hyperparameters: Any) -> Array:
         if not isinstance(policy, tuple):
             raise TypeError("with_sft needs a loss of pairs or rankings: its term is that of the chosen response")
-        (share,) = fitted(policy[0], weight=weight)
-        return loss(policy, *args, **hyperparameters) - times(share, policy[0])
+        values = loss(policy, *args, **hyperparameters)
+        (factor,) = fitted(policy[0], weight=weight)
+        return values - times(factor, policy[0])
 
     return _described(loss_with_sft, f"with_sft({name_of(loss)})", loss)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, checked_margin, difference, smoothed_logistic, times
+from dpo_jax.losses.ratios import bounded_exp, checked_margin, difference, smoothed_logistic, square, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -117,7 +117,7 @@ def ipo_loss(
     """
     checks.positive("beta", beta)
     margin, beta = checked_margin(policy, reference, beta=beta)
-    return jnp.square(margin - 1 / (2 * beta))
+    return square(margin - 1 / (2 * beta))
 
 
 def hinge_loss(
@@ -165,7 +165,7 @@ def squared_loss(
     """
     checks.positive("beta", beta)
     margin, beta = checked_margin(policy, reference, beta=beta)
-    return jnp.square(times(beta, margin) - 1)
+    return square(times(beta, margin) - 1)
 
 
 def truncated_quadratic_loss(
@@ -188,7 +188,7 @@ def truncated_quadratic_loss(
     """
     checks.positive("beta", beta)
     margin, beta = checked_margin(policy, reference, beta=beta)
-    return jnp.square(jax.nn.relu(1 - times(beta, margin)))
+    return square(jax.nn.relu(1 - times(beta, margin)))
 
 
 def exponential_loss(

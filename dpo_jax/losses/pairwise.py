@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios, difference, times
+from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios, difference, square, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -100,7 +100,7 @@ def sppo_loss(
     """
     checks.positive("beta", beta)
     chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
-    return jnp.square(chosen - 1 / (2 * beta)) + jnp.square(rejected + 1 / (2 * beta))
+    return square(chosen - 1 / (2 * beta)) + square(rejected + 1 / (2 * beta))
 
 
 def apo_zero_loss(

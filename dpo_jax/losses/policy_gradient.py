@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import bounded_exp, difference, fitted, times
+from dpo_jax.losses.ratios import bounded_exp, difference, fitted, square, times
 from dpo_jax.types import Scalar
 
 KLEstimate: TypeAlias = Callable[[Any, Any], Array]
@@ -179,7 +179,7 @@ def k2_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]
 
     Source and arguments: those of `k1_estimate`.
     """
-    return 0.5 * _log_ratio(logps, reference) ** 2
+    return 0.5 * square(_log_ratio(logps, reference))
 
 
 def k3_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:

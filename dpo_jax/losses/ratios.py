@@ -93,6 +93,19 @@ def times(factor: Scalar, value: Float[Array, "*batch"]) -> Float[Array, "*batch
     return factor * jnp.where(infinite & (factor == 0), 0, value)
 
 
+@jax.custom_jvp
+def square(value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """The square, whose slope at infinity is the largest number, so that a weight of 0 leaves nothing of it."""
+    return jnp.square(value)
+
+
+@square.defjvp
+def _square_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (value,), (tangent,) = primals, tangents
+    limit = jnp.finfo(value.dtype).max / 4
+    return square(value), 2 * jnp.clip(value, -limit, limit) * tangent
+
+
 @_as_one
 def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
     r"""Minus the log-likelihood (nats) of a label that is flipped with a given probability.

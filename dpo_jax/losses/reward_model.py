@@ -1,11 +1,10 @@
 """Losses of a reward model: what RLHF fits to comparisons before it starts to reinforce."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.ratios import difference, fitted
+from dpo_jax.losses.ratios import difference, fitted, square, times
 from dpo_jax.types import PairLike, Scalar
 
 
@@ -40,6 +39,5 @@ def bradley_terry_loss(
     checks.same_shape(rewards_chosen=chosen, rewards_rejected=rejected)
     checks.same_dtype(rewards_chosen=chosen, rewards_rejected=rejected)
     margin, centring = fitted(chosen, margin=margin, centring=centring)
-    total = chosen + rejected
-    total = jnp.where(jnp.isinf(total) & (centring == 0), 0, total)
-    return -jax.nn.log_sigmoid(difference(chosen, rejected) - margin) + centring * total**2
+    level = times(centring, square(chosen + rejected))
+    return -jax.nn.log_sigmoid(difference(chosen, rejected) - margin) + level

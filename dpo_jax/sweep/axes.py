@@ -1,7 +1,8 @@
 """Axes: what a sweep varies. Numbers are traced, one program for all of them; anything else is static.
 
-An axis is *traced* if its values are numbers, or a pytree of arrays with a common leading axis. It is *static*, with one
-program for each value, if its values are anything else (names, functions, Booleans), or if it says so: `static([8, 16])`.
+An axis is *traced* if its values are numbers, or a pytree of arrays with a common leading axis. It is *static*, with
+one program for each value, if its values are anything else (names, functions, Booleans), or if it says so:
+`static([8, 16])`.
 """
 
 import inspect

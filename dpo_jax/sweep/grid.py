@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,8 +101,8 @@ def grid(
       repair: whether damaged blocks of a folder are made again, instead of raising an error.
       runs_at_once: how many runs a device makes at once at most; by default what suits the device. A pair says how
         many seeds, and how many points for each.
-      memory_limit: bytes that programs may take on each device, and all results in this machine's memory; by default
-        most of what is free.
+      memory_limit: bytes that programs may take on each device; by default most of what is free (of this machine's
+        memory: half, shared by the devices).
       devices: devices of this process to share the work; all of them by default.
       report: called after every block; by default, a line on the terminal shows how far the sweep is.
       **axes: by name, the values to try. The names of this function's own arguments cannot be axes.
@@ -142,7 +142,7 @@ def grid(
             **axes,
         )
         names = dimension_names(work, dims or {})
-        check_results_fit(work, memory_limit or free_host_memory())
+        check_results_fit(work, free_host_memory())
         results = Results(work.grid_shape, work.seeds, work.result_shapes)
         if work.folder is None:
             work = fitted(work)
@@ -261,11 +261,8 @@ def _compute(
     resumed = total - left
     with impatient(1) as waiting:
         for by_device, arrays in _one_ahead(_dispatched(work, pending)):
-            try:
+            with _naming_runs(work, next(iter(by_device.values()))):
                 fetched = waiting.submit(jax.device_get, arrays).result()
-            except Exception as problem:
-                _name_runs(problem, work, next(iter(by_device.values())))
-                raise
             for block, part in _taken_apart(work, by_device, fetched):
                 if work.folder:
                     work.folder.write(block, part)
@@ -276,11 +273,16 @@ def _compute(
             stop.check()
 
 
-def _name_runs(problem: Exception, work: Plan, block: Block) -> None:
+@contextmanager
+def _naming_runs(work: Plan, block: Block) -> Iterator[None]:
     """Adds to an error of a block which runs these were."""
-    names = [work.axes.names_of_points[point] for point in block.points]
-    ranges = {name: f"{names[0][name]} to {names[-1][name]}" for name in names[0]}
-    name_run(problem, work.axes.combinations[block.combination], ranges)
+    try:
+        yield
+    except Exception as problem:
+        names = [work.axes.names_of_points[point] for point in block.points]
+        ranges = {name: f"{names[0][name]} to {names[-1][name]}" for name in names[0]}
+        name_run(problem, work.axes.combinations[block.combination], ranges)
+        raise
 
 
 def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Block], dict[str, Array]]]:
@@ -294,7 +296,9 @@ def _dispatched(work: Plan, blocks: list[Block]) -> Iterator[tuple[dict[int, Blo
                 for block in group:
                     together.setdefault((block.combination, tuple(block.points)), {})[device] = block
             for (combination, points), by_device in together.items():
-                yield by_device, work.programs.runs[combination](starts, work.points(points))
+                with _naming_runs(work, next(iter(by_device.values()))):
+                    results = work.programs.runs[combination](starts, work.points(points))
+                yield by_device, results
 
 
 def _starts(work: Plan, seeds: Sequence[Sequence[int]]) -> list[Array]:
@@ -303,7 +307,7 @@ def _starts(work: Plan, seeds: Sequence[Sequence[int]]) -> list[Array]:
     size = work.shape.seeds
     rows = np.array([[*each, *[each[-1]] * (size - len(each))] for each in filled], np.uint32).ravel()
     if isinstance(work.source, Starts):
-        return place(work.source.leaves(rows), work.devices)
+        return place(work.source.leaves(rows.tolist()), work.devices)
     assert work.programs.prepare is not None
     return work.programs.prepare(work.source, rows)
 
@@ -356,11 +360,11 @@ def _checked_share(share: tuple[int, int] | None, out: Any) -> tuple[int, int]:
         share = jax.process_index() + 1, jax.process_count()
     if share is None:
         return 1, 1
-    if out is None:
-        raise ValueError("shares need a folder in which their results meet: give out")
     which, num_shares = share
     if not 1 <= which <= num_shares:
         raise ValueError(f"share must be (i, n) with i from 1 to n, got {share}")
+    if out is None:
+        raise ValueError("shares need a folder in which their results meet: give out")
     return which, num_shares
 
 

@@ -15,7 +15,7 @@ import psutil
 from jaxtyping import Array, Key
 
 from dpo_jax import checks
-from dpo_jax.sweep.axes import Axes, label, name_run, read_axes
+from dpo_jax.sweep.axes import Axes, label, read_axes
 from dpo_jax.sweep.programs import (
     BlockShape,
     Programs,
@@ -23,6 +23,7 @@ from dpo_jax.sweep.programs import (
     TracedPrepare,
     TracedRun,
     compile_all,
+    naming,
     trace_prepare,
     trace_run,
 )
@@ -90,11 +91,8 @@ class Plan:
         """
         combinations = self.axes.combinations
         for combination in combinations:
-            try:
+            with naming(combination, list(self.axes.traced)):
                 traced = trace_run(self.run, self.first.start, self.first.point, combination)
-            except Exception as problem:
-                name_run(problem, combination, dict.fromkeys(self.axes.traced, "any"))
-                raise
             if traced.outputs != self.first.outputs:
                 both = {*traced.outputs, *self.first.outputs}
                 names = sorted(name for name in both if traced.outputs.get(name) != self.first.outputs.get(name))

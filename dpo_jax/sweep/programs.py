@@ -8,7 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree, UInt32
+
+from dpo_jax.sweep.axes import name_run
 
 SPLIT, WHOLE = PartitionSpec("seeds"), PartitionSpec()
 
@@ -103,13 +105,20 @@ class TracedRun:
       jaxpr: what it makes of the leaves of a start and of one value of each traced axis.
       outputs: the shape and dtype of each result, by name.
       start, point: the structure of its arguments.
+      combination: the static values.
     """
 
     jaxpr: ClosedJaxpr
     outputs: dict[str, jax.ShapeDtypeStruct]
     start: Struct
     point: Struct
+    combination: dict[str, Any]
     programs: dict[Hashable, jax.stages.Compiled] = field(default_factory=dict)
+
+    @property
+    def traced(self) -> list[str]:
+        """Names of the traced axes."""
+        return list(self.point.example)
 
     def lower(
         self, shape: BlockShape, devices: Sequence[jax.Device], platforms: tuple[str, ...] | None = None
@@ -178,15 +187,25 @@ def compile_all(
     place = shape, tuple(devices)
     todo = [each for each in (prepare, *runs) if each is not None]
     with impatient(os.cpu_count()) as compilers:
-        started = {
-            id(each): compilers.submit(compile_fast, each.lower(shape, devices))
-            for each in todo
-            if place not in each.programs
-        }
+        started = {}
+        for each in todo:
+            if place not in each.programs:
+                with naming(each.combination, each.traced) if isinstance(each, TracedRun) else nullcontext():
+                    started[id(each)] = compilers.submit(compile_fast, each.lower(shape, devices))
         for each in todo:
             if id(each) in started:
                 each.programs[place] = started[id(each)].result()
     return Programs(prepare and prepare.programs[place], [run.programs[place] for run in runs])
+
+
+@contextmanager
+def naming(combination: dict[str, Any], traced: Sequence[str]) -> Iterator[None]:
+    """Adds to an error of `run` for which combination of static values it was traced."""
+    try:
+        yield
+    except Exception as problem:
+        name_run(problem, combination, dict.fromkeys(traced, "any"))
+        raise
 
 
 @contextmanager
@@ -293,7 +312,7 @@ def _trace_run(run: Callable[..., Any], start: Struct, point: Struct, combinatio
             raise TypeError(f"result {name!r} is a {output.dtype}, which files of arrays do not know; return float32")
     names = sorted(outputs)  # as a dictionary's leaves are
     shapes = {name: jax.ShapeDtypeStruct(outputs[name].shape, outputs[name].dtype) for name in names}
-    return TracedRun(jaxpr, shapes, start, point)
+    return TracedRun(jaxpr, shapes, start, point, {name: value for name, *_, value in combination})
 
 
 def _split_over(devices: Sequence[jax.Device], block: Callable[..., Any], arguments: tuple[PartitionSpec, ...]) -> Any:

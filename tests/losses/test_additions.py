@@ -101,6 +101,9 @@ def test_what_has_no_weight_may_be_infinite():
     for loss in (
         lambda policy: weighted(policy, REFERENCE, beta=0.5, weights=weights),
         lambda policy: losses.weighted_sum((weights, losses.dpo_loss))(policy, REFERENCE, beta=0.5),
+        lambda policy: losses.weighted_sum((0.0, losses.ipo_loss), (0.0, losses.sppo_loss))(
+            policy, REFERENCE, beta=0.5
+        ),
         lambda policy: losses.with_sft(losses.apo_zero_loss, weight=0.0)(policy, REFERENCE, beta=0.5) * weights,
     ):
         value, gradient = jax.value_and_grad(lambda policy: loss(policy).sum())(masked)  # noqa: B023

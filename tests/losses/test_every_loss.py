@@ -283,7 +283,8 @@ def test_hyperparameters_do_not_change_the_dtype(case):
             changed = {name: wide(case.hyperparameters[name]) for name in case.swept}
             arrays = {name: jnp.asarray(value) for name, value in changed.items()}
             if "moments" in case.hyperparameters:
-                arrays["moments"] = jax.tree.map(lambda x: jnp.asarray(x, wide) if x.ndim == 0 else x, menu.MOMENTS)  # noqa: B023
+                mean, std = jnp.asarray(menu.MOMENTS.mean, wide), jnp.asarray(menu.MOMENTS.std, wide)
+                arrays["moments"] = menu.MOMENTS._replace(mean=mean, std=std)
             for values in (changed, arrays):
                 loss = jax.eval_shape(
                     lambda policy: evaluate(case, policy, inputs, dtype, **values),  # noqa: B023

@@ -28,6 +28,14 @@ def test_only_centring_knows_the_level_of_rewards(centring):
     np.testing.assert_allclose(jax.grad(loss)(0.0), 4 * centring * sum(side.sum() for side in REWARDS), atol=1e-6)
 
 
+def test_infinite_rewards_have_the_loss_of_the_limit():
+    """Of a masked response, say; without centring they are none of its business."""
+    rewards = jnp.array([-1.0, -jnp.inf, -jnp.inf]), jnp.array([-jnp.inf, 2.0, -jnp.inf])
+    loss, pull_back = jax.vjp(bradley_terry_loss, rewards)
+    np.testing.assert_allclose(loss, [0, np.inf, np.log(2)])
+    np.testing.assert_allclose(pull_back(jnp.ones(3))[0], [[0, -1, 0], [0, 1, 0]], atol=1e-7)
+
+
 @pytest.mark.parametrize("win", [0.5, 0.8, 0.99])
 def test_it_comes_to_rest_at_the_log_odds_of_the_preference(win):
     def risk(difference):
