@@ -70,6 +70,8 @@ class Options:
     """Decides everything random."""
     num_seeds: int = 64
     """How many worlds, each with its own data, network and training."""
+    share: str = "1/1"
+    """Which part to compute, of how many: `3/16`. Parts wait for nobody; tables come from what is there."""
     runs_at_once: int | None = None
     """How many runs a device makes at once; by default what suits the device."""
     memory_limit: int | None = None
@@ -277,7 +279,9 @@ def main(options: Options) -> None:
     out, start = harness.output_folder(options.out), perf_counter()
     errors = harness.clear_errors(TypeError, ValueError, OSError, sweep.OtherProcessError)
     with errors, _saying_how_to_go_on(), harness.sweep_report("Runs", options.log_every) as report:
-        results = sweep.grid(**arguments, out=out / "runs", repair=options.repair, report=report)
+        results = sweep.grid(
+            **arguments, out=out / "runs", share=_share(options.share), repair=options.repair, report=report
+        )
     if jax.process_index() != 0:
         return
     summary = summarise(results)
@@ -337,6 +341,14 @@ def _method(name: str) -> tuple[str, Method]:
     close = difflib.get_close_matches(name, OF_PAIRS, n=1)
     meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OF_PAIRS)}; or my_file.py:my_loss"
     raise ValueError(f"--loss: there is no {name!r}{meant}")
+
+
+def _share(text: str) -> tuple[int, int] | None:
+    """Which part of how many: `3/16`; `None` for the whole."""
+    which, _, num = text.partition("/")
+    if not (which.isdecimal() and num.isdecimal()):
+        raise ValueError(f"--share must be a part of how many, as in 3/16; got {text!r}")
+    return None if text == "1/1" else (int(which), int(num))
 
 
 def _varied(text: str) -> tuple[str, np.ndarray]:

@@ -62,9 +62,9 @@ def grid(
     Every point of the grid sees the same seeds (common random numbers), so differences between points are paired.
 
     An axis of numbers is *traced*: one program serves all its values. So is a pytree of arrays with a common leading
-    axis, for instance `candidate={"beta": betas, "learning_rate": rates}`: its rows are the values of one dimension, and
-    `run` gets one row. Any other axis is *static* (names, functions, Booleans, and numbers in `sweep.static`): `run` is
-    traced and compiled once for each combination of static values.
+    axis, for instance `candidate={"beta": betas, "learning_rate": rates}`: its rows are the values of one dimension,
+    and `run` gets one row. Any other axis is *static* (names, functions, Booleans, and numbers in `sweep.static`):
+    `run` is traced and compiled once for each combination of static values.
 
     What all points of a seed share is made once, by `prepare`; then `run` gets its result in place of the key. The
     results are those of `grid(lambda key, **point: run(prepare(key), **point), key, ...)`.

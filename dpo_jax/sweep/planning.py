@@ -347,13 +347,11 @@ def _trace_first(run: Callable[..., Any], start: Struct, axes: Axes) -> TracedRu
     }
     combination = axes.combinations[0]
     try:
-        return trace_run(run, start, Struct.of(point), combination)
-    except Exception as problem:
-        name_run(problem, combination, dict.fromkeys(axes.traced, "any"))
+        with naming(combination, list(axes.traced)):
+            return trace_run(run, start, Struct.of(point), combination)
+    except TypeError as problem:  # so are JAX's errors of concretization
         if axes.traced:
-            problem.add_note(
-                f"Traced: {', '.join(axes.traced)}. Wrap what decides a shape or a branch in sweep.static."
-            )
+            problem.add_note(f"Wrap what decides a shape or a branch in sweep.static; traced: {', '.join(axes.traced)}")
         raise
 
 

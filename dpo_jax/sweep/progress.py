@@ -39,7 +39,7 @@ def on_terminal(file: TextIO | None = None, *, seconds_between: float = 0.1) -> 
     file = file or sys.stderr
     width, last = 0, -seconds_between
     if not file.isatty():
-        yield lambda progress: None
+        yield lambda _: None
         return
 
     def report(progress: Progress) -> None:

@@ -1,9 +1,9 @@
 """Stores: where results go, block by block; in memory, or in a folder that outlives the process.
 
-A folder holds `sweep.json`, which comes first and says what makes the results, and in `blocks/` one `.npz` file for each
-block that is complete, an array for each result. Files are written beside their place, synced and renamed, so a block
-counts if its file is there. `sweep.json` lists *boxes*: products of combinations, points and seeds, each cut into blocks.
-A sweep that is asked for more appends boxes that hold what is missing, so nothing is computed twice.
+A folder holds `sweep.json`, which comes first and says what makes the results, and in `blocks/` one `.npz` file for
+each block that is complete, an array for each result. Files are written beside their place, synced and renamed, so a
+block counts if its file is there. `sweep.json` lists *boxes*: products of combinations, points and seeds, each cut into
+blocks. A sweep that is asked for more appends boxes that hold what is missing, so nothing is computed twice.
 """
 
 import errno

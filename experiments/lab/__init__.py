@@ -1,1 +1,0 @@
-"""What experiments share: the standard pipeline, methods, tuning; options, files, tables."""
