@@ -214,7 +214,7 @@ def unpaired_objective(
         return logps, reference_of(batch), batch.desirable
 
     def metrics(logps: Any, batch: Labels, values: dict[str, Any]) -> Metrics:
-        rewards = values["beta"] * (logps - reference_of(batch))
+        rewards = values["beta"] * difference(logps, reference_of(batch))
         good, bad = (_ratio(rewards, batch.weights, side) for side in (batch.desirable, ~batch.desirable))
         margin = Ratio(good.numerator, good.denominator, minus=bad)
         return {"desirable_reward": good, "undesirable_reward": bad, "reward_margin": margin}
