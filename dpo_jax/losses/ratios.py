@@ -93,17 +93,22 @@ def times(factor: Scalar, value: Float[Array, "*batch"]) -> Float[Array, "*batch
     return factor * jnp.where(infinite & (factor == 0), 0, value)
 
 
-@jax.custom_jvp
+@_as_one
 def square(value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The square, whose slope at infinity is the largest number, so that a weight of 0 leaves nothing of it."""
+    return _square(value)
+
+
+@jax.custom_jvp
+def _square(value: Array) -> Array:
     return jnp.square(value)
 
 
-@square.defjvp
+@_square.defjvp
 def _square_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (value,), (tangent,) = primals, tangents
     limit = jnp.finfo(value.dtype).max / 4
-    return square(value), 2 * jnp.clip(value, -limit, limit) * tangent
+    return _square(value), 2 * jnp.clip(value, -limit, limit) * tangent
 
 
 @_as_one

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
 from dpo_jax.losses import bradley_terry_loss
+from dpo_jax.losses.ratios import difference, times
 from dpo_jax.losses.structure import refuse_weights_if_rows_mix
 from dpo_jax.train.families import check_call
 from dpo_jax.types import (
@@ -115,7 +116,7 @@ def preference_objective(
         return logps, reference_of(batch)
 
     def metrics(logps: Any, batch: Preferences, values: dict[str, Any]) -> Metrics:
-        return _comparison("reward", *(values["beta"] * (logps[i] - reference_of(batch)[i]) for i in (0, -1)))
+        return _comparison("reward", *(values["beta"] * difference(logps[i], reference_of(batch)[i]) for i in (0, -1)))
 
     return _objective(log_prob, loss, Preferences, arguments, metrics, hyperparameters)
 
@@ -213,7 +214,7 @@ def unpaired_objective(
         return logps, reference_of(batch), batch.desirable
 
     def metrics(logps: Any, batch: Labels, values: dict[str, Any]) -> Metrics:
-        rewards = values["beta"] * (logps - reference_of(batch))
+        rewards = values["beta"] * difference(logps, reference_of(batch))
         good, bad = (_ratio(rewards, batch.weights, side) for side in (batch.desirable, ~batch.desirable))
         margin = Ratio(good.numerator, good.denominator, minus=bad)
         return {"desirable_reward": good, "undesirable_reward": bad, "reward_margin": margin}
@@ -382,4 +383,4 @@ def _mean(values: Float[Array, " batch"], weights: Array | None) -> Float[Array,
         return jnp.mean(values)
     checks.same_shape(losses=values, weights=weights)
     checks.not_negative("weights", weights)
-    return jnp.where(jnp.any(weights < 0), jnp.nan, jnp.mean(weights * values))
+    return jnp.where(jnp.any(weights < 0), jnp.nan, jnp.mean(times(weights, values)))

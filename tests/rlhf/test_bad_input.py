@@ -106,7 +106,7 @@ def test_the_best_of_n_is_never_one_whose_reward_is_nan(bandit, key):
     def reward(prompts, responses):
         return jnp.where(jnp.arange(4)[None] == 1, jnp.nan, responses.astype(jnp.float32))
 
-    with pytest.raises(ValueError, match=r"reward\(prompts, responses\) must be a number, got nan in row \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"reward\(prompts, responses\) must be a number, .*in row \(0, 1\)"):
         best(key, reward)
     drawn = np.asarray(respond(key, bandit.reference, jnp.arange(2)).responses)
     np.testing.assert_array_equal(jax.jit(lambda key: best(key, reward))(key), np.delete(drawn, 1, axis=1).max(axis=1))

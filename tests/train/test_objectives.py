@@ -362,7 +362,7 @@ def test_negative_weights_are_an_error_and_stop_training_where_nobody_can_look(s
 # Metrics of an epoch
 
 
-@pytest.mark.parametrize("batch_size", [64, 16, 4, 24])
+@pytest.mark.parametrize("batch_size", [64, 4, 24])
 def test_metrics_with_a_denominator_of_their_own_do_not_depend_on_the_batch_size(key, batch_size):
     """64 labels of which 4 are good, and 64 comparisons of which one counts, with a policy that stays as it is."""
     params, prompts = jnp.array([[1.0, 0.5, -1.0]]), jnp.zeros(64, int)
@@ -376,7 +376,8 @@ def test_metrics_with_a_denominator_of_their_own_do_not_depend_on_the_batch_size
     def epoch(objective, data):
         options = {"objective": objective, "optimizer": optax.set_to_zero()}
         state = train.init_state(params, **options)
-        return train.run_epoch(state, data, jax.random.permutation(key, 64), batch_size=batch_size, **options)[1]
+        order = jax.random.permutation(key, 64)
+        return jax.jit(lambda state: train.run_epoch(state, data, order, batch_size=batch_size, **options)[1])(state)
 
     rewards = np.asarray(score(params, prompts, labels.responses) - labels.reference, np.float64)
     metrics = epoch(kto, labels)
