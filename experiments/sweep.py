@@ -385,8 +385,9 @@ def _as_text(options: Options) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    asked = harness.parse(Options)
     try:
-        main(harness.parse(Options))
+        main(asked)
     except SystemExit as ended:  # XLA cannot be stopped, so nobody waits for it
         if isinstance(ended.code, str):
             print(ended.code, file=sys.stderr)
