@@ -1,9 +1,9 @@
 """DPO beside RLHF, measured: what each costs, how far it gets, and how it fares with a bad learning rate.
 
 All methods start from the same SFT policies in the same worlds and take equally many optimizer steps. The learning rate
-is chosen in other worlds, for each method and each strength of its pull to the reference, by what they are all meant to
-maximise: the exact expected reward less beta times the KL (where the KL itself is set, by the reward alone). Every
-policy is measured exactly.
+is chosen in other worlds, for each method and each strength of its pull to the reference, by the objective that all are
+meant to maximise: the exact expected reward minus beta times the KL (if the KL itself is set, by the reward alone).
+Every policy is measured exactly.
 """
 
 import statistics
@@ -12,21 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dpo_jax import checks, figures, losses, rlhf, toy
-from dpo_jax.types import Scalar
-from experiments import contenders, harness
-from experiments.contenders import BETAS, CONTENDERS, NUM_STEPS, Contender, Scene
-from experiments.notebook import BETA
-from experiments.tuning import RUNS_PER_CHUNK, Counter, Hyperparameters, Runner, Task
+from dpo_jax import checks, figures, losses, rlhf, sweep, toy
+from dpo_jax.types import Metrics, Numeric
+from experiments.lab import commands, console, contenders, devices, files
+from experiments.lab.contenders import BETAS, CONTENDERS, Contender, Scene, contender
+from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline
+from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
+from experiments.lab.tuning import Seeds
 
-THREADS = 2
 LEARNING_RATES = tuple(float(f"{rate:.1g}") for rate in np.geomspace(3e-5, 1e-1, 8))
 CURVE_BETAS = np.geomspace(0.003, 20.0, 40, dtype=np.float32)
 CURVE_NUMS = np.geomspace(1.0, 1000.0, 25, dtype=np.float32)
@@ -34,6 +34,10 @@ BEST_OF = 16
 UNPULLED = {"DPO": 0.003, "PPO, reward model": 0.0, "RLOO, reward model": 0.0}
 """Methods to be watched while they overoptimise, with next to no pull to the reference, and the beta of each."""
 WATCHED_RATE = 1e-3
+BLOCK = 16, 4
+"""Worlds and trials that a device runs at once, in all rounds: what is compiled for the first serves all."""
+NUM_TIMED, NUM_TIMINGS = 64, 5
+"""How many runs are timed together, and how often."""
 IMITATION = ("preferred fine-tuning", "unlikelihood")
 """Baselines that are in the table, but too far below to be drawn."""
 PANELS = {
@@ -49,7 +53,7 @@ class Options:
     """DPO beside RLHF: cost, exact reward, KL, and sensitivity, with confidence intervals."""
 
     seed: int = 0
-    """The first seed to report; the others follow it. Tuning uses the seeds after them."""
+    """Decides everything random."""
     num_seeds: int = 64
     """How many worlds to report, each with its own data, network and training."""
     num_tuning_seeds: int = 32
@@ -58,53 +62,71 @@ class Options:
     """Folder for summary.json and the figures."""
 
 
-def run(contender: Contender, scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
-    """Trains one policy and measures it exactly; NaN where training came to a halt."""
-    log_probs, history = contender.trained(scene, hyperparameters["strength"], hyperparameters["learning_rate"])
-    measured = measure(scene, log_probs, price_of(contender, hyperparameters["strength"]))
-    finished = jnp.isfinite(history["loss"][-1])
-    return {name: jnp.where(finished, value, jnp.nan) for name, value in measured.items()}
+class Trials(NamedTuple):
+    """An axis of a sweep: in each row a strength and a learning rate. `place` tells rows apart that are equal."""
+
+    place: np.ndarray
+    strength: np.ndarray
+    learning_rate: np.ndarray
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[float, float]]) -> "Trials":
+        """The trials of some pairs of a strength and a learning rate."""
+        return cls(np.arange(len(rows)), *(np.array(column, np.float32) for column in zip(*rows, strict=True)))
 
 
-def price_of(contender: Contender, strength: Scalar) -> Scalar:
+def runner(pipeline: Pipeline) -> Callable[..., Metrics]:
+    """`run(scene, method=..., trial=...)`: trains one policy and measures it exactly; NaN if training diverged."""
+
+    def run(scene: Scene, *, method: str, trial: Trials) -> Metrics:
+        chosen = contender(method)
+        log_probs, history = chosen.trained(scene, trial.strength, trial.learning_rate, pipeline=pipeline)
+        found = measure(scene, log_probs, price_of(chosen, trial.strength))
+        finished = jnp.isfinite(history["loss"][-1])
+        return {name: jnp.where(finished, value, jnp.nan) for name, value in found.items()}
+
+    return run
+
+
+def price_of(contender: Contender, strength: Numeric) -> Numeric:
     """The beta of the objective that a method of this strength is meant to maximise."""
     return {"beta": strength, "tau": 4 * strength}.get(contender.strength, BETA)
 
 
-def measure(scene: Scene, log_probs: Array, beta: Scalar) -> dict[str, Array]:
-    """True reward, what the reward model makes of it, KL, and regret; means over prompts."""
-    rewards = scene.world.rewards
+def measure(scene: Scene, log_probs: Array, beta: Numeric) -> Metrics:
+    """True reward, the reward model's score, KL, and regret; means over prompts."""
+    rewards, reference = scene.true_rewards, scene.start.log_probs
     return {
-        **toy.evaluate(log_probs, scene.log_probs, rewards),
+        **toy.evaluate(log_probs, reference, rewards),
         "learned_reward": jnp.mean(toy.expected_reward(log_probs, scene.learned_rewards)),
-        "regret": jnp.mean(toy.regret(log_probs, scene.log_probs, rewards, beta=beta)),
-        "win_rate": jnp.mean(toy.win_rate(log_probs, scene.log_probs, rewards, temperature=0.0)),
+        "regret": jnp.mean(toy.regret(log_probs, reference, rewards, beta=beta)),
+        "win_rate": jnp.mean(toy.win_rate(log_probs, reference, rewards, temperature=0.0)),
     }
 
 
-def follow(contender: Contender, scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
-    """The course of one training: exact reward, KL and learned reward after each epoch."""
-    _, history = contender.trained(scene, hyperparameters["strength"], hyperparameters["learning_rate"])
+def follow(scene: Scene, *, method: str, pipeline: Pipeline) -> Metrics:
+    """Exact reward, KL and learned reward after each epoch of a training with next to no pull to the reference."""
+    _, history = contender(method).trained(scene, UNPULLED[method], WATCHED_RATE, pipeline=pipeline)
     return {name: history[name] for name in ("expected_reward", "kl_to_reference", "learned_reward")}
 
 
 def baseline(scene: Scene) -> dict[str, Any]:
-    """What needs no training: SFT, best-of-n, and the exact optima of the true and of the learned reward."""
+    """Policies that need no training: SFT, best-of-n, and the exact optima of the true and of the learned reward."""
     measured = partial(measure, scene, beta=BETA)
-    learned, true = scene.learned_rewards, scene.world.rewards
+    reference, learned, true = scene.start.log_probs, scene.learned_rewards, scene.true_rewards
 
     def tilted(rewards: Array) -> Any:
-        return jax.vmap(lambda beta: measured(toy.optimal_policy(scene.log_probs, rewards, beta=beta)))(CURVE_BETAS)
+        return jax.vmap(lambda beta: measured(toy.optimal_policy(reference, rewards, beta=beta)))(CURVE_BETAS)
 
     def best_of(rewards: Array) -> Any:
-        return jax.vmap(lambda num: measured(toy.best_of_n_policy(scene.log_probs, rewards, num=num)))(CURVE_NUMS)
+        return jax.vmap(lambda num: measured(toy.best_of_n_policy(reference, rewards, num=num)))(CURVE_NUMS)
 
     return {
-        "sft": measured(scene.log_probs),
-        "optimum": measured(toy.optimal_policy(scene.log_probs, true, beta=BETA)),
-        "optimum of the reward model": measured(toy.optimal_policy(scene.log_probs, learned, beta=BETA)),
-        f"best of {BEST_OF}, reward model": measured(toy.best_of_n_policy(scene.log_probs, learned, num=BEST_OF)),
-        f"best of {BEST_OF}, true reward": measured(toy.best_of_n_policy(scene.log_probs, true, num=BEST_OF)),
+        "sft": measured(reference),
+        "optimum": measured(toy.optimal_policy(reference, true, beta=BETA)),
+        "optimum of the reward model": measured(toy.optimal_policy(reference, learned, beta=BETA)),
+        f"best of {BEST_OF}, reward model": measured(toy.best_of_n_policy(reference, learned, num=BEST_OF)),
+        f"best of {BEST_OF}, true reward": measured(toy.best_of_n_policy(reference, true, num=BEST_OF)),
         "frontier": tilted(true),
         "frontier of the reward model": tilted(learned),
         "best of n, reward model": best_of(learned),
@@ -119,12 +141,12 @@ def estimators(scene: Scene) -> dict[str, Any]:
     `alignment` is the cosine of expected and exact gradient, `scale` how much longer the expected one is, and `noise`
     the variance per sample in units of the squared length of the expected gradient.
     """
-    expected = toy.expected_reward(scene.log_probs, scene.world.rewards)[:, None]
+    expected = toy.expected_reward(scene.start.log_probs, scene.true_rewards)[:, None]
 
     def quality(rewards: Array, group_size: int, advantages: Any) -> dict[str, Array]:
         moments = partial(rlhf.estimate_moments, group_size=group_size, advantages=advantages)
-        mean, variance = jax.lax.map(lambda prompt: moments(*prompt), (scene.log_probs, rewards))
-        exact = rlhf.policy_gradient(scene.log_probs, rewards)
+        mean, variance = jax.lax.map(lambda prompt: moments(*prompt), (scene.start.log_probs, rewards))
+        exact = rlhf.policy_gradient(scene.start.log_probs, rewards)
         length, exact_length = jnp.linalg.norm(mean), jnp.linalg.norm(exact)
         return {
             "alignment": jnp.sum(mean * exact) / (length * exact_length),
@@ -132,7 +154,7 @@ def estimators(scene: Scene) -> dict[str, Any]:
             "noise": group_size * jnp.sum(variance) / length**2,
         }
 
-    rewards = scene.world.rewards
+    rewards = scene.true_rewards
     return {
         "REINFORCE, no baseline": quality(rewards, 1, lambda rewards, _: rewards),
         "exact value as baseline": quality(rewards - expected, 1, lambda rewards, _: rewards),
@@ -143,159 +165,121 @@ def estimators(scene: Scene) -> dict[str, Any]:
     }
 
 
-def compare(options: Options, watch: harness.Stopwatch) -> dict[str, Any]:
-    """Tunes and runs every contender.
+def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Seconds) -> list[dict[str, Any]]:
+    """Tunes and runs every contender; see `tune_and_run`."""
+    with console.progress("Runs") as report:
+
+        def sweep_of(methods: Sequence[str], trials: Trials, where: range) -> Any:
+            num_seeds = min(BLOCK[0], -(-len(seeds.tuning) // jax.local_device_count()))
+            shape = num_seeds, BLOCK[1]
+            options = {"seeds": where, "runs_at_once": shape, "report": report}
+            return seconds.count(sweep.grid(run, scenes, **options, method=methods, trial=trials))
+
+        run = runner(pipeline)
+        return [tune_and_run(sweep_of, seeds, contender) for contender in CONTENDERS]
+
+
+def tune_and_run(
+    sweep_of: Callable[[Sequence[str], Trials, range], Any], seeds: Seeds, contender: Contender
+) -> dict[str, Any]:
+    """Chooses a learning rate for each strength in the tuning worlds, then runs all strengths, and all rates.
 
     Returns:
-      The baselines, and for each contender what was measured, by strength and by learning rate.
+      The chosen learning rates, and arrays `[points, worlds]` of what was measured `by_strength` and `by_rate`.
     """
-    num_all = options.num_seeds + options.num_tuning_seeds
-    rows, tuning = np.arange(options.num_seeds), np.arange(options.num_seeds, num_all)
-    num_runs = sum(count_runs(contender, len(rows), len(tuning)) for contender in CONTENDERS)
-    harness.console.print(
-        f"{len(CONTENDERS)} methods: {num_runs:,} runs in {len(rows):,} worlds, and {len(tuning):,} more for tuning. "
-        f"{harness.FIRST_START}"
+    strengths, name = contender.strengths, contender.name
+    tried = Trials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
+    scores = merit(contender, sweep_of([name], tried, seeds.tuning).isel(method=0)).mean("seed", skipna=False)
+    best = np.argmax(np.nan_to_num(scores.values, nan=-np.inf).reshape(len(strengths), -1), axis=1)
+    chosen = [LEARNING_RATES[place] for place in best]
+    reported = Trials.of([*zip(strengths, chosen, strict=True), *((contender.usual, rate) for rate in LEARNING_RATES)])
+    found = {
+        name: values.transpose("trial", "seed").values
+        for name, values in sweep_of([name], reported, seeds.reported).isel(method=0).data_vars.items()
+    }
+    return {
+        "chosen": chosen,
+        "by_strength": {name: values[: len(strengths)] for name, values in found.items()},
+        "by_rate": {name: values[len(strengths) :] for name, values in found.items()},
+    }
+
+
+def merit(contender: Contender, results: Any) -> Any:
+    """The score by which a learning rate is chosen: the larger, the better."""
+    return results.expected_reward if contender.strength == "target KL" else -results.regret
+
+
+def num_runs(seeds: Seeds) -> int:
+    """How many policies all contenders train."""
+    by_rate = len(LEARNING_RATES)
+    return sum(
+        len(seeds.tuning) * by_rate * len(each.strengths) + len(seeds.reported) * (by_rate + len(each.strengths))
+        for each in CONTENDERS
     )
-    scenes = prepare_all(np.arange(options.seed, options.seed + num_all).astype(np.uint32), watch)
-    with harness.progress("runs", num_runs, watch) as show_done, harness.threads(THREADS) as threads:
-        runner = Runner({"worlds": scenes}, watch, Counter(show_done))
-        learned = list(threads.map(partial(tune_and_run, runner, rows, tuning), CONTENDERS))
-    reported = jax.tree.map(lambda leaf: leaf[rows], scenes)
-    with harness.waiting("Timing each method alone"):
-        models = seconds_per_run(lambda scene, _: fit_rewards(scene), reported, watch)
-        seconds = {c.name: seconds_of(c, reported, models, watch) for c in CONTENDERS}
-    with harness.waiting("Overoptimisation, and what needs no training"):
-        courses = {name: course(contender, reported, watch) for name, contender in watched().items()}
-        baselines = jax.device_get(jax.jit(jax.vmap(baseline))(reported))
-        moments = jax.device_get(jax.jit(partial(jax.lax.map, estimators))(reported))
-    return {
-        "baseline": baselines,
-        "contenders": learned,
-        "seconds": seconds,
-        "courses": courses,
-        "estimators": moments,
-    }
 
 
-def prepare_all(seeds: np.ndarray, watch: harness.Stopwatch) -> Scene:
-    """The scenes of all seeds, as NumPy arrays."""
-    chunks = [np.resize(seeds[i : i + RUNS_PER_CHUNK], RUNS_PER_CHUNK) for i in range(0, len(seeds), RUNS_PER_CHUNK)]
-    program = watch.compiled(jax.vmap(contenders.prepare), chunks[0])
-    with harness.waiting("Preparing worlds, SFT policies and reward models"):
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(seeds)], *map(program, chunks))
+def fit_rewards(scene: Scene, *, pipeline: Pipeline) -> Array:
+    """The stage that all share that learn from a reward model, to be timed."""
+    return contenders.train_reward_model(pipeline, scene.key, scene.world, scene.preferences)[0]
 
 
-def count_runs(contender: Contender, num_seeds: int, num_tuning: int) -> int:
-    """How many policies a contender trains."""
-    by_rate, by_strength = len(LEARNING_RATES), len(contender.strengths)
-    return num_tuning * by_rate * by_strength + num_seeds * (by_rate + by_strength)
+def timed(run: Callable[..., Any], scenes: sweep.Starts, **point: Any) -> Callable[[], dict[str, float]]:
+    """Runs a point in 64 worlds together, on one device, whenever it is called; returns the seconds of one run."""
+    seeds = scenes.seeds[:NUM_TIMED]
+    options = {"seeds": seeds, "runs_at_once": (len(seeds), 1), "devices": jax.local_devices()[:1]}
 
-
-def tune_and_run(runner: Runner, rows: np.ndarray, tuning: np.ndarray, contender: Contender) -> dict[str, Any]:
-    """Chooses a learning rate for each strength in the tuning worlds, then runs all strengths, and all rates."""
-    program = runner.compiled(partial(run, contender), point(contender.usual, LEARNING_RATES[0]))
-
-    def everywhere(points: Sequence[Hyperparameters], where: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays `[points, worlds]`."""
-        task = Task("worlds", np.tile(where, len(points)), [h for h in points for _ in where])
-        return {name: values.reshape(len(points), -1) for name, values in runner(program, task).items()}
-
-    chosen = []
-    for strength in contender.strengths:
-        tried = [point(strength, rate) for rate in LEARNING_RATES]
-        score = merit(contender, everywhere(tried, tuning)).mean(axis=1)
-        chosen.append(tried[int(np.argmax(np.nan_to_num(score, nan=-np.inf)))])
-    rates = [point(contender.usual, rate) for rate in LEARNING_RATES]
-    return {
-        "chosen": [float(f"{h['learning_rate']:.6g}") for h in chosen],
-        "by_strength": everywhere(chosen, rows),
-        "by_rate": everywhere(rates, rows),
-    }
-
-
-def merit(contender: Contender, measured: dict[str, np.ndarray]) -> np.ndarray:
-    """What a learning rate is chosen by: the larger, the better."""
-    return measured["expected_reward"] if contender.strength == "target KL" else -measured["regret"]
-
-
-def point(strength: float, learning_rate: float) -> Hyperparameters:
-    """One set of hyperparameters."""
-    return {"strength": np.float32(strength), "learning_rate": np.float32(learning_rate)}
-
-
-def watched() -> dict[str, Contender]:
-    """The contenders of `UNPULLED`, by name."""
-    return {contender.name: contender for contender in CONTENDERS if contender.name in UNPULLED}
-
-
-def course(contender: Contender, scenes: Scene, watch: harness.Stopwatch) -> dict[str, np.ndarray]:
-    """How training goes with next to no pull to the reference: arrays `[worlds, epochs]`."""
-    runner = Runner({"worlds": scenes}, watch, lambda _: None)
-    unpulled = point(UNPULLED[contender.name], WATCHED_RATE)
-    program = runner.compiled(partial(follow, contender), unpulled)
-    num = len(scenes.log_probs)
-    return runner(program, Task("worlds", np.arange(num), [unpulled] * num))
-
-
-def fit_rewards(scene: Scene) -> Array:
-    """The stage that all share who learn from a reward model, to be timed."""
-    return contenders.train_reward_model(jax.random.wrap_key_data(scene.key), scene.world, scene.preferences)[0]
-
-
-def seconds_of(
-    contender: Contender, scenes: Scene, reward_model: dict[str, float], watch: harness.Stopwatch
-) -> dict[str, float]:
-    """Seconds to compile, and to run, all stages after SFT: what one policy takes among 64 that train together."""
-    seconds = seconds_per_run(partial(run, contender), scenes, watch, strength=contender.usual)
-    if contender.judge != contenders.MODEL:
-        return seconds
-    return {name: seconds[name] + reward_model[name] for name in seconds}
-
-
-def seconds_per_run(
-    function: Any, scenes: Scene, watch: harness.Stopwatch, *, strength: float = BETA
-) -> dict[str, float]:
-    """Seconds to compile, and to run one of 64 that run together: the median of five times, nothing beside it."""
-    start = time.perf_counter()
-    once = timed(function, scenes, watch, strength=strength)
-    compiled = time.perf_counter() - start
-    return {"compile": compiled, "run": statistics.median(once() for _ in range(5))}
-
-
-def timed(function: Any, scenes: Scene, watch: harness.Stopwatch, *, strength: float = BETA) -> Callable[[], float]:
-    """Compiles `function(scene, hyperparameters)`; what it returns runs 64 together and says how long one took."""
-    runner = Runner({"worlds": scenes}, watch, lambda _: None)
-    usual = point(strength, WATCHED_RATE)
-    program = runner.compiled(function, usual)
-    program.wait()
-    rows = np.resize(np.arange(len(scenes.log_probs)), RUNS_PER_CHUNK)
-    arguments = runner.arguments(Task("worlds", rows, [usual] * RUNS_PER_CHUNK), 0)
-
-    def once() -> float:
-        start = time.perf_counter()
-        program(*arguments)
-        return (time.perf_counter() - start) / RUNS_PER_CHUNK
+    def once() -> dict[str, float]:
+        results = sweep.grid(run, scenes, **options, **point)
+        return {"compile": results.attrs["compile_seconds"], "run": results.attrs["run_seconds"] / len(seeds)}
 
     return once
 
 
-def summarise(results: dict[str, Any]) -> dict[str, Any]:
+def seconds_of_all(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, dict[str, float]]:
+    """Seconds to compile, and to run, all stages after SFT: of one policy among 64 that train together, alone."""
+
+    def seconds_of(once: Callable[[], dict[str, float]]) -> dict[str, float]:
+        compiled = once()["compile"]
+        return {"compile": compiled, "run": statistics.median(once()["run"] for _ in range(NUM_TIMINGS))}
+
+    run = runner(pipeline)
+    model = seconds_of(timed(partial(fit_rewards, pipeline=pipeline), scenes))
+    found = {}
+    for each in CONTENDERS:
+        own = seconds_of(timed(run, scenes, method=[each.name], trial=Trials.of([(each.usual, WATCHED_RATE)])))
+        shared = model if each.judge == contenders.MODEL else dict.fromkeys(model, 0.0)
+        found[each.name] = {name: own[name] + shared[name] for name in own}
+    return found
+
+
+def untrained(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, Any]:
+    """Baselines and estimators, and the course of overoptimisation: arrays with the world first."""
+    with console.waiting("Overoptimisation, and what needs no training"):
+        courses = sweep.grid(partial(follow, pipeline=pipeline), scenes, method=list(UNPULLED))
+        return {
+            "baseline": over_seeds(baseline, scenes),
+            "estimators": over_seeds(estimators, scenes),
+            "courses": {name: by_name(courses, method=name) for name in UNPULLED},
+        }
+
+
+def summarise(results: dict[str, Any], pipeline: Pipeline) -> dict[str, Any]:
     """Means and standard errors over seeds; gains over SFT are paired by seed."""
     sft = results["baseline"]["sft"]
     entries = [
-        summarise_contender(contender, found, sft, results["seconds"][contender.name])
+        summarise_contender(contender, found, sft, results["seconds"][contender.name], pipeline)
         for contender, found in zip(CONTENDERS, results["contenders"], strict=True)
     ]
     return {
         "num_seeds": len(sft["expected_reward"]),
         "learning_rates": LEARNING_RATES,
         "methods": entries,
-        "baselines": jax.tree.map(harness.mean_and_stderr, results["baseline"]),
+        "baselines": jax.tree.map(mean_and_stderr, results["baseline"]),
         "curves": {"beta": CURVE_BETAS, "num": CURVE_NUMS},
         "baseline_gains": {
             name: gains(values, sft) for name, values in results["baseline"].items() if "expected_reward" in values
         },
-        "gradient_estimators": jax.tree.map(harness.mean_and_stderr, results["estimators"]),
+        "gradient_estimators": jax.tree.map(mean_and_stderr, results["estimators"]),
         "courses": {
             name: {"beta": UNPULLED[name], "learning_rate": WATCHED_RATE, **gains(values, sft)}
             for name, values in results["courses"].items()
@@ -304,7 +288,11 @@ def summarise(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarise_contender(
-    contender: Contender, found: dict[str, Any], sft: dict[str, np.ndarray], seconds: dict[str, float]
+    contender: Contender,
+    found: dict[str, Any],
+    sft: dict[str, np.ndarray],
+    seconds: dict[str, float],
+    pipeline: Pipeline,
 ) -> dict[str, Any]:
     """One row of the table, and the points of the figures."""
     usual = contender.strengths.index(contender.usual)
@@ -314,19 +302,19 @@ def summarise_contender(
         "name": contender.name,
         "stages": contender.stages,
         "judge": contender.judge,
-        "labels": contender.labels,
-        "samples": contender.samples,
-        "steps": contender.steps + (NUM_STEPS if contender.judge == contenders.MODEL else 0),
+        "labels": contender.labels(pipeline),
+        "samples": contender.samples(pipeline),
+        "steps": contender.steps(pipeline) + (pipeline.num_steps if contender.judge == contenders.MODEL else 0),
         "seconds": seconds,
         "strength": contender.strength,
         "usual": contender.usual,
         "learning_rate": found["chosen"][usual],
         "at_edge": found["chosen"][usual] in (LEARNING_RATES[0], LEARNING_RATES[-1]),
-        **{name: harness.mean_and_stderr(values) for name, values in at_usual.items()},
+        **{name: mean_and_stderr(values) for name, values in at_usual.items()},
         **gains(at_usual, sft),
         "spread_of_gain": float(np.std(at_usual["expected_reward"] - sft["expected_reward"], ddof=1)),
         "diverged": float(np.mean(np.isnan(at_usual["expected_reward"]))),
-        "worse_than_sft": harness.mean_and_stderr(worse.mean(axis=0)),
+        "worse_than_sft": mean_and_stderr(worse.mean(axis=0)),
         "by_strength": [
             {"strength": strength, "learning_rate": rate, **points}
             for strength, rate, points in zip(
@@ -353,10 +341,10 @@ def gains(measured: dict[str, np.ndarray], sft: dict[str, np.ndarray]) -> dict[s
         for name in ("expected_reward", "learned_reward")
     )
     return {
-        "gain": harness.mean_and_stderr(true),
-        "learned_gain": harness.mean_and_stderr(learned),
-        "overestimate": harness.mean_and_stderr(learned - true),
-        "kl_to_reference": harness.mean_and_stderr(measured["kl_to_reference"]),
+        "gain": mean_and_stderr(true),
+        "learned_gain": mean_and_stderr(learned),
+        "overestimate": mean_and_stderr(learned - true),
+        "kl_to_reference": mean_and_stderr(measured["kl_to_reference"]),
     }
 
 
@@ -365,15 +353,15 @@ def print_results(summary: dict[str, Any]) -> None:
     columns = ["method", "labels", "samples", "steps", "ms per run", "learning rate", "reward", "gain over SFT"]
     columns += ["spread", "KL", "model's gain", "worse than SFT"]
     rows = [row_of(entry, summary["num_seeds"]) for entry in summary["methods"]]
-    harness.print_table("DPO and RLHF, means over worlds and 95% intervals", columns, rows)
+    console.print_table("DPO and RLHF, means over worlds and 95% intervals", columns, rows)
     untrained = {name: entry for name, entry in summary["baseline_gains"].items() if entry["gain"]["mean"].ndim == 0}
-    harness.print_table(
+    console.print_table(
         "Without training",
         ["policy", "gain over SFT", "KL", "model's gain"],
         [
             [
                 name,
-                harness.interval(e["gain"], summary["num_seeds"]),
+                console.interval(e["gain"], summary["num_seeds"]),
                 f"{e['kl_to_reference']['mean']:.3f}",
                 f"{e['learned_gain']['mean']:.3f}",
             ]
@@ -392,7 +380,7 @@ def row_of(entry: dict[str, Any], num_seeds: int) -> list[str]:
         f"{1000 * entry['seconds']['run']:.0f}",
         f"{entry['learning_rate']:g}",
         f"{entry['expected_reward']['mean']:.3f}",
-        harness.interval(entry["gain"], num_seeds),
+        console.interval(entry["gain"], num_seeds),
         f"{entry['spread_of_gain']:.3f}",
         f"{entry['kl_to_reference']['mean']:.3f}",
         f"{entry['learned_gain']['mean']:.3f}",
@@ -415,11 +403,11 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
     }
     judges["by the reward model"]["best of n"] = points(known["best of n, reward model"])
     figure = figures.rlhf_frontier(judges, bounds, limits=(1.5, -0.05))
-    harness.save_figure(figure, out / "frontier.png")
+    files.save_figure(figure, out / "frontier.png")
 
     courses = {name.removesuffix(", reward model"): points(entry) for name, entry in summary["courses"].items()}
     courses |= {"best of n": points(known["best of n, reward model"]), "exact maximum": learned_frontier}
-    harness.save_figure(figures.overoptimisation(courses, largest_kl=1.4), out / "overoptimisation.png")
+    files.save_figure(figures.overoptimisation(courses, largest_kl=1.4), out / "overoptimisation.png")
 
     rates = {
         name: {
@@ -429,7 +417,7 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         }
         for name, row in {"gains": lambda e: e["gain"]["mean"], "worse": lambda e: e["worse_than_sft"]}.items()
     }
-    harness.save_figure(figures.learning_rates(summary["learning_rates"], **rates), out / "learning_rates.png")
+    files.save_figure(figures.learning_rates(summary["learning_rates"], **rates), out / "learning_rates.png")
 
 
 def points(entry: Any) -> figures.Points:
@@ -440,26 +428,47 @@ def points(entry: Any) -> figures.Points:
     return figures.Points(*(np.array([each[name]["mean"] for each in entry]) for name in names))
 
 
-def main(options: Options) -> None:
+def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Compares the methods and writes the results."""
-    harness.check_seeds(options.seed, options.num_seeds + options.num_tuning_seeds)
-    with harness.clear_errors():
+    commands.check_seed(options.seed)
+    commands.check_sizes(num_tuning_seeds=options.num_tuning_seeds)
+    with commands.clear_errors():
         checks.size("--num-seeds", options.num_seeds, at_least=2)
-        checks.size("--num-tuning-seeds", options.num_tuning_seeds)
-    out = harness.output_folder(options.out)
-    harness.enable_compilation_cache()
-    watch, start = harness.Stopwatch(), time.perf_counter()
-    summary = summarise(compare(options, watch))
-    seconds = {"total": time.perf_counter() - start, "compile": watch.compile, "run": watch.run}
+    out, clock = files.output_folder(options.out), time.perf_counter()
+    devices.use_all_cores()
+    devices.enable_compilation_cache()
+    seeds = Seeds.of(options.num_seeds, options.num_tuning_seeds)
+    console.say(
+        f"{len(CONTENDERS)} methods: {num_runs(seeds):,} runs in {options.num_seeds:,} worlds, and "
+        f"{options.num_tuning_seeds:,} more for tuning. The first start also compiles, for some minutes."
+    )
+    with console.waiting("Preparing worlds, SFT policies and reward models"):
+        scenes = sweep.prepare(partial(contenders.scene, pipeline), jax.random.key(options.seed), seeds=seeds.all)
+    seconds = Seconds()
+    learned = compare(scenes, seeds, pipeline, seconds)
+    summary = summarise(
+        {
+            "contenders": learned,
+            "seconds": _timed(scenes, pipeline),
+            **untrained(scenes.sel(seeds.reported), pipeline),
+        },
+        pipeline,
+    )
+    took = {"total": time.perf_counter() - clock, **vars(seconds)}
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds")}
-    harness.save_summary({**sizes, "betas": BETAS, **summary, **harness.provenance(**seconds)}, out)
+    files.save_summary({**sizes, "betas": BETAS, **summary, **files.provenance(**took)}, out)
     save_figures(summary, out)
     print_results(summary)
-    harness.console.print(
-        f"{seconds['total']:.0f} s in all. {THREADS} threads spent {watch.compile:.0f} s on tracing and on waiting for "
-        f"the compiler, and {watch.run:.0f} s on running. Figures and summary.json are in {out}."
+    console.say(
+        f"{took['total']:.0f} s in all; of the comparison, {took['compile']:.0f} s compiling and {took['run']:.0f} s "
+        f"running. Figures and summary.json are in {out}."
     )
 
 
+def _timed(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, dict[str, float]]:
+    with console.waiting("Timing each method alone"):
+        return seconds_of_all(scenes, pipeline)
+
+
 if __name__ == "__main__":
-    main(harness.parse(Options))
+    main(commands.parse(Options))

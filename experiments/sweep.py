@@ -1,39 +1,36 @@
 """Sweeps of whole experiments: world, SFT, comparisons, training, exact evaluation, over losses, betas and seeds.
 
 Each run is the tutorial's, with another loss, beta, learning rate or share of flipped labels. All points see the same
-worlds, data and orders of data, seed by seed. Results are stored as they come; the same command goes on where an
-earlier one stopped. Started several times with the environment that `dpo_jax.sweep.join_processes` describes, or under
-SLURM, the processes share the work.
+worlds, data and orders of data, seed by seed. Results are stored as they are computed; the same command resumes an
+earlier one. Several processes share the work if they are started with the environment that
+`dpo_jax.sweep.join_processes` describes, or under SLURM; `--share` shares it without any connection.
 """
 
 import csv
 import difflib
-import itertools
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
 
-from dpo_jax import checks, figures, sweep, toy, train
+from dpo_jax import checks, figures, sweep, toy
 from dpo_jax.sweep.store import check_place
-from dpo_jax.types import Metrics, Params, Scalar
-from experiments import harness, notebook
-from experiments.methods import METHODS, Feedback, Method, Setup, load_function, method_of
-from experiments.notebook import POLICY
+from dpo_jax.types import Metrics, Numeric
+from experiments.lab import commands, console, devices, files
+from experiments.lab.feedback import Setting
+from experiments.lab.methods import METHODS, Method, load_function, method_of
+from experiments.lab.pipeline import BETAS, TUTORIAL, Pipeline, Start
+from experiments.lab.runs import standard_run
 
 if TYPE_CHECKING:
     import xarray
 
-STEPS_PER_EPOCH, NUM_EPOCHS = 29, 50
 FIXED = {
     "label_smoothing": 0.1,
     "temperature": 0.05,
@@ -46,8 +43,9 @@ FIXED = {
     "mix": 0.001,
 }
 """Hyperparameters that only some losses have, unless `--fixed` says otherwise."""
-OF_PAIRS = {method.name: method for method in METHODS if "rank" not in method.name and "labels" not in method.name}
+OF_PAIRS = {method.name: method for method in METHODS if "luce" not in method.name and "on labels" not in method.name}
 """The losses that learn from comparisons of two responses."""
+SHOWN = {"expected_reward": "reward ↑", "gain": "gain over SFT ↑", "kl_to_reference": "KL (nats)"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Options:
 
     loss: tuple[str, ...] = ("dpo",)
     """Names of the losses (see `experiments/methods.py`), or functions of your own: `my_file.py:focal_loss`."""
-    beta: tuple[float, ...] = notebook.BETAS
+    beta: tuple[float, ...] = BETAS
     """Strengths of the pull towards the reference."""
     learning_rate: tuple[float, ...] = (1e-3,)
     """Learning rates of Adam."""
@@ -86,93 +84,32 @@ class Options:
     """Folder for results: `runs/` holds every run, and the rest what is made of them."""
 
 
-class Start(NamedTuple):
-    """What all runs of a seed share.
+def runner(methods: Mapping[str, Method], fixed: Mapping[str, float], pipeline: Pipeline) -> Callable[..., Metrics]:
+    """`run(start, loss=..., beta=..., ...)`: the standard run of a loss, and the exact optimum for this beta."""
 
-    Attributes:
-      preference_key, train_key, method_key: for what comes next.
-      world: prompts, responses, true rewards.
-      params, log_probs: the SFT policy, and its table.
-    """
+    def run(
+        start: Start, *, loss: str, beta: Numeric, learning_rate: Numeric, label_noise: Numeric, **varied: Numeric
+    ) -> Metrics:
+        method, known = methods[loss], {"beta": beta, **FIXED, **fixed, **varied}
+        chosen = {"learning_rate": learning_rate} | {name: known[name] for name in method.ranges}
+        reference, rewards = start.log_probs, start.world.rewards
+        best = toy.evaluate(toy.optimal_policy(reference, rewards, beta=beta), reference, rewards)
+        return {
+            **standard_run(pipeline, method, start, Setting(flip_probability=label_noise), chosen),
+            "optimal_reward": best["expected_reward"],
+            "optimal_kl": best["kl_to_reference"],
+        }
 
-    preference_key: Key[Array, ""]
-    train_key: Key[Array, ""]
-    method_key: Key[Array, ""]
-    world: toy.World
-    params: Params
-    log_probs: Float[Array, "prompts responses"]
-
-
-def prepare(key: Key[Array, ""]) -> Start:
-    """A world and its SFT policy."""
-    start_key, *keys = jax.random.split(key, 4)
-    start = notebook.prepare(start_key)
-    return Start(*keys, start.world, start.sft.params, start.sft.log_probs)
-
-
-def run(
-    start: Start,
-    *,
-    loss: str,
-    beta: Scalar,
-    learning_rate: Scalar,
-    label_noise: Scalar,
-    methods: Mapping[str, Method],
-    fixed: Mapping[str, float],
-    **varied: Scalar,
-) -> Metrics:
-    """Comparisons, training by one loss, and what became of the policy."""
-    world, reference, method = start.world, start.params, methods[loss]
-    log_prob, log_probs = toy.log_prob_fn(POLICY, world.embeddings), toy.log_prob_table(POLICY, world.embeddings)
-    pairs = toy.sample_preferences(
-        start.preference_key, world, num=notebook.NUM_PREFERENCES, flip_probability=label_noise
-    )
-    pairs = train.with_reference(log_prob, reference, pairs)
-    data = method.data(Feedback(pairs, None, None))  # type: ignore[arg-type]
-    known = {"beta": beta, **FIXED, **fixed, **varied}
-    objective = method.objective(
-        Setup(start.method_key, log_prob, log_probs, reference, start.log_probs),
-        {name: known[name] for name in method.ranges},
-    )
-    params, history = train.fit(
-        start.train_key,
-        reference,
-        data,
-        objective=objective,
-        learning_rate=learning_rate,
-        num_epochs=NUM_EPOCHS,
-        batch_size=-(-len(data.prompts) // STEPS_PER_EPOCH),
-    )
-    return {
-        **toy.evaluate(log_probs(params), start.log_probs, world.rewards),
-        "sft_reward": toy.expected_reward(start.log_probs, world.rewards).mean(),
-        "loss_at_the_end": history["loss"][-1],
-        "num_steps": history["step"][-1],
-    }
+    return run
 
 
 def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
-    """Means over seeds with standard errors, for every point; `gain` is the reward gained on the SFT policy.
-
-    `num_seeds` is over how many seeds those of the reward are taken.
-    """
-    runs = results.assign(
-        gain=results.expected_reward - results.sft_reward,
-        finished=(results.num_steps == STEPS_PER_EPOCH * NUM_EPOCHS).astype(float),
+    """Means over seeds with intervals; also of the reward gained over the SFT policy, and over the first loss."""
+    gained = results.assign(
+        gain=results.expected_reward - results.sft_reward, optimal_gain=results.optimal_reward - results.sft_reward
     )
-    means, num = runs.mean("seed", dtype=float), runs.count("seed")  # of numbers that are some
-    deviations = runs.std("seed", dtype=float)
-    stderrs = (deviations / np.sqrt((num - 1).where(num > 1))).where(num > 1)
-    named = {f"{name}_stderr": values for name, values in stderrs.items() if name != "finished"}
-    return means.assign({**named, "num_seeds": num.expected_reward})
-
-
-def points(summary: "xarray.Dataset") -> Iterator[tuple[dict[str, Any], "xarray.Dataset"]]:
-    """Every point of the grid, by its values, with what was found there."""
-    axes = list(summary.coords)
-    for index in np.ndindex(*(summary.sizes[axis] for axis in axes)):
-        found = summary.isel(dict(zip(axes, index, strict=True)))
-        yield {str(axis): found[axis].item() for axis in axes}, found
+    first = results.loss.values[0]
+    return sweep.summarise(gained, baseline={"loss": first} if results.sizes["loss"] > 1 else None)
 
 
 def save_tables(results: "xarray.Dataset", summary: "xarray.Dataset", out: Path) -> None:
@@ -181,16 +118,15 @@ def save_tables(results: "xarray.Dataset", summary: "xarray.Dataset", out: Path)
     import pyarrow.parquet as pq
 
     def write_csv(path: Path) -> None:
+        rows = sweep.rows(summary)
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            names = [str(name) for name in summary.data_vars]
-            writer.writerow([*summary.coords, *names])
-            for point, found in points(summary):
-                writer.writerow([*point.values(), *(found[name].item() for name in names)])
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
 
     def write_parquet(path: Path) -> None:
         writer = None
-        for point, found in points(results.drop_vars("seed")):
+        for point, found in sweep.points(results.drop_vars("seed")):
             columns = {name: [value] * results.sizes["seed"] for name, value in point.items()}
             values = {str(name): np.asarray(variable) for name, variable in found.data_vars.items()}
             table = pa.table({**columns, "seed": np.arange(results.sizes["seed"]), **values})
@@ -199,49 +135,46 @@ def save_tables(results: "xarray.Dataset", summary: "xarray.Dataset", out: Path)
         if writer:
             writer.close()
 
-    harness.save(out / "summary.csv", write_csv)
-    harness.save(out / "runs.parquet", write_parquet)
+    files.save(out / "summary.csv", write_csv)
+    files.save(out / "runs.parquet", write_parquet)
 
 
-def save_figures(summary: "xarray.Dataset", out: Path) -> None:
-    """Draws reward against beta, reward against KL, and heat maps, for each loss and share of flipped labels."""
-    sft_reward, betas = float(summary.sft_reward.mean()), summary.beta.values
-    curves = {
-        name: {str(column): values.values for column, values in curve.data_vars.items()}
-        for name, curve in _conditions(_at_best(summary, "learning_rate"))
-    }
-    of = "" if summary.sizes["learning_rate"] == 1 else "At the best learning rate"
-    harness.save_figure(figures.reward_against_beta(betas, curves, sft_reward=sft_reward, of=of), out / "reward.png")
-    harness.save_figure(figures.reward_against_kl(betas, curves, sft_reward=sft_reward, of=of), out / "frontier.png")
+def save_figures(summary: "xarray.Dataset", num_seeds: int, out: Path) -> None:
+    """Draws gain against beta, gain against KL, and heat maps: a colour for each loss, a panel for each condition."""
+    at_best, which = summary, ""
+    if summary.sizes["learning_rate"] > 1:
+        best = summary.gain.sel(statistic="mean").argmax("learning_rate")
+        at_best, which = summary.isel(learning_rate=best).drop_vars("learning_rate"), ", at the best learning rate"
+    means = f"Means over {num_seeds} worlds, 95 % intervals{which}"
+    gained = "Reward gained over SFT"
+    if summary.sizes["beta"] > 1:
+        figure = figures.lines(at_best, "gain", x="beta", colour="loss", label=gained, title=means)
+        files.save_figure(figure, out / "reward.png")
+    labels = "KL to the SFT policy (nats)", gained
+    title = f"{means}; numbers are beta"
+    figure = figures.frontiers(at_best, along="beta", colour="loss", labels=labels, title=title)
+    files.save_figure(figure, out / "frontier.png")
     if summary.sizes["beta"] > 1 and summary.sizes["learning_rate"] > 1:
-        maps = {
-            name: found.expected_reward.transpose("learning_rate", "beta").values
-            for name, found in _conditions(summary)
-        }
-        axes = {"β": betas, "Learning rate": summary.learning_rate.values}
-        harness.save_figure(figures.heat_maps(maps, axes, title="Expected true reward"), out / "heat_map.png")
+        figure = figures.heat_maps(summary, "gain", x="beta", y="learning_rate", label=gained, title=means)
+        files.save_figure(figure, out / "heat_map.png")
 
 
 def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
     """Prints the points of the grid, as many as are readable."""
-    varied = [str(axis) for axis in summary.coords if summary.sizes[axis] > 1] or ["loss"]
+    points = list(sweep.points(summary))
+    varied = [name for name in points[0][0] if summary.sizes[name] > 1] or ["loss"]
     rows = [
         [
             *(f"{point[axis]:g}" if isinstance(point[axis], float) else str(point[axis]) for axis in varied),
-            *(
-                harness.interval(
-                    {"mean": found[name].item(), "stderr": found[f"{name}_stderr"].item()}, found.num_seeds.item()
-                )
-                for name in ("expected_reward", "gain", "kl_to_reference")
-            ),
-            f"{found.finished.item():.0%}",
+            *(sweep.interval(found[name]) for name in SHOWN),
+            f"{found.finished.sel(statistic='mean').item():.0%}",
         ]
-        for point, found in points(summary)
+        for point, found in points[:limit]
     ]
-    columns = [*varied, "reward ↑", "gain on SFT ↑", "KL (nats)", "runs finished"]
-    harness.print_table("Means over seeds with 95 % confidence intervals", columns, rows[:limit])
-    if len(rows) > limit:
-        harness.console.print(f"... and {len(rows) - limit} more points in summary.csv")
+    columns = [*varied, *SHOWN.values(), "runs finished"]
+    console.print_table("Means over seeds with 95 % confidence intervals", columns, rows)
+    if len(points) > limit:
+        console.say(f"... and {len(points) - limit} more points in summary.csv")
 
 
 def check_folder(out: Path) -> None:
@@ -258,27 +191,27 @@ def _saying_how_to_go_on() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stopped:
-        harness.console.print("Stopped. What is done is stored: the same command goes on from there.")
+        console.say("Stopped. What is done is stored: the same command goes on from there.")
         raise SystemExit(stopped.code if isinstance(stopped, SystemExit) else 130) from None
 
 
-def main(options: Options) -> None:
+def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Runs the sweep and writes its results."""
-    harness.use_all_cores()
-    harness.enable_compilation_cache()
-    with harness.clear_errors():
+    devices.use_all_cores()
+    devices.enable_compilation_cache()
+    with commands.clear_errors():
         check_place(options.out)
         sweep.join_processes()
-        arguments = _arguments(options)
+        arguments = _arguments(options, pipeline)
     if options.dry_run:
-        with harness.clear_errors(), _saying_how_to_go_on():
-            harness.console.print(str(sweep.plan(**arguments, out=options.out / "runs")))
+        with commands.clear_errors(), _saying_how_to_go_on():
+            console.say(str(sweep.plan(**arguments, out=options.out / "runs")))
         return
-    with harness.clear_errors():
+    with commands.clear_errors():
         check_folder(options.out)
-    out, start = harness.output_folder(options.out), perf_counter()
-    errors = harness.clear_errors(TypeError, ValueError, OSError, sweep.OtherProcessError)
-    with errors, _saying_how_to_go_on(), harness.sweep_report("Runs", options.log_every) as report:
+    out, start = files.output_folder(options.out), perf_counter()
+    errors = commands.clear_errors(TypeError, ValueError, OSError, sweep.OtherProcessError)
+    with errors, _saying_how_to_go_on(), console.progress("Runs", options.log_every) as report:
         results = sweep.grid(
             **arguments, out=out / "runs", share=_share(options.share), repair=options.repair, report=report
         )
@@ -286,18 +219,19 @@ def main(options: Options) -> None:
         return
     summary = summarise(results)
     save_tables(results, summary, out)
-    save_figures(summary, out)
+    save_figures(summary, results.sizes["seed"], out)
     seconds = {"total": perf_counter() - start}
-    harness.save_summary({"options": _as_text(options), **harness.provenance(**seconds)}, out)
+    files.save_summary({"options": vars(options), **files.provenance(**seconds)}, out)
     print_results(summary)
-    harness.console.print(
+    console.say(
         f"Results are in {out}: summary.csv, runs.parquet and figures; every run is in {out / 'runs'}."
     )
 
 
-def _arguments(options: Options) -> dict[str, Any]:
+def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     """What `sweep.grid` and `sweep.plan` are called with; an error for what cannot be meant."""
-    harness.check_seeds(options.seed, options.num_seeds)
+    commands.check_seed(options.seed)
+    commands.check_sizes(num_seeds=options.num_seeds)
     methods = dict(_method(name) for name in options.loss)
     if len(methods) < len(options.loss):
         raise ValueError(f"--loss names a loss twice: {', '.join(options.loss)}")
@@ -317,8 +251,8 @@ def _arguments(options: Options) -> dict[str, Any]:
     checks.positive("--learning-rate", np.array(options.learning_rate))
     checks.probability("--label-noise", np.array(options.label_noise))
     return {
-        "run": partial(run, methods=methods, fixed=options.fixed),
-        "prepare": prepare,
+        "run": runner(methods, options.fixed, pipeline),
+        "prepare": pipeline.start,
         "key": jax.random.key(options.seed),
         "num_seeds": options.num_seeds,
         "runs_at_once": options.runs_at_once,
@@ -364,33 +298,6 @@ def _floats(values: tuple[float, ...]) -> np.ndarray:
     return np.array(values, float)
 
 
-def _conditions(summary: "xarray.Dataset") -> Iterator[tuple[str, "xarray.Dataset"]]:
-    """Every combination of the other axes than beta and the learning rate, with a name for it."""
-    axes = [str(axis) for axis in summary.coords if axis not in ("beta", "learning_rate")]
-    shown = {"label_noise": "{:.3g} flipped"}
-    for values in itertools.product(*(summary[axis].values for axis in axes)):
-        chosen = dict(zip(axes, values, strict=True))
-        varied = [axis for axis in axes if axis != "loss" and summary.sizes[axis] > 1]
-        names = [shown.get(axis, f"{axis} {{:.3g}}").format(chosen[axis]) for axis in varied]
-        yield ", ".join([str(chosen["loss"]), *names]), summary.sel(chosen)
-
-
-def _at_best(summary: "xarray.Dataset", axis: str) -> "xarray.Dataset":
-    """At each point of the other axes, what was found at the value of this axis with the highest mean reward."""
-    return summary.isel({axis: summary.expected_reward.argmax(axis)}).drop_vars(axis)
-
-
-def _as_text(options: Options) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-
-
 if __name__ == "__main__":
-    asked = harness.parse(Options)
-    try:
-        main(asked)
-    except SystemExit as ended:  # XLA cannot be stopped, so nobody waits for it
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1 if isinstance(ended.code, str) else ended.code or 0)
+    asked = commands.parse(Options)
+    commands.end_at_once(partial(main, asked))

@@ -15,14 +15,15 @@
 # # Direct Preference Optimization, step by step
 #
 # Reinforcement learning from human feedback fits a reward model to human comparisons, then runs reinforcement learning
-# against it. Direct Preference Optimization (DPO, [Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) gets by
-# without either: one supervised loss on the comparisons. This walk builds a world in which we know the truth, trains a
+# against it. Direct Preference Optimization (DPO, [Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) needs
+# neither: one supervised loss on the comparisons. This tutorial builds a world in which we know the truth, trains a
 # policy by DPO, and checks it against the exact optimum.
 #
 # This page is a script and a notebook in one: `python -m experiments.tutorial`, or `tutorial.ipynb` beside it.
 
 # %%
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +31,13 @@ if "ipykernel" in sys.modules:
     sys.path.append("..")  # a notebook starts in its own folder, a script in the one above
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
-from dpo_jax import losses, toy, train
+from dpo_jax import figures, losses, toy, train
 from dpo_jax.types import Metrics
-from experiments import harness
-from experiments.notebook import BETA, BETAS, POLICY, prepare, train_dpo
+from experiments.lab import commands, console, devices, files
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,18 @@ class Options:
     """Direct Preference Optimization, step by step, in a world whose true rewards are known."""
 
     seed: int = 42
-    """Decides everything: the world, the data, the network and the training."""
+    """Decides everything random: the world, the data, the network and the training."""
     num_seeds: int = 1
-    """Repeat the walk's headline in this many worlds (seed, seed + 1, ...) and report mean and standard error."""
+    """Repeat the ablation in this many worlds and report means and standard errors."""
     out: Path = Path("results/tutorial")
     """Folder for summary.json and the figures."""
 
 
-options = harness.parse(Options)
-harness.check_seeds(options.seed, options.num_seeds)
-out = harness.output_folder(options.out)
-harness.enable_compilation_cache()
-watch = harness.Stopwatch()
+options = commands.parse(Options)
+commands.check_seed(options.seed)
+commands.check_sizes(num_seeds=options.num_seeds)
+out, clock = files.output_folder(options.out), time.perf_counter()
+devices.enable_compilation_cache()
 
 # %% [markdown]
 # ## 1. The idea
@@ -82,24 +84,34 @@ watch = harness.Stopwatch()
 # %% [markdown]
 # ## 2. A world, a first policy, and comparisons
 #
-# Five prompts (the notebook that this walk retells calls them contexts) with ten possible responses of one token each,
-# and a true reward for every response. A small network learns from 500 demonstrations: supervised fine-tuning, SFT.
-# Then people compare 1,800 pairs of responses. All of this is one pure function of a key, `prepare`, and DPO is another
-# one, `train_dpo`. Both are in `experiments/notebook.py`, and XLA compiles them in the background while we go on.
+# Five prompts (the PyTorch notebook behind this tutorial calls them contexts) with ten possible responses of one token
+# each, and a true reward for every response. A small network learns from 500 demonstrations: supervised fine-tuning,
+# SFT. Then people compare 1,800 pairs of responses. Every function is pure: what is random takes a key.
 
 # %%
-start_key, dpo_key = jax.random.split(jax.random.key(options.seed))
-prepare_program = watch.compiled(prepare, start_key, optimise=False)
-dpo_program = watch.compiled(train_dpo, dpo_key, prepare_program.output, BETA, optimise=False)
+keys = jax.random.split(jax.random.key(options.seed), 8)
+world_key, demonstrations_key, init_key, sft_key, pairs_key, dpo_key, sft_sample_key, dpo_sample_key = keys
 
-from dpo_jax import figures  # Matplotlib loads while XLA compiles
+world = toy.make_world(world_key)  # 5 prompts, 10 responses, embeddings of 8 dimensions
+policy = toy.ToyLM(num_responses=world.num_responses)
+log_prob = toy.log_prob_fn(policy, world.embeddings)  # (params, prompts, responses) -> log-probabilities
+table = toy.table_fn(policy, world.embeddings)  # params -> [prompts, responses]
 
-with harness.waiting("Compiling"):
-    start = prepare_program(start_key)
-world, sft = start.world, start.sft
-harness.console.print(
-    f"SFT: loss {sft.history['loss'][0]:.3f} nats in the first epoch, {sft.history['loss'][-1]:.3f} in the last. "
-    f"Then {len(start.preferences.prompts):,} comparisons."
+with console.waiting("SFT"):
+    sft_params, sft_history = train.fit(
+        sft_key,
+        policy.init(init_key, world.embeddings),
+        toy.sample_demonstrations(demonstrations_key, world, num=500),
+        objective=train.sft_objective(log_prob),
+        optimizer=optax.adam(1e-2),
+        num_epochs=100,
+        batch_size=32,
+    )
+reference_log_probs = table(sft_params)
+pairs = train.with_reference(log_prob, sft_params, toy.sample_preferences(pairs_key, world, num=1800))
+console.say(
+    f"SFT: loss {sft_history['loss'][0]:.3f} nats in the first epoch, {sft_history['loss'][-1]:.3f} in the last. "
+    f"Then {len(pairs.prompts):,} comparisons."
 )
 
 # %% [markdown]
@@ -110,20 +122,37 @@ harness.console.print(
 # comparison is a coin toss, and the loss is log 2.
 
 # %%
-objective = train.preference_objective(toy.log_prob_fn(POLICY, world.embeddings), losses.dpo_loss, beta=BETA)
-three = jax.tree.map(lambda leaf: leaf[:3], start.preferences)
-loss, metrics = watch.compiled(objective, sft.params, three, optimise=False)(sft.params, three)
-harness.print_table(
-    "Quick test of the loss on three comparisons, policy = reference",
-    ["loss", *metrics],
-    [[f"{loss:.4f}", *(f"{value:.4f}" for value in metrics.values())]],
-)
+three = jax.tree.map(lambda leaf: leaf[:3], pairs)
+logps = log_prob(sft_params, three.prompts, three.responses)
+console.say(f"Three losses where policy = reference: {losses.dpo_loss(logps, three.reference_logps, beta=0.1)}")
 
 # %% [markdown]
-# Now train. beta is a traced argument, so the one compiled program serves every value of beta later on.
+# Now train. An objective takes the mean of the loss over a batch, and adds metrics. beta is an ordinary argument, and
+# may be traced, so `vmap` trains one policy for each beta in a single compiled program. All of them see the same batches.
 
 # %%
-dpo = dpo_program(dpo_key, start, BETA)
+BETAS = (0.01, 0.1, 0.5, 2.0)
+SHOWN = 1  # the place of beta 0.1, the usual one
+
+
+def dpo(beta: float) -> tuple[jax.Array, Metrics]:
+    """The table of a policy that was trained by DPO, and its history."""
+    params, history = train.fit(
+        dpo_key,
+        sft_params,
+        pairs,
+        objective=train.preference_objective(log_prob, losses.dpo_loss, beta=beta),
+        optimizer=optax.adam(1e-3),
+        num_epochs=50,
+        batch_size=64,
+        evaluate=lambda params: toy.evaluate(table(params), reference_log_probs, world.rewards),
+    )
+    return table(params), history
+
+
+with console.waiting("DPO for four values of beta"):
+    dpo_log_probs, histories = jax.device_get(jax.jit(jax.vmap(dpo))(jnp.array(BETAS)))
+history = {name: metric[SHOWN] for name, metric in histories.items()}
 PROGRESS = ("epoch", "loss", "accuracy", "reward_margin", "expected_reward", "kl_to_reference")
 
 
@@ -132,38 +161,35 @@ def progress(history: Metrics) -> list[list[str]]:
     return [[f"{epoch}", *(f"{history[name][epoch - 1]:.4f}" for name in PROGRESS[1:])] for epoch in range(10, 51, 10)]
 
 
-harness.print_table(f"DPO with β = {BETA}", PROGRESS, progress(dpo.history))
+console.print_table(f"DPO with β = {BETAS[SHOWN]}", PROGRESS, progress(history))
 
 # %%
-bayes = watch.compiled(toy.bayes_prediction, world.rewards, optimise=False)(world.rewards)
-harness.save_figure(figures.training(dpo.history, bayes=bayes), out / "dpo_training.png")
+bayes = jax.device_get(toy.bayes_prediction(world.rewards))
+files.save_figure(figures.training(history, bayes=bayes), out / "dpo_training.png")
 
 # %% [markdown]
-# These are training figures, and comparisons in this world are noisy: rewards lie between 0 and 1, so people toss a
-# coin that is hardly loaded. The dotted lines say how well the true rewards themselves would foretell new comparisons.
-# Training does better than that on the comparisons it has seen: the rest is noise learnt by heart. What counts is the
-# true reward. We know it exactly; the sampled figures, from 200 responses to each prompt, stand beside it.
+# These are training metrics, and comparisons in this world are noisy: rewards lie between 0 and 1, so people are only
+# slightly more likely to prefer the better response. The dotted lines show how well the true rewards themselves predict
+# new comparisons. Training does better than that on the comparisons it has seen: the difference is memorised noise. What
+# counts is the true reward. We know it exactly; estimates from 200 sampled responses to each prompt stand beside it.
 
 # %%
-harness.print_table(
-    "True reward, SFT against DPO",
-    ["prompt", "SFT sampled", "DPO sampled", "SFT exact", "DPO exact", ""],
-    [
-        [
-            name,
-            *(f"{value:.4f}" for value in (sft_sampled, dpo_sampled, sft_exact, dpo_exact)),
-            "✓" if dpo_exact > sft_exact else "✗",
-        ]
-        for name, sft_sampled, dpo_sampled, sft_exact, dpo_exact in zip(
-            [*map(str, range(world.num_prompts)), "overall"],
-            *(
-                [*values, values.mean()]
-                for values in (sft.sampled_reward, dpo.sampled_reward, sft.expected_reward, dpo.expected_reward)
-            ),
-            strict=True,
-        )
-    ],
-)
+rewards = {
+    name: {
+        "sampled": np.asarray(toy.sampled_reward(key, world, log_probs)),
+        "exact": np.asarray(toy.expected_reward(log_probs, world.rewards)),
+    }
+    for name, key, log_probs in (
+        ("SFT", sft_sample_key, reference_log_probs),
+        ("DPO", dpo_sample_key, dpo_log_probs[SHOWN]),
+    )
+}
+columns = [(name, how) for how in ("sampled", "exact") for name in rewards]
+rows = [
+    [prompt, *(f"{values(rewards[name][how]):.4f}" for name, how in columns)]
+    for prompt, values in [*((str(i), lambda row, i=i: row[i]) for i in range(world.num_prompts)), ("all", np.mean)]
+]
+console.print_table("True reward", ["prompt", *(f"{name}, {how}" for name, how in columns)], rows)
 
 # %% [markdown]
 # ## 4. What beta does
@@ -172,24 +198,13 @@ harness.print_table(
 # known in closed form, so we can tell how much of what could be won was won, and how far the noise misleads.
 
 # %%
-# same key: every beta sees the same batches
-ablation = [dpo if beta == BETA else dpo_program(dpo_key, start, beta) for beta in BETAS]
 curve_betas = np.geomspace(0.005, 20.0, 200, dtype=np.float32)
-exact = watch.compiled(
-    lambda betas: toy.frontier(sft.log_probs, world.rewards, betas), np.append(curve_betas, BETAS), optimise=False
-)(np.append(curve_betas, BETAS))
-curve = {name: values[: len(curve_betas)] for name, values in exact.items()}
-optima = {name: values[len(curve_betas) :] for name, values in exact.items()}
-learned = {
-    name: np.array([policy.history[name][-1] for policy in ablation])
-    for name in ("expected_reward", "kl_to_reference", "loss")
-}
-harness.print_table(
-    "Training with each β",
-    ["β", *PROGRESS],
-    [[f"{beta:g}", *row] for beta, policy in zip(BETAS, ablation, strict=True) for row in progress(policy.history)],
-)
-harness.print_table(
+exact = toy.frontier(reference_log_probs, world.rewards, jnp.array([*curve_betas, *BETAS]))
+curve = {name: np.asarray(values[: len(curve_betas)]) for name, values in exact.items()}
+optima = {name: np.asarray(values[len(curve_betas) :]) for name, values in exact.items()}
+learned = {name: histories[name][:, -1] for name in ("loss", "expected_reward", "kl_to_reference")}
+sampled = [np.mean(toy.sampled_reward(dpo_sample_key, world, log_probs)) for log_probs in dpo_log_probs]
+console.print_table(
     "DPO for four values of beta",
     ["β", "loss", "reward, sampled", "reward, exact", "optimum", "KL to reference", "KL of optimum"],
     [
@@ -197,7 +212,7 @@ harness.print_table(
         for beta, *values in zip(
             BETAS,
             learned["loss"],
-            [policy.sampled_reward.mean() for policy in ablation],
+            sampled,
             learned["expected_reward"],
             optima["expected_reward"],
             learned["kl_to_reference"],
@@ -208,71 +223,67 @@ harness.print_table(
 )
 
 # %%
-harness.save_figure(
+sft_reward = rewards["SFT"]["exact"].mean()
+files.save_figure(
     figures.beta_ablation(
         BETAS,
-        np.array([policy.history["loss"] for policy in ablation]),
+        histories["loss"],
         learned["expected_reward"],
         optimal_rewards=optima["expected_reward"],
-        sft_reward=sft.expected_reward.mean(),
+        sft_reward=sft_reward,
     ),
     out / "beta_ablation.png",
 )
 
 # %% [markdown]
-# The frontier shows the price of reward: no policy earns more at the same distance from the reference. Each dotted
-# line joins what was learnt from 1,800 noisy comparisons in 50 epochs to what an endless supply of both would teach.
+# The frontier is the highest reward at each distance from the reference: no policy lies above it. Each dotted line joins
+# the policy learned from 1,800 noisy comparisons in 50 epochs to the optimum that unlimited data and training would give.
 
 # %%
-harness.save_figure(
-    figures.frontier(curve, learned, BETAS, optima, sft_reward=sft.expected_reward.mean()), out / "frontier.png"
-)
+files.save_figure(figures.frontier(curve, learned, BETAS, optima, sft_reward=sft_reward), out / "frontier.png")
 
 # %% [markdown]
-# ## 5. One world is an anecdote
+# ## 5. One world proves little
 #
-# `--num-seeds 100` repeats SFT and DPO in a hundred worlds at once, and `python -m experiments.beta_ablation` does the
-# whole ablation with standard errors.
+# `--num-seeds 100` repeats the ablation in a hundred worlds at once, as `python -m experiments.beta_ablation` does. To
+# sweep experiments of your own, see `dpo_jax/sweep`.
 
 # %%
 summary: dict[str, object] = {
     "seed": options.seed,
     "sft": {
-        "loss": sft.history["loss"],
-        "expected_reward": sft.expected_reward,
-        "sampled_reward": sft.sampled_reward,
-        "mean_expected_reward": sft.expected_reward.mean(),
+        "loss": sft_history["loss"],
+        "expected_reward": rewards["SFT"]["exact"],
+        "sampled_reward": rewards["SFT"]["sampled"],
+        "mean_expected_reward": sft_reward,
     },
     "dpo": {
-        "beta": BETA,
-        **dpo.history,
+        "beta": BETAS[SHOWN],
+        **history,
         "bayes": bayes,
-        "expected_reward": dpo.expected_reward,
-        "sampled_reward": dpo.sampled_reward,
-        "mean_expected_reward": dpo.expected_reward.mean(),
+        "expected_reward": rewards["DPO"]["exact"],
+        "sampled_reward": rewards["DPO"]["sampled"],
+        "mean_expected_reward": rewards["DPO"]["exact"].mean(),
     },
     "ablation": [
         {
             "beta": beta,
-            "mean_expected_reward": policy.expected_reward.mean(),
-            "mean_sampled_reward": policy.sampled_reward.mean(),
-            "kl_to_reference": policy.history["kl_to_reference"][-1],
-            "optimal_reward": optimal_reward,
-            "loss": policy.history["loss"][-1],
-            "loss_history": policy.history["loss"],
+            "mean_expected_reward": learned["expected_reward"][i],
+            "mean_sampled_reward": sampled[i],
+            "kl_to_reference": learned["kl_to_reference"][i],
+            "optimal_reward": optima["expected_reward"][i],
+            "loss": learned["loss"][i],
+            "loss_history": histories["loss"][i],
         }
-        for beta, policy, optimal_reward in zip(BETAS, ablation, optima["expected_reward"], strict=True)
+        for i, beta in enumerate(BETAS)
     ],
 }
 if options.num_seeds > 1:
     from experiments import beta_ablation
 
-    results = beta_ablation.run_all(options.seed, options.num_seeds, BETAS, watch)
-    over_seeds = beta_ablation.summarise(results, BETAS)
+    over_seeds, _ = beta_ablation.ablate(options.seed, options.num_seeds, BETAS)
     beta_ablation.print_results(over_seeds)
     summary["over_seeds"] = over_seeds
 
-harness.save_summary({**summary, **harness.provenance(compile=watch.compile, run=watch.run)}, out)
-harness.console.print(
-    f"Compiled in {watch.compile:.1f} s, ran in {watch.run:.2f} s. Figures and summary.json are in {out}."
-)
+files.save_summary({**summary, **files.provenance(total=time.perf_counter() - clock)}, out)
+console.say(f"{time.perf_counter() - clock:.1f} s in all. Figures and summary.json are in {out}.")

@@ -14,9 +14,9 @@ from dpo_jax.figures.rlhf_figures import learning_rates as learning_rates
 from dpo_jax.figures.rlhf_figures import overoptimisation as overoptimisation
 from dpo_jax.figures.rlhf_figures import reinforcement as reinforcement
 from dpo_jax.figures.rlhf_figures import rlhf_frontier as rlhf_frontier
+from dpo_jax.figures.sweep_figures import frontiers as frontiers
 from dpo_jax.figures.sweep_figures import heat_maps as heat_maps
-from dpo_jax.figures.sweep_figures import reward_against_beta as reward_against_beta
-from dpo_jax.figures.sweep_figures import reward_against_kl as reward_against_kl
+from dpo_jax.figures.sweep_figures import lines as lines
 from dpo_jax.figures.training_figures import beta_ablation as beta_ablation
 from dpo_jax.figures.training_figures import frontier as frontier
 from dpo_jax.figures.training_figures import training as training

@@ -1,4 +1,4 @@
-"""RLHF beside DPO: reward against KL, overoptimisation, learning rates; and one claim, measured."""
+"""RLHF beside DPO: reward against KL, overoptimisation, learning rates."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -181,60 +181,6 @@ def reinforcement(history: Mapping[str, Float[ndarray, " epochs"]]) -> Figure:
         axes.set(xlabel="Optimizer step", title=title)
         if len(lines) > 1:
             axes.legend(loc="best")
-    return as_written(figure)
-
-
-class Measured(NamedTuple):
-    """Means with their intervals, as a line over numbers or as marks over names.
-
-    Attributes:
-      x: numbers, or names.
-      mean: one for each.
-      half: half the width of its 95 % interval.
-    """
-
-    x: Sequence[Any]
-    mean: Sequence[float]
-    half: Sequence[float]
-
-
-def claim(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, log: bool = False) -> Figure:
-    """What was measured to judge a claim: a panel for each quantity, a series for each label.
-
-    Args:
-      panels: for each quantity, whose name is the label of the y axis, its series.
-      xlabel: what they are measured over.
-      log: whether that is best shown by its logarithm.
-    """
-    figure, all_axes = _row(len(panels), height=3.6, below=0.6, width=4.6 * len(panels) + 0.6)
-    for axes, (quantity, series) in zip(all_axes, panels.items(), strict=True):
-        for i, (name, measured) in enumerate(series.items()):
-            by_name = isinstance(measured.x[0], str)
-            places = np.arange(len(measured.x)) + (0.12 * (i - (len(series) - 1) / 2) if by_name else 0)
-            axes.errorbar(
-                places if by_name else measured.x,
-                measured.mean,
-                yerr=measured.half,
-                capsize=3,
-                markersize=5,
-                linestyle="none" if by_name else "-",
-                linewidth=1.3,
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                label=named(name),
-            )
-            if by_name:
-                axes.set_xticks(range(len(measured.x)), measured.x, parse_math=False)
-                axes.set_xlim(-0.6, len(measured.x) - 0.4)
-        axes.set(xlabel=xlabel, ylabel=quantity)
-        axes.margins(y=0.12)
-        low, high = axes.get_ylim()
-        if low < 0.3 * (high - low):
-            axes.axhline(0.0, color=GREY, linewidth=0.8)
-        if log:
-            axes.set_xscale("log")
-        if len(series) > 1:
-            axes.legend(loc="best", fontsize=8.5)
     return as_written(figure)
 
 

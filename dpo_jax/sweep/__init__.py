@@ -9,7 +9,12 @@ from dpo_jax.sweep.processes import OtherProcessError as OtherProcessError
 from dpo_jax.sweep.processes import join_processes as join_processes
 from dpo_jax.sweep.programs import compile_fast as compile_fast
 from dpo_jax.sweep.progress import Progress as Progress
+from dpo_jax.sweep.progress import on_terminal as on_terminal
 from dpo_jax.sweep.results import open_results as open_results
 from dpo_jax.sweep.starts import Starts as Starts
 from dpo_jax.sweep.store import DamagedStoreError as DamagedStoreError
+from dpo_jax.sweep.summary import interval as interval
+from dpo_jax.sweep.summary import latex as latex
+from dpo_jax.sweep.summary import points as points
+from dpo_jax.sweep.summary import rows as rows
 from dpo_jax.sweep.summary import summarise as summarise

@@ -34,8 +34,16 @@ class Progress(NamedTuple):
 
 
 @contextmanager
-def on_terminal(file: TextIO | None = None, *, seconds_between: float = 0.1) -> Iterator[Callable[[Progress], None]]:
-    """Yields a `report` that keeps one line up to date, if the output is a terminal, and removes it in the end."""
+def on_terminal(
+    what: str = "", file: TextIO | None = None, *, seconds_between: float = 0.1
+) -> Iterator[Callable[[Progress], None]]:
+    """Yields a `report` that keeps one line up to date if the output is a terminal, and removes it in the end.
+
+    Args:
+      what: what the line begins with.
+      file: the output; by default standard error.
+      seconds_between: the least time between two updates.
+    """
     file = file or sys.stderr
     width, last = 0, -seconds_between
     if not file.isatty():
@@ -47,7 +55,7 @@ def on_terminal(file: TextIO | None = None, *, seconds_between: float = 0.1) -> 
         now = time.perf_counter()
         if now - last < seconds_between and progress.done < progress.total:
             return
-        line, last = str(progress), now
+        line, last = f"{what}: {progress}" if what else str(progress), now
         file.write("\r" + line.ljust(width))
         file.flush()
         width = len(line)

@@ -1,0 +1,1 @@
+"""The tutorial notebook's claims about DPO, RLHF and their variants, measured."""

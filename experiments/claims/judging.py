@@ -1,0 +1,105 @@
+"""How a claim is judged: an effect, its interval over worlds, and one of five words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_jax.intervals import half_width
+from experiments.claims.figure import Measured
+from experiments.lab.statistics import mean_and_stderr
+
+NOTHING = 0.01
+"""The smallest difference in reward that matters. Tuning alone moves a result by 0.007: so far apart are two losses that
+are the same in other units (`experiments/loss_variants.py`)."""
+HOLDS, SLIGHT, NO_DIFFERENCE, FAILS, OPEN = "holds", "holds slightly", "no difference", "fails", "not shown"
+
+
+class Estimate(NamedTuple):
+    """A mean over worlds, and half the width of its 95 % interval."""
+
+    mean: float
+    half: float
+
+    @property
+    def interval(self) -> list[float]:
+        """Its ends."""
+        return [self.mean - self.half, self.mean + self.half]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim and its verdict.
+
+    Attributes:
+      id: names it, and its figure.
+      claim: the sentence.
+      quantity: the effect, in words.
+      effect: its mean and interval.
+      verdict: one of the five words, or on which condition it depends.
+      panels: what its figure shows; see `figure.draw`.
+      xlabel: and over what.
+      log: whether that axis is logarithmic.
+      details: other numbers that belong to it, by name.
+    """
+
+    id: str
+    claim: str
+    quantity: str
+    effect: Estimate
+    verdict: str
+    panels: Mapping[str, Mapping[str, Measured]]
+    xlabel: str
+    details: Mapping[str, Estimate | float] = field(default_factory=dict)
+    log: bool = False
+
+
+def estimate(values: Any) -> Estimate:
+    """Over the last axis, worlds; NaN if any training diverged."""
+    values = np.asarray(values, np.float64)
+    statistics = mean_and_stderr(values)
+    return Estimate(float(statistics["mean"]), float(half_width(statistics["stderr"], len(values))))
+
+
+def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
+    """The word for a claim that an effect is positive.
+
+    Args:
+      effect: with its interval.
+      matters: the smallest effect that matters.
+
+    Returns:
+      - `holds`: the interval lies above what matters;
+      - `holds slightly`: it lies above zero, and below what matters;
+      - `no difference`: it lies within what matters on both sides of zero;
+      - `fails`: it lies below zero, and not all of it within what matters;
+      - `not shown`: anything else.
+    """
+    low, high = effect.interval
+    if low > matters:
+        return HOLDS
+    if 0 < low and high <= matters:
+        return SLIGHT
+    if -matters < low and high < matters:
+        return NO_DIFFERENCE
+    return FAILS if high < 0 else OPEN
+
+
+def equivalence(effect: Estimate) -> str:
+    """The word for a claim that there is no difference in reward."""
+    return {HOLDS: FAILS, FAILS: FAILS, SLIGHT: HOLDS, NO_DIFFERENCE: HOLDS}.get(verdict(effect, matters=NOTHING), OPEN)
+
+
+def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels", *, matters: float = NOTHING) -> str:
+    """A word if all conditions agree; otherwise the word for each."""
+    verdicts = {name: verdict(effect, matters=matters) for name, effect in effects.items()}
+    if len(set(verdicts.values())) == 1:
+        return next(iter(verdicts.values()))
+    return f"depends on {condition}: " + ", ".join(f"{name} {found}" for name, found in verdicts.items())
+
+
+def series(x: Any, rows: Any) -> Measured:
+    """A point for each row of values over worlds."""
+    estimates = [estimate(row) for row in rows]
+    return Measured(list(x), [e.mean for e in estimates], [e.half for e in estimates])

@@ -1,0 +1,1 @@
+"""What several experiments share: their pipeline, methods and tuning, and what a command needs around it."""

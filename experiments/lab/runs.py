@@ -1,0 +1,81 @@
+"""The standard run: feedback in a world, training by one method from the SFT policy, and exact evaluation."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpo_jax import toy
+from dpo_jax.types import Metrics, Numeric
+from experiments.lab.feedback import Feedback, Setting
+from experiments.lab.methods import Method, Setup, method_of
+from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline, Start
+
+
+def run_of(loss: Callable[..., Array], pipeline: Pipeline = TUTORIAL) -> Callable[..., Metrics]:
+    """The standard run with a loss of your own, to be swept.
+
+        results = sweep.grid(
+            run_of(focal_loss), key, prepare=TUTORIAL.start, num_seeds=64, beta=[0.1, 0.5], gamma=[1, 2]
+        )
+
+    Args:
+      loss: see `methods.method_of`; its keyword arguments without default are axes, and so may be `learning_rate` and
+        what `Setting` lists.
+      pipeline: the sizes.
+
+    Returns:
+      `run(start, *, learning_rate=..., temperature=1, flip_probability=0, on_policy=0, **hyperparameters)`, which
+      returns what `standard_run` returns.
+    """
+    method = method_of(getattr(loss, "__name__", "loss"), loss)
+
+    def run(start: Start, *, learning_rate: Numeric = pipeline.learning_rate, **values: Numeric) -> Metrics:
+        setting = Setting(**{name: values.pop(name) for name in Setting._fields if name in values})
+        return standard_run(pipeline, method, start, setting, {"learning_rate": learning_rate, **values})
+
+    return run
+
+
+def standard_run(
+    pipeline: Pipeline, method: Method, start: Start, setting: Setting, hyperparameters: Mapping[str, Numeric]
+) -> Metrics:
+    """Trains by one method and measures the policy.
+
+    Returns:
+      What `measured` returns; NaN if training diverged.
+    """
+    feedback_key, train_key, method_key = jax.random.split(start.key, 3)
+    feedback = Feedback(pipeline, feedback_key, start, setting)
+    log_prob, table = pipeline.log_prob(start.world), pipeline.table(start.world)
+    setup = Setup(method_key, log_prob, table, start.params, start.log_probs)
+    tuned = {name: value for name, value in hyperparameters.items() if name != "learning_rate"}
+    params, history = pipeline.fit(
+        train_key,
+        method.initial(method_key, start),
+        method.data(feedback),
+        objective=method.objective(setup, tuned),
+        learning_rate=hyperparameters["learning_rate"],
+    )
+    finished = jnp.isfinite(history["loss"][-1])
+    found = measured(start, feedback, table(params))
+    return {name: jnp.where(finished, value, jnp.nan) for name, value in found.items()}
+
+
+def measured(start: Start, feedback: Feedback, log_probs: Float[Array, "prompts responses"]) -> dict[str, Any]:
+    """Exact measures of a policy, and its change of the log-probability of chosen responses, over the training pairs.
+
+    `accuracy` is that of the policy, which also learned from demonstrations; `implicit_accuracy` that of its change.
+    """
+    rewards, pairs = start.world.rewards, feedback.pairs()
+    change = log_probs - start.log_probs
+    return {
+        **toy.evaluate(log_probs, start.log_probs, rewards),
+        "regret": jnp.mean(toy.regret(log_probs, start.log_probs, rewards, beta=BETA)),
+        "accuracy": jnp.mean(toy.ranking_accuracy(log_probs, rewards)),
+        "implicit_accuracy": jnp.mean(toy.ranking_accuracy(change, rewards)),
+        "chosen_logp_change": jnp.mean(toy.lookup(change, pairs.prompts, pairs.responses.chosen)),
+        "sft_reward": jnp.mean(toy.expected_reward(start.log_probs, rewards)),
+    }
