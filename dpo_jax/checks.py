@@ -4,7 +4,7 @@ Each check raises an error that names the argument, its value and, for arrays, t
 (under `jit`, `vmap` or `grad`) has no value yet: there, only shapes and dtypes are checked.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -27,45 +27,26 @@ def key(value: Any, name: str = "key") -> None:
         raise ValueError(f"{name} must be a single key, got an array of keys of shape {value.shape}")
 
 
-def positive(name: str, value: Any) -> None:
-    """`value` is positive and finite, in every entry."""
-    _require(name, value, lambda x: np.isfinite(x) & (x > 0), "positive and finite")
+def interval(name: str, value: Any, within: str) -> None:
+    """`value` lies in an interval, in every entry.
 
+    >>> interval("label_smoothing", 0.1, "[0, 0.5)")
 
-def not_negative(name: str, value: Any) -> None:
-    """`value` is zero or positive, and finite, in every entry."""
-    _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
+    Args:
+      name: of the argument.
+      value: a number or an array of numbers.
+      within: the interval, as mathematicians write it: `[0, 0.5)` includes 0 and excludes 0.5.
+    """
+    low, high, closed_below, closed_above = _bounds(within)
+    above = np.greater_equal if closed_below else np.greater
+    below = np.less_equal if closed_above else np.less
+    _require(name, value, lambda x: above(x, low) & below(x, high), f"in {within}")
 
 
 def zero_or_within(name: str, value: Any, low: float, high: float) -> None:
     """`value` is zero, or `low <= value <= high`, in every entry."""
     holds = lambda x: (x == 0) | ((low <= x) & (x <= high))  # noqa: E731
     _require(name, value, holds, f"zero or positive, and if positive between {low:g} and {high:g}")
-
-
-def at_least(name: str, value: Any, low: float) -> None:
-    """`value` is finite and no smaller than `low`, in every entry."""
-    _require(name, value, lambda x: np.isfinite(x) & (x >= low), f"at least {low} and finite")
-
-
-def between(name: str, value: Any, low: float, high: float) -> None:
-    """`low <= value < high` in every entry."""
-    _require(name, value, lambda x: (low <= x) & (x < high), f"at least {low} and below {high}")
-
-
-def inside(name: str, value: Any, low: float, high: float) -> None:
-    """`low < value < high` in every entry."""
-    _require(name, value, lambda x: (low < x) & (x < high), f"above {low} and below {high}")
-
-
-def positive_or_infinite(name: str, value: Any) -> None:
-    """`value` is positive, perhaps infinite, in every entry."""
-    _require(name, value, lambda x: x > 0, "positive")
-
-
-def positive_fraction(name: str, value: Any) -> None:
-    """`value` lies above 0 and is at most 1, in every entry."""
-    _require(name, value, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
 
 
 def log_probabilities(**arrays: Any) -> None:
@@ -87,11 +68,6 @@ def finite(name: str, value: Any) -> None:
 def not_nan(name: str, value: Any) -> None:
     """`value` is a number in every entry, perhaps an infinite one."""
     _require(name, value, lambda x: ~np.isnan(x), "a number, not NaN")
-
-
-def probability(name: str, value: Any) -> None:
-    """`value` lies between 0 and 1, both included, in every entry."""
-    _require(name, value, lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
 
 
 def size(name: str, value: Any, *, at_least: int = 1) -> None:
@@ -261,7 +237,7 @@ def weights(data: Any) -> None:
     value = getattr(data, "weights", None)
     if value is None or is_traced(value):
         return
-    not_negative("data.weights", value)
+    interval("data.weights", value, "[0, inf)")
     if not np.any(np.asarray(value) > 0):
         raise ValueError("data.weights must not all be zero: then no row counts, and nothing can be learnt")
 
@@ -308,6 +284,13 @@ def distinct(name: str, first: Any, second: Any) -> None:
         raise ValueError(
             f"{name}: chosen and rejected must differ, but both are {np.asarray(first).flat[row]} in row {row}"
         )
+
+
+@lru_cache
+def _bounds(within: str) -> tuple[float, float, bool, bool]:
+    """Both ends of an interval, and whether each belongs to it."""
+    low, high = within[1:-1].split(",")
+    return float(low), float(high), within[0] == "[", within[-1] == "]"
 
 
 def _not_above(high: float, x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Notebooks compiled for a GPU or a TPU that is only described: memory, kernels, and the bytes they move.
+"""Experiments compiled for a GPU or a TPU that is only described: memory, kernels, and the bytes they move.
 
 XLA compiles for a described device without having one. The optimised program says which kernels run, how often, and
 what each reads and writes; the device's bandwidth then gives a lower bound on the time. All of it is estimated, nothing
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import harness
-from experiments.benchmark import DPO, NOTEBOOK_STEPS, NOTEBOOK_WORK, SFT, notebook
+from experiments.benchmark.workloads import DPO, EXPERIMENT_STEPS, EXPERIMENT_WORK, SFT, run_experiment
+from experiments.lab import commands, console, files
 
 H200 = """
     gpu_device_info {
@@ -49,7 +49,7 @@ class Device(NamedTuple):
       name: of the product.
       needs: what to install.
       topology: arguments of JAX's `get_topology_desc`.
-      num: how many notebooks at once, unless the user says.
+      num: how many experiments at once, unless the user says.
       bandwidth: bytes per second that its memory can copy, unless the user says.
       compiler_options: of XLA.
     """
@@ -75,7 +75,7 @@ DEVICES = {
         "TPU v5e",
         "jax[tpu]",
         {"topology_name": "v5e:2x2", "platform": "tpu"},
-        num=64,  # XLA compiles slowly for it, the more notebooks the more slowly
+        num=64,  # XLA compiles slowly for it, the more experiments the more slowly
         bandwidth=8.19e11,  # of Google's data sheet
         compiler_options={},
     ),
@@ -86,12 +86,12 @@ NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 
 @dataclass(frozen=True)
 class Options:
-    """What notebooks would cost on a device that is only described: memory, kernels, bytes moved. Nothing runs."""
+    """What experiments would cost on a device that is only described: memory, kernels, bytes moved. Nothing runs."""
 
     device: Literal["h200", "v5e"] = "h200"
     """Which device: an NVIDIA H200 or a TPU v5e."""
     num: int | None = None
-    """How many notebooks at once; by default 131,072 on the GPU, and 64 on the TPU, for which XLA compiles slowly."""
+    """How many experiments at once; by default 131,072 on the GPU, and 64 on the TPU, for which XLA compiles slowly."""
     bandwidth: float | None = None
     """Bytes per second that its memory can copy; by default 4.3e12 on the GPU, and 8.19e11 on the TPU."""
     out: Path = Path("results/described_devices")
@@ -144,7 +144,7 @@ NAMES_OF_MEMORY = ("AllocateBuffer", "ConcatBitcast")
 PARTS = ("slice", "dynamic-slice", "gather")
 """What reads only as much of its first operand as it returns."""
 STEPS_IN_TURN = SFT.steps + 2 * DPO.steps
-"""Optimizer steps of a notebook that wait for one another: the ablation trains all values of beta at once."""
+"""Optimizer steps of an experiment that wait for one another: the ablation trains all values of beta at once."""
 
 
 class Kernel(NamedTuple):
@@ -264,7 +264,7 @@ def _called(instruction: Instruction, role: str) -> str:
 
 
 def compiled_for(device: Device, num: int) -> jax.stages.Compiled:
-    """The program that makes notebooks on a described device.
+    """The program that makes experiments on a described device.
 
     Raises:
       ValueError: JAX cannot describe the device; something is not installed.
@@ -277,7 +277,7 @@ def compiled_for(device: Device, num: int) -> jax.stages.Compiled:
     except RuntimeError as problem:
         raise ValueError(f'JAX cannot compile for {device.name}: pip install "{device.needs}" ({problem})') from problem
     sharding = NamedSharding(Mesh(np.array(described), ("devices",)), PartitionSpec("devices"))
-    lowered = jax.jit(jax.vmap(notebook), in_shardings=sharding, out_shardings=sharding).lower(
+    lowered = jax.jit(jax.vmap(run_experiment), in_shardings=sharding, out_shardings=sharding).lower(
         jax.ShapeDtypeStruct((num,), jnp.uint32)
     )
     return lowered.compile(compiler_options=device.compiler_options)
@@ -292,8 +292,8 @@ def reckon(text: str, num: int, bandwidth: float) -> dict[str, Any]:
         "num": num,
         "bandwidth": bandwidth,
         "kernels_per_step": sum(kernel.runs for kernel in found) / STEPS_IN_TURN,
-        "bytes_per_step_and_run": total / (num * NOTEBOOK_STEPS),
-        "least_bytes_per_step_and_run": NOTEBOOK_WORK.bytes / NOTEBOOK_STEPS,
+        "bytes_per_step_and_run": total / (num * EXPERIMENT_STEPS),
+        "least_bytes_per_step_and_run": EXPERIMENT_WORK.bytes / EXPERIMENT_STEPS,
         "seconds_at_least": total / bandwidth,
         "seconds_at_least_for_100000": total / bandwidth * 100_000 / num,
         "kernels": [kernel._asdict() for kernel in costly],
@@ -310,19 +310,19 @@ def memory(program: jax.stages.Compiled) -> dict[str, int]:
 
 def main() -> None:
     """Compiles, reckons, and writes the summary."""
-    options = harness.parse(Options)
+    options = commands.parse(Options)
     device = DEVICES[options.device]
     num, bandwidth = options.num or device.num, options.bandwidth or device.bandwidth
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so there is no need to look for a device
-    folder = harness.output_folder(options.out)
+    folder = files.output_folder(options.out)
     start = time.perf_counter()
-    with harness.clear_errors():
+    with commands.clear_errors():
         program = compiled_for(device, num)
         summary = reckon(str(program.as_text()), num, bandwidth)
     summary |= {"memory": memory(program), "compile_seconds": time.perf_counter() - start, "device": device.name}
-    harness.save_summary({**summary, "versions": harness.provenance()["versions"]}, folder)
-    harness.print_table(
-        f"{num:,} notebooks on a described {device.name}, estimated",
+    files.save_summary({**summary, "versions": files.provenance()["versions"]}, folder)
+    console.print_table(
+        f"{num:,} experiments on a described {device.name}, estimated",
         ("kernel", "runs", "bytes per run", "share"),
         (
             (kernel["name"], f"{kernel['runs']:,}", f"{kernel['bytes'] / num:,.0f}", f"{share:.1%}")
@@ -330,10 +330,10 @@ def main() -> None:
             for share in [kernel["runs"] * kernel["bytes"] / (summary["seconds_at_least"] * bandwidth)]
         ),
     )
-    harness.console.print(
+    console.say(
         f"compiled in {summary['compile_seconds']:.0f} s; {summary['memory']['temp'] / 1e6:,.0f} MB of temporaries; "
         f"{summary['kernels_per_step']:.0f} kernels a step, {summary['bytes_per_step_and_run']:,.0f} bytes per step "
-        f"and run: at {bandwidth:.1e} bytes/s, 100,000 notebooks take about "
+        f"and run: at {bandwidth:.1e} bytes/s, 100,000 experiments take about "
         f"{summary['seconds_at_least_for_100000']:.1f} s at least"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 
 from dpo_jax import toy
-from experiments import harness
+from experiments.lab import commands, console, files
 
 PATH = Path(__file__).with_suffix(".csv")
 TIMES = ("breakfast", "afternoon", "evening")
@@ -46,9 +46,9 @@ def write(path: Path) -> None:
 
 def main(options: Options) -> None:
     """Makes the tasting and writes its file."""
-    harness.save(harness.output_folder(options.out.parent) / options.out.name, write)
-    harness.console.print(f"The comparisons are in {options.out}.")
+    files.save(files.output_folder(options.out.parent) / options.out.name, write)
+    console.say(f"The comparisons are in {options.out}.")
 
 
 if __name__ == "__main__":
-    main(harness.parse(Options))
+    main(commands.parse(Options))

@@ -24,9 +24,9 @@ import tyro
 from jaxtyping import Array, Float
 
 from dpo_jax import checks, figures, losses, toy, train
-from dpo_jax.shuffle import permutation
+from dpo_jax.fast.shuffle import permutation
 from dpo_jax.types import Metrics, Preferences
-from experiments import harness
+from experiments.lab import commands, console, devices, files
 
 PROMPTS_SHOWN = 5
 RESPONSES_SHOWN = 10
@@ -58,37 +58,37 @@ class Options:
 
 def main(options: Options) -> None:
     """Reads the comparisons, fits a policy, reports how good it is, and saves it."""
-    with harness.clear_errors():
+    with commands.clear_errors():
         check(options)
         comparisons = toy.read_comparisons(options.file)
         training, held_out = split(options, comparisons.preferences)
     if comparisons.unused_columns:
-        harness.console.print(f"Columns that are not used: {', '.join(map(repr, comparisons.unused_columns))}.")
-    out = harness.output_folder(options.out)
-    harness.enable_compilation_cache()
+        console.say(f"Columns that are not used: {', '.join(map(repr, comparisons.unused_columns))}.")
+    out = files.output_folder(options.out)
+    devices.enable_compilation_cache()
 
     start = time.perf_counter()
-    with harness.progress("epochs", options.num_epochs) as show_done, harness.clear_errors(train.NonFiniteError):
+    with console.counting("epochs", options.num_epochs) as show_done, commands.clear_errors(train.NonFiniteError):
         policy, history = fit(options, comparisons.names, training, held_out, show_done)
     seconds = time.perf_counter() - start
     test = evaluate(policy, training, held_out)
     ranking = rank(policy, training, options.beta)
-    harness.save(out / "policy.npz", lambda path: toy.save_policy(path, policy))
-    harness.save(out / "ranking.csv", lambda path: write_ranking(path, ranking))
-    harness.save_figure(figures.training(history), out / "training.png")
+    files.save(out / "policy.npz", lambda path: toy.save_policy(path, policy))
+    files.save(out / "ranking.csv", lambda path: write_ranking(path, ranking))
+    files.save_figure(figures.training(history), out / "training.png")
     summary = {"file": options.file.name, "beta": options.beta, "test": test, "history": history}
-    harness.save_summary({**summary, **harness.provenance(compile_and_run=seconds)}, out)
+    files.save_summary({**summary, **files.provenance(compile_and_run=seconds)}, out)
     print_test(test)
     print_ranking(ranking)
-    harness.console.print(f"Saved policy.npz, ranking.csv, training.png and summary.json in {out}.")
+    console.say(f"Saved policy.npz, ranking.csv, training.png and summary.json in {out}.")
 
 
 def check(options: Options) -> None:
     """Raises an error on options that make no sense, before anything is read or computed."""
-    harness.check_seeds(options.seed)
-    checks.positive("--beta", options.beta)
-    checks.between("--label-smoothing", options.label_smoothing, 0.0, 0.5)
-    checks.positive("--learning-rate", options.learning_rate)
+    commands.check_seed(options.seed)
+    checks.interval("--beta", options.beta, "(0, inf)")
+    checks.interval("--label-smoothing", options.label_smoothing, "[0, 0.5)")
+    checks.interval("--learning-rate", options.learning_rate, "(0, inf)")
     checks.size("--num-epochs", options.num_epochs)
     checks.size("--batch-size", options.batch_size)
     if not 0 < options.held_out < 1:
@@ -231,7 +231,7 @@ def rank(policy: toy.NamedPolicy, training: Preferences, beta: float) -> list[Ra
 def print_test(test: dict[str, Any]) -> None:
     """Prints the held-out accuracies."""
     rows = {"policy, by DPO": "accuracy", "majority vote of the training comparisons": "majority_accuracy"}
-    harness.print_table(
+    console.print_table(
         f"Foretelling {test['num_held_out']:,} held-out comparisons, from {test['num_training']:,}",
         ["rule", "accuracy (a tie is half right)"],
         [
@@ -240,7 +240,7 @@ def print_test(test: dict[str, Any]) -> None:
         ],
     )
     gain = test["gain"]
-    harness.console.print(f"The policy is ahead of the vote by {gain['mean']:+.1%} ± {gain['stderr']:.1%} (paired).")
+    console.say(f"The policy is ahead of the vote by {gain['mean']:+.1%} ± {gain['stderr']:.1%} (paired).")
 
 
 def print_ranking(ranking: list[Ranked]) -> None:
@@ -248,7 +248,7 @@ def print_ranking(ranking: list[Ranked]) -> None:
     prompts = list(dict.fromkeys(entry.prompt for entry in ranking))
     for prompt in prompts[:PROMPTS_SHOWN]:
         entries = [entry for entry in ranking if entry.prompt == prompt]
-        harness.print_table(
+        console.print_table(
             _shortened(prompt),
             ["response", "probability", "implicit reward", "wins", "losses"],
             [
@@ -263,9 +263,9 @@ def print_ranking(ranking: list[Ranked]) -> None:
             ],
         )
         if len(entries) > RESPONSES_SHOWN:
-            harness.console.print(f"and {len(entries) - RESPONSES_SHOWN} more responses")
+            console.say(f"and {len(entries) - RESPONSES_SHOWN} more responses")
     if len(prompts) > PROMPTS_SHOWN:
-        harness.console.print(f"and {len(prompts) - PROMPTS_SHOWN} more prompts: see ranking.csv")
+        console.say(f"and {len(prompts) - PROMPTS_SHOWN} more prompts: see ranking.csv")
 
 
 def write_ranking(path: Path, ranking: list[Ranked]) -> None:
@@ -308,4 +308,4 @@ def _shortened(text: str, width: int = 60) -> str:
 
 
 if __name__ == "__main__":
-    main(harness.parse(Options))
+    main(commands.parse(Options))

@@ -4,6 +4,7 @@ A loss acts on the policy through its gradient alone. So beside the values stand
 respect to what the loss eats. They are those of the library's functions, by `jax.grad`.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax import figures, losses
 from dpo_jax.types import Pair
-from experiments import harness
+from experiments.lab import commands, console, devices, files
 
 BENDS = np.linspace(-0.3, 0.3, 25).round(3)  # where DiscoPOP does
 REWARDS = np.union1d(np.linspace(-4, 4, 65), [*BENDS, 0.999])
@@ -195,19 +196,19 @@ def family(
 
 def main(options: Options) -> None:
     """Draws the picture and writes what it shows."""
-    out = harness.output_folder(options.out)
-    harness.enable_compilation_cache()
-    watch = harness.Stopwatch()
-    with watch.counting("run"), harness.waiting("Evaluating the losses and their gradients"):
+    out = files.output_folder(options.out)
+    devices.enable_compilation_cache()
+    clock = time.perf_counter()
+    with console.waiting("Evaluating the losses and their gradients"):
         drawn = families()
-    harness.save_figure(figures.loss_family(drawn), out / "family.png")
+    files.save_figure(figures.loss_family(drawn), out / "family.png")
     rounded = [
         {**entry._asdict(), "curves": {label: np.round(lines, 5) for label, lines in entry.curves.items()}}
         for entry in drawn
     ]
-    harness.save_summary({"families": rounded, **harness.provenance(run=watch.run)}, out)
-    harness.console.print(f"The figure and summary.json are in {out}.")
+    files.save_summary({"families": rounded, **files.provenance(run=time.perf_counter() - clock)}, out)
+    console.say(f"The figure and summary.json are in {out}.")
 
 
 if __name__ == "__main__":
-    main(harness.parse(Options))
+    main(commands.parse(Options))

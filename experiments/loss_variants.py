@@ -245,8 +245,8 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     seeds = Seeds.of(options.num_seeds, options.num_tuning_seeds)
     num_runs = tuning.num_runs(seeds, len(methods), len(SETTINGS), options.num_candidates, reports=2)
     console.say(
-        f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs in {options.num_seeds:,} worlds, "
-        f"and {options.num_tuning_seeds:,} more for tuning. The first start also compiles, for some minutes."
+        f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs in {options.num_seeds:,} "
+        f"worlds, and {options.num_tuning_seeds:,} more for tuning. The first start also compiles, for some minutes."
     )
     with console.waiting("Preparing worlds and SFT policies"):
         starts = sweep.prepare(pipeline.start, jax.random.key(options.seed), seeds=seeds.all)

@@ -16,10 +16,11 @@
 #
 # The [DPO tutorial](tutorial.ipynb) got from comparisons to a better policy in one supervised step. Reinforcement
 # learning from human feedback takes two: fit a reward model to the comparisons, then let the policy try responses and
-# reinforce those that the reward model scores highly, here by PPO and by GRPO. The world is small, so we know the optimum
-# of each method, and the errors of the reward model.
+# reinforce those that the reward model scores highly, here by PPO and by GRPO. The world is small, so we know the
+# optimum of each method, and the errors of the reward model.
 #
-# This page is a script and a notebook in one: `python -m experiments.rlhf_tutorial`, or `rlhf_tutorial.ipynb` beside it.
+# This page is a script and a notebook in one: `python -m experiments.rlhf_tutorial`, or `rlhf_tutorial.ipynb` beside
+# it.
 
 # %%
 import sys
@@ -77,8 +78,8 @@ BETA, LEARNING_RATE = 0.1, 1e-3
 # 3. **Reinforcement learning**: sample responses from the policy, score them by $r_\phi$, and make those more likely
 #    that scored better than expected.
 #
-# The world, the SFT policy and the comparisons are made as in the DPO tutorial: five prompts, ten responses to each, 500
-# demonstrations and 1,800 comparisons.
+# The world, the SFT policy and the comparisons are made as in the DPO tutorial: five prompts, ten responses to each,
+# 500 demonstrations and 1,800 comparisons.
 
 # %%
 start = TUTORIAL.start(jax.random.key(options.seed))
@@ -203,9 +204,9 @@ console.print_table(
 files.save_figure(figures.reinforcement(jax.device_get(ppo)), out / "ppo_training.png")
 
 # %% [markdown]
-# The score, which is all that PPO sees, rises steadily. The true reward rises too, but by much less: part of the score is
-# error. For comparison, we add DPO, and the optima that need no sampling at all. The maximum of reward minus β times KL
-# is known in closed form, for the reward model and for the true reward: $\pi_{ref}\, e^{r / \beta} / Z$.
+# The score, which is all that PPO sees, rises steadily. The true reward rises too, but by much less: part of the score
+# is error. For comparison, we add DPO, and the optima that need no sampling at all. The maximum of reward minus β times
+# KL is known in closed form, for the reward model and for the true reward: $\pi_{ref}\, e^{r / \beta} / Z$.
 
 # %%
 with console.waiting("DPO"):
@@ -247,9 +248,9 @@ def print_policies(title: str, names: list[str]) -> None:
 print_policies(f"After PPO, β = {BETA}", list(results))
 
 # %% [markdown]
-# PPO reaches the optimum of its reward model. DPO, from the same comparisons and without reward model, sampling or value
-# network, ends close to it: its loss *is* that of the reward model, written in terms of the policy that maximises it.
-# Neither reaches the true optimum, because both learned from the same noisy comparisons.
+# PPO reaches the optimum of its reward model. DPO, from the same comparisons and without reward model, sampling or
+# value network, ends close to it: its loss *is* that of the reward model, written in terms of the policy that maximises
+# it. Neither reaches the true optimum, because both learned from the same noisy comparisons.
 
 # %% [markdown]
 # ## 4. Overoptimisation
@@ -290,19 +291,19 @@ course = {
 files.save_figure(figures.overoptimisation(course), out / "overoptimisation.png")
 for name, points in course.items():
     console.say(
-        f"{name}, mean of {options.num_seeds} worlds: the score ends {points.learned_gain[-1]:+.4f} above SFT, the true "
-        f"reward {points.gain[-1]:+.4f}; its highest was {points.gain.max():+.4f}."
+        f"{name}, mean of {options.num_seeds} worlds: the score ends {points.learned_gain[-1]:+.4f} above SFT, the "
+        f"true reward {points.gain[-1]:+.4f}; its highest was {points.gain.max():+.4f}."
     )
 
 # %% [markdown]
-# With β = 0 the score keeps rising, while the true reward reaches its highest value early and then falls: reward hacking.
-# The KL term keeps a policy where the reward model can be trusted.
+# With β = 0 the score keeps rising, while the true reward reaches its highest value early and then falls: reward
+# hacking. The KL term keeps a policy where the reward model can be trusted.
 
 # %% [markdown]
 # ## 5. GRPO
 #
-# Group Relative Policy Optimization has no value network. The policy responds to each prompt eight times, and a response
-# is compared with its own group, in standard deviations. The KL term moves from the reward into the loss:
+# Group Relative Policy Optimization has no value network. The policy responds to each prompt eight times, and a
+# response is compared with its own group, in standard deviations. The KL term moves from the reward into the loss:
 #
 # $$A_i = \frac{r_i - \mathrm{mean}(r)}{\mathrm{std}(r)}, \qquad
 # \mathcal{L}_{GRPO} = \mathcal{L}_{PPO}
@@ -335,12 +336,12 @@ print_policies(
 
 # %% [markdown]
 # GRPO goes farther at the same β. That is not better or worse optimisation: **it maximises another objective.** In
-# standard deviations, a prompt whose responses differ by little counts as much as any other, and β = 0.1 is then a small
-# weight. And the *gradient* of its KL term is that of the other divergence, KL(reference ‖ policy). Both can be derived:
-# with large groups it converges to $\pi = \pi_{ref} / (1 - A / \beta)$; for a β as small as this, nearly all probability
-# goes to the response with the best score, whose advantage has fallen below β. Dr. GRPO leaves the standard deviation
-# out, but keeps the KL term. With `advantages=losses.rloo_advantages` and `kl=losses.k2_estimate` GRPO has the objective
-# of RLHF, and converges to its optimum; a test verifies it.
+# standard deviations, a prompt whose responses differ by little counts as much as any other, and β = 0.1 is then a
+# small weight. And the *gradient* of its KL term is that of the other divergence, KL(reference ‖ policy). Both can be
+# derived: with large groups it converges to $\pi = \pi_{ref} / (1 - A / \beta)$; for a β as small as this, nearly all
+# probability goes to the response with the best score, whose advantage has fallen below β. Dr. GRPO leaves the standard
+# deviation out, but keeps the KL term. With `advantages=losses.rloo_advantages` and `kl=losses.k2_estimate` GRPO has
+# the objective of RLHF, and converges to its optimum; a test verifies it.
 
 # %% [markdown]
 # ## 6. All in one picture

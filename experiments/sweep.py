@@ -223,9 +223,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     seconds = {"total": perf_counter() - start}
     files.save_summary({"options": vars(options), **files.provenance(**seconds)}, out)
     print_results(summary)
-    console.say(
-        f"Results are in {out}: summary.csv, runs.parquet and figures; every run is in {out / 'runs'}."
-    )
+    console.say(f"Results are in {out}: summary.csv, runs.parquet and figures; every run is in {out / 'runs'}.")
 
 
 def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
@@ -244,12 +242,12 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     if missing := sorted(needed - {*FIXED, *options.fixed, *varied}):
         raise ValueError(f"a loss also needs {missing[0]}: --fixed {missing[0]} 0.5, or --vary {missing[0]}=0.5,1")
     if options.log_every is not None:
-        checks.positive("--log-every", np.array(options.log_every))
+        checks.interval("--log-every", np.array(options.log_every), "(0, inf)")
     for name, value in options.fixed.items():
         checks.finite(f"--fixed {name}", np.array(value))
-    checks.positive("--beta", np.array(options.beta))
-    checks.positive("--learning-rate", np.array(options.learning_rate))
-    checks.probability("--label-noise", np.array(options.label_noise))
+    checks.interval("--beta", np.array(options.beta), "(0, inf)")
+    checks.interval("--learning-rate", np.array(options.learning_rate), "(0, inf)")
+    checks.interval("--label-noise", np.array(options.label_noise), "[0, 1]")
     return {
         "run": runner(methods, options.fixed, pipeline),
         "prepare": pipeline.start,

@@ -128,7 +128,8 @@ console.say(f"Three losses where policy = reference: {losses.dpo_loss(logps, thr
 
 # %% [markdown]
 # Now train. An objective takes the mean of the loss over a batch, and adds metrics. beta is an ordinary argument, and
-# may be traced, so `vmap` trains one policy for each beta in a single compiled program. All of them see the same batches.
+# may be traced, so `vmap` trains one policy for each beta in a single compiled program. All of them see the same
+# batches.
 
 # %%
 BETAS = (0.01, 0.1, 0.5, 2.0)
@@ -170,8 +171,9 @@ files.save_figure(figures.training(history, bayes=bayes), out / "dpo_training.pn
 # %% [markdown]
 # These are training metrics, and comparisons in this world are noisy: rewards lie between 0 and 1, so people are only
 # slightly more likely to prefer the better response. The dotted lines show how well the true rewards themselves predict
-# new comparisons. Training does better than that on the comparisons it has seen: the difference is memorised noise. What
-# counts is the true reward. We know it exactly; estimates from 200 sampled responses to each prompt stand beside it.
+# new comparisons. Training does better than that on the comparisons it has seen: the difference is memorised noise.
+# What counts is the true reward. We know it exactly; estimates from 200 sampled responses to each prompt stand beside
+# it.
 
 # %%
 rewards = {
@@ -236,8 +238,9 @@ files.save_figure(
 )
 
 # %% [markdown]
-# The frontier is the highest reward at each distance from the reference: no policy lies above it. Each dotted line joins
-# the policy learned from 1,800 noisy comparisons in 50 epochs to the optimum that unlimited data and training would give.
+# The frontier is the highest reward at each distance from the reference: no policy lies above it. Each dotted line
+# joins the policy learned from 1,800 noisy comparisons in 50 epochs to the optimum that unlimited data and training
+# would give.
 
 # %%
 files.save_figure(figures.frontier(curve, learned, BETAS, optima, sft_reward=sft_reward), out / "frontier.png")

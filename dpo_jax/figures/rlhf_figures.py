@@ -1,7 +1,7 @@
 """RLHF beside DPO: reward against KL, overoptimisation, learning rates."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float

@@ -1,4 +1,4 @@
-"""Figures of a sweep's summary (`dpo_jax.sweep.summarise`): one colour per value of an axis, one panel per condition."""
+"""Figures of a sweep's summary (`dpo_jax.sweep.summarise`): colours for one axis, panels for all others."""
 
 import itertools
 import math
@@ -80,9 +80,7 @@ def frontiers(
             centre = {which: line[which].sel(statistic="mean") for which in (x, y)}
             bars = {which: centre[which] - line[which].sel(statistic="low") for which in (x, y)}
             error = {"xerr": bars[x], "yerr": bars[y], "elinewidth": 0.8}
-            axes.errorbar(
-                centre[x], centre[y], **error, marker="o", markersize=3.5, label=named(str(value)), **style
-            )
+            axes.errorbar(centre[x], centre[y], **error, marker="o", markersize=3.5, label=named(str(value)), **style)
         axes.axhline(0.0, color=GREY, linestyle="--", linewidth=1)
         axes.set(xlabel=labels[0], ylabel=labels[1])
     return _finished(figure)

@@ -35,7 +35,7 @@ from dpo_jax.losses.margin import (
     truncated_quadratic_loss,
 )
 from dpo_jax.losses.ratios import bounded_exp, difference, fitted, power_score
-from dpo_jax.types import PreferenceLoss, Scalar
+from dpo_jax.types import Numeric, PreferenceLoss
 
 Divergence: TypeAlias = Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]
 """From the log-ratio u of policy to reference to f'(exp(u)), elementwise; it must increase."""
@@ -133,7 +133,7 @@ def chi_square_kl(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return bounded_exp(log_ratio) + log_ratio
 
 
-def alpha_divergence(alpha: Scalar) -> Divergence:
+def alpha_divergence(alpha: Numeric) -> Divergence:
     r"""A function from :math:`u` to :math:`f'(e^u) = (e^{(\alpha - 1) u} - 1) / (\alpha - 1)`.
 
     The limit of alpha 1 is `reverse_kl`, and alpha 0 is `forward_kl`. This is TRL's alpha since 1.16; that of Wang et

@@ -11,26 +11,32 @@ from dpo_jax.losses.structure import name_of
 _FITTING = {
     ("policy", "reference"): "use train.preference_objective",
     ("policy",): "use train.reference_free_objective",
-    ("rewards",): "use train.reward_objective",
+    ("rewards",): "use train.reference_free_objective",
     ("policy", "reference", "desirable"): "use train.unpaired_objective",
     ("logps", "old_logps", "advantages"): "use train.policy_gradient_objective",
     ("logps", "advantages"): "use train.policy_gradient_objective and a function that drops the old log-probabilities",
     ("values", "old_values", "returns"): "it is a loss of a value function, which rlhf.ppo adds by itself",
 }
 _BY_NUMBER = {
-    1: "use train.reference_free_objective, or train.reward_objective for a loss of rewards",
+    1: "use train.reference_free_objective",
     2: "use train.preference_objective",
     3: "use train.unpaired_objective for labels, or train.policy_gradient_objective for rollouts",
 }
 
 
-def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparameters: dict[str, Any]) -> None:
+def check_call(
+    loss: Callable[..., Array], wanted: tuple[str, ...], hyperparameters: dict[str, Any], *, also: tuple[str, ...] = ()
+) -> tuple[str, ...]:
     """The loss can be called with the arrays that an objective has, and with these hyperparameters.
 
     Args:
       loss: a loss, perhaps a partial or a wrapper.
       wanted: names of the arrays that the objective passes by position.
       hyperparameters: passed by name.
+      also: other names of these arrays that fit.
+
+    Returns:
+      The names that the loss gives to the arrays.
 
     Raises:
       TypeError: it is a loss of another family (the message names the objective that fits), needs a hyperparameter
@@ -44,7 +50,7 @@ def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparamet
     required = tuple(p.name for p in by_position if p.default is p.empty)
     any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     possible = len(required) <= len(wanted) and (any_number or len(wanted) <= len(by_position))
-    if not possible or (required != wanted and required in _FITTING and not any_number):
+    if not possible or (required not in (wanted, also) and required in _FITTING and not any_number):
         fitting = _FITTING.get(required) or _BY_NUMBER.get(len(required))
         raise TypeError(
             f"{name} is called with ({', '.join(wanted)}) by this objective, but takes ({', '.join(required)})"
@@ -59,3 +65,4 @@ def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparamet
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         taken = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         raise TypeError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}")
+    return required

@@ -98,7 +98,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     print_results(claims)
     if options.num_candidates < ENOUGH_CANDIDATES or options.num_tuning_seeds < ENOUGH_TUNING_SEEDS:
         console.say(
-            f"Beware: with {options.num_candidates} candidates in {options.num_tuning_seeds} tuning worlds, the luck of "
+            f"Beware: with {options.num_candidates} candidates in {options.num_tuning_seeds} tuning worlds, luck in "
             f"tuning decides the verdicts on losses; the reported results have {Options.num_candidates} in "
             f"{Options.num_tuning_seeds}."
         )

@@ -18,8 +18,8 @@ from dpo_jax import losses, rlhf, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
 from experiments import dpo_vs_rlhf, loss_variants
 from experiments.dpo_vs_rlhf import LEARNING_RATES, Trials
-from experiments.lab import console, contenders, tuning
-from experiments.lab.contenders import Scene, contender
+from experiments.lab import console, contenders
+from experiments.lab.contenders import Scene
 from experiments.lab.feedback import SETTINGS, Setting
 from experiments.lab.methods import REFERENCE_FREE, Method, reference_free
 from experiments.lab.pipeline import BETA, BETAS, Pipeline, Start
@@ -110,7 +110,9 @@ def gather(pipeline: Pipeline, seed: int, amounts: Amounts, seconds: Seconds) ->
             "by_clip": grid(ppo_by_clip, scenes, faster=sweep.static(FASTER), clip=CLIPS)["expected_reward"],
             "exploration": dict(zip(EXPLORERS, _by_how(grid(explore, how=EXPLORERS, power=POWERS)), strict=True)),
             "regularisation": dict(
-                zip(REGULARISED, _by_how(grid(regularised, loss=REGULARISED, learning_rate=LEARNING_RATES)), strict=True)
+                zip(
+                    REGULARISED, _by_how(grid(regularised, loss=REGULARISED, learning_rate=LEARNING_RATES)), strict=True
+                )
             ),
         }
     with console.waiting("Evaluating what needs no training, and timing"):
@@ -193,7 +195,9 @@ def explore(pipeline: Pipeline, scene: Scene, *, how: str, power: Numeric) -> Me
     """
     params, table = sharpened(scene.start.params, power), pipeline.table(scene.world)
     scene = scene._replace(start=scene.start._replace(params=params))
-    asked = contenders.exchange(pipeline, scene, 1 if how == "xpo" else 2, pipeline.batch_size // (2 if how == "xpo" else 1))
+    asked = contenders.exchange(
+        pipeline, scene, 1 if how == "xpo" else 2, pipeline.batch_size // (2 if how == "xpo" else 1)
+    )
     if how == "offline":
         asked["respond"] = contenders.answered_by(params, asked["respond"])
     prefer = toy.preference_fn(scene.true_rewards)
@@ -233,7 +237,8 @@ def sharpened(params: Params, power: Numeric) -> Params:
 def regularised(pipeline: Pipeline, scene: Scene, *, loss: str, learning_rate: Numeric) -> Metrics:
     """A loss at the usual beta on labels that are never wrong: does it keep the policy near the reference?
 
-    `margin` is the mean absolute log-ratio (nats) of chosen to rejected; `merit` the expected reward minus beta times KL.
+    `margin` is the mean absolute log-ratio (nats) of chosen to rejected; `merit` the expected reward minus beta times
+    KL.
     """
     pairs = pipeline.comparisons(scene.key, scene.start, temperature=0.0)
     objective = train.preference_objective(

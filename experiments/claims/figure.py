@@ -25,9 +25,7 @@ class Measured(NamedTuple):
     half: Sequence[float]
 
 
-def draw(
-    panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, title: str = "", log: bool = False
-) -> Figure:
+def draw(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, title: str = "", log: bool = False) -> Figure:
     """The measurements behind a claim: a panel for each quantity, a series for each label.
 
     Args:

@@ -11,8 +11,8 @@ from experiments.claims.figure import Measured
 from experiments.lab.statistics import mean_and_stderr
 
 NOTHING = 0.01
-"""The smallest difference in reward that matters. Tuning alone moves a result by 0.007: so far apart are two losses that
-are the same in other units (`experiments/loss_variants.py`)."""
+"""The smallest difference in reward that matters. Tuning alone moves a result by 0.007: that is how far apart two
+losses were that are the same in other units (`experiments/loss_variants.py`)."""
 HOLDS, SLIGHT, NO_DIFFERENCE, FAILS, OPEN = "holds", "holds slightly", "no difference", "fails", "not shown"
 
 
@@ -79,7 +79,7 @@ def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
     low, high = effect.interval
     if low > matters:
         return HOLDS
-    if 0 < low and high <= matters:
+    if low > 0 and high <= matters:
         return SLIGHT
     if -matters < low and high < matters:
         return NO_DIFFERENCE

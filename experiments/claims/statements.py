@@ -508,7 +508,7 @@ def smoothing_helps(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "smoothing_helps",
         "Label smoothing helps where labels are flipped (conservative and robust DPO).",
-        "true reward with a smoothing of 0.2 minus that without, a fifth of the labels flipped, all else as tuned for DPO",
+        "true reward with a smoothing of 0.2 minus that without, a fifth of labels flipped, all else as tuned for DPO",
         effects[first],
         by_condition(effects, "the method and the learning rate"),
         {
@@ -528,7 +528,8 @@ def kto_unpaired(evidence: dict[str, Any]) -> Claim:
     effects = over_dpo(evidence, "kto on labels")
     sft = evidence["variants_sft_reward"]
     over_sft = {
-        setting: estimate(evidence["variants"]["kto on labels"][setting]["expected_reward"] - sft) for setting in SETTINGS
+        setting: estimate(evidence["variants"]["kto on labels"][setting]["expected_reward"] - sft)
+        for setting in SETTINGS
     }
     return Claim(
         "kto_unpaired",

@@ -31,7 +31,7 @@ def parse(options: type[OptionsType]) -> OptionsType:
 
 
 def in_jupyter() -> bool:
-    """Whether this process is a Jupyter kernel. (One that only imported `ipykernel` is not.)"""
+    """Whether this process is a Jupyter kernel; one that only imported `ipykernel` is not."""
     kernels = sys.modules.get("ipykernel.kernelapp")
     return kernels is not None and bool(kernels.IPKernelApp.initialized())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -91,3 +92,11 @@ def progress(what: str, seconds_between: float | None = SECONDS_BETWEEN_LINES) -
             say(f"{what}: {state}")
 
         yield report
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; yields what sets how many are done."""
+    with Progress(console=console, transient=True, disable=not on_terminal()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)

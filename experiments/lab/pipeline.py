@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import optax
 import jax
+import optax
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, toy, train
@@ -19,6 +19,7 @@ from dpo_jax.types import LogProbFn, Metrics, Numeric, Objective, Params, Prefer
 
 BETA = 0.1
 BETAS = (0.01, 0.1, 0.5, 2.0)
+POLICY = toy.ToyLM(num_responses=10)
 
 
 class Start(NamedTuple):
@@ -52,7 +53,7 @@ class Pipeline:
       num_epochs, batch_size, learning_rate: of training on comparisons.
     """
 
-    policy: nn.Module = toy.ToyLM(num_responses=10)
+    policy: nn.Module = POLICY
     num_demonstrations: int = 500
     num_preferences: int = 1800
     sft_epochs: int = 100
@@ -129,7 +130,12 @@ class Pipeline:
         """Direct Preference Optimization from the SFT policy, evaluated exactly after each epoch."""
         objective = train.preference_objective(self.log_prob(start.world), losses.dpo_loss, beta=beta)
         return self.fit(
-            key, start.params, pairs, objective=objective, evaluate=lambda params: self.evaluate(start, params), **options
+            key,
+            start.params,
+            pairs,
+            objective=objective,
+            evaluate=lambda params: self.evaluate(start, params),
+            **options,
         )
 
     def evaluate(self, start: Start, params: Params) -> Metrics:

@@ -75,7 +75,7 @@ def test_samples_are_counted_as_they_are_drawn(scene):
     """By the shapes of what is collected."""
     embeddings = scene.world.embeddings
     log_prob = toy.log_prob_fn(contenders.POLICY, embeddings)
-    setup = contenders.Setup(jax.random.key(0), scene, log_prob, toy.log_prob_table(contenders.POLICY, embeddings))
+    setup = contenders.Setup(jax.random.key(0), scene, log_prob, toy.table_fn(contenders.POLICY, embeddings))
     for group_size, num in ((1, 64), (8, 64), (2, 64), (1, 256)):
         ask, respond, _ = setup.exchange(group_size, num)
         prompts = ask(jax.random.key(1))

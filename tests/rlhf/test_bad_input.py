@@ -55,7 +55,7 @@ def test_groups_of_one_have_nothing_to_compare_with(bandit, make):
 
 def preference_learner(bandit, make, respond, prefer, **hyperparameters):
     ask = toy.ask_everything(bandit.world)
-    return make(ask, respond, bandit.log_prob, prefer, reference=bandit.reference, beta=0.1, **hyperparameters)
+    return make(ask, respond, bandit.log_prob, prefer, reference_params=bandit.reference, beta=0.1, **hyperparameters)
 
 
 @pytest.mark.parametrize(

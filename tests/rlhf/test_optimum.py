@@ -72,7 +72,7 @@ def distance_at_a_constant_rate(bandit, make):
     hyperparameters = {"value": bandit.value, "value_weight": 1.0} if is_ppo else {}
     ask, respond = bandit.exchange(4)
     learner = make(
-        ask, respond, bandit.log_prob, bandit.reward, reference=bandit.reference, beta=BETA, **hyperparameters
+        ask, respond, bandit.log_prob, bandit.reward, reference_params=bandit.reference, beta=BETA, **hyperparameters
     )
     start = bandit.start(rlhf.ppo if is_ppo else rlhf.rloo)
     run = jax.jit(
@@ -160,7 +160,9 @@ def test_optimism_pulls_away_from_what_the_reference_answers(bandit):
 def trained_on_preferences(bandit, make, group_size, **hyperparameters):
     ask, respond = bandit.exchange(group_size, 512)
     prefer = toy.preference_fn(bandit.world.rewards)
-    learner = make(ask, respond, bandit.log_prob, prefer, reference=bandit.reference, beta=BETA, **hyperparameters)
+    learner = make(
+        ask, respond, bandit.log_prob, prefer, reference_params=bandit.reference, beta=BETA, **hyperparameters
+    )
 
     @jax.jit
     def run(key):

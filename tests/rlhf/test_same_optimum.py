@@ -26,10 +26,10 @@ def dpo(bandit, log_prob, params):
 
 
 def reward_model(bandit):
-    table = toy.score_table(POLICY, bandit.world.embeddings)
+    table = toy.score_table_fn(POLICY, bandit.world.embeddings)
     start = POLICY.init(jax.random.key(1), bandit.world.embeddings)
     pairs = toy.all_preferences(bandit.world)
-    objective = train.reward_objective(toy.score_fn(POLICY, bandit.world.embeddings))
+    objective = train.reference_free_objective(toy.score_fn(POLICY, bandit.world.embeddings), losses.bradley_terry_loss)
     fit = jax.jit(lambda key: train.fit(key, start, pairs, objective=objective, **EVERYTHING)[0])
     return table(fit(jax.random.key(0)))
 
@@ -80,7 +80,7 @@ def test_a_policy_that_cannot_tell_prompts_apart_ends_in_two_places():
         return Responses(jnp.broadcast_to(jnp.arange(2)[None], (2, 2)), 2 * probs[prompts])
 
     learner = rlhf.rloo(
-        toy.ask_everything(world), respond, log_prob, toy.reward_fn(rewards), reference=blind, beta=BETA
+        toy.ask_everything(world), respond, log_prob, toy.reward_fn(rewards), reference_params=blind, beta=BETA
     )
     by_rlhf, _ = train.fit_online(
         jax.random.key(0), blind, learner, learning_rate=EVERYTHING["learning_rate"], num_epochs=NUM_ROUNDS

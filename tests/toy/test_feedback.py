@@ -105,7 +105,7 @@ PREFERENCES = Preferences(
     prompts=jnp.array([0, 1, 1]),
     responses=Pair(jnp.array([3, 1, 0]), jnp.array([2, 0, 3])),
     weights=jnp.array([0.5, 2.0, 1.0]),
-    reference=Pair(jnp.array([-1.0, -2.0, -3.0]), jnp.array([-4.0, -5.0, -6.0])),
+    reference_logps=Pair(jnp.array([-1.0, -2.0, -3.0]), jnp.array([-4.0, -5.0, -6.0])),
     columns={"score": jnp.array([7.0, 8.0, 9.0])},
 )
 SPLIT = Labels(
@@ -113,7 +113,7 @@ SPLIT = Labels(
     responses=jnp.array([3, 1, 0, 2, 0, 3]),
     desirable=jnp.array([True, True, True, False, False, False]),
     weights=jnp.array([0.5, 2.0, 1.0, 0.5, 2.0, 1.0]),
-    reference=jnp.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]),
+    reference_logps=jnp.array([-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]),
 )
 
 
@@ -123,8 +123,8 @@ def test_split_pairs_by_hand():
 
 
 def test_split_pairs_without_weights_and_reference():
-    bare = PREFERENCES._replace(weights=None, reference=None)
-    chex.assert_trees_all_equal(toy.split_pairs(bare), SPLIT._replace(weights=None, reference=None))
+    bare = PREFERENCES._replace(weights=None, reference_logps=None)
+    chex.assert_trees_all_equal(toy.split_pairs(bare), SPLIT._replace(weights=None, reference_logps=None))
 
 
 def test_responses_of_split_pairs_are_good_as_often_as_they_win(world):

@@ -189,7 +189,7 @@ def test_the_policy_gradient_of_all_responses_is_that_of_the_expected_reward(key
         return jnp.mean(weights * logps * toy.reward_fn(jnp.asarray(REWARDS))(repeated, responses))
 
     def expected(params):
-        log_probs = toy.log_prob_table(POLICY, EMBEDDINGS)(params)
+        log_probs = toy.table_fn(POLICY, EMBEDDINGS)(params)
         return jnp.mean(toy.expected_reward(log_probs, jnp.asarray(REWARDS))[prompts])
 
     chex.assert_trees_all_close(*(jax.jit(jax.grad(f))(PARAMS) for f in (surrogate, expected)), atol=1e-6)

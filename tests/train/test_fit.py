@@ -102,7 +102,7 @@ def test_history_is_the_mean_of_batch_means_with_a_short_last_batch(start):
 
 def test_history_has_a_value_for_each_epoch(start, key):
     world = start[0]
-    table = toy.log_prob_table(POLICY, world.embeddings)
+    table = toy.table_fn(POLICY, world.embeddings)
     reference = table(start[2])
     params, history = fit_dpo(key, start, evaluate=lambda params: toy.evaluate(table(params), reference, world.rewards))
     names = {"loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward", "step"}
@@ -217,7 +217,7 @@ def test_table_policy_converges_to_the_closed_form_optimum(key, world):
         num_epochs=3000,
         batch_size=len(data.prompts),
     )
-    learnt = toy.log_prob_table(policy, world.embeddings)(params)
+    learnt = toy.table_fn(policy, world.embeddings)(params)
     optimum = toy.optimal_policy(reference_table, world.rewards, beta=beta)
     total_variation = 0.5 * jnp.abs(jnp.exp(learnt) - jnp.exp(optimum)).sum(-1)
     assert jnp.max(total_variation) < 1e-3, total_variation

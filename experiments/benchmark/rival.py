@@ -18,40 +18,28 @@ import copy
 import os
 import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
+import torch  # type: ignore[import-not-found, unused-ignore]
+from torch import nn  # type: ignore[import-not-found, unused-ignore]
+from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
 
-try:
-    import torch  # type: ignore[import-not-found, unused-ignore]
-    from torch import nn  # type: ignore[import-not-found, unused-ignore]
-    from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
-except ModuleNotFoundError:
-    if __name__ != "__main__":  # which needs no PyTorch to say what this is
-        raise
+from experiments.benchmark.measuring import seconds_in_turn
+from experiments.benchmark.workloads import Experiment
+from experiments.lab.pipeline import BETA, TUTORIAL
 
-from experiments import harness
-from experiments.measuring import seconds_in_turn
-from experiments.notebook import BETA, Start
-
-NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE = 50, 64, 1e-3
+NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE = TUTORIAL.num_epochs, TUTORIAL.batch_size, TUTORIAL.learning_rate
 DECAY, SQUARES_DECAY, EPSILON = 0.9, 0.999, 1e-8
 
 Tensor = Any
-
-
-@dataclass(frozen=True)
-class Options:
-    """DPO runs in PyTorch, to compare with. This is no command: `python -m experiments.benchmark` runs it."""
 
 
 class Stack(NamedTuple):
@@ -78,7 +66,7 @@ class Stack(NamedTuple):
 
 
 def compare(
-    starts: Start, jax_runs: Mapping[int, Callable[[], Any]], *, repeats: int, compile_seconds: float
+    starts: Experiment, jax_runs: Mapping[int, Callable[[], Any]], *, repeats: int, compile_seconds: float
 ) -> dict[str, Any]:
     """Times DPO runs in JAX and in PyTorch, in turn.
 
@@ -154,7 +142,7 @@ def draw_orders(orders: Tensor, generator: Any) -> None:
         torch.randperm(orders.shape[-1], generator=generator, out=order[0])
 
 
-def runs_first(starts: Start, num: int) -> Stack:
+def runs_first(starts: Experiment, num: int) -> Stack:
     """Stacked runs whose every operation is a kernel of PyTorch, the axis of runs first."""
     weights, cells, reference, embeddings = inputs(starts, num)
     start = [torch.cat(weights[:2], dim=1).contiguous(), torch.cat(weights[2:], dim=1).contiguous()]  # biases below
@@ -188,7 +176,7 @@ def runs_first(starts: Start, num: int) -> Stack:
     return Stack(start, params, (first, second), cells, False, step, log_probs)
 
 
-def runs_by_autograd(starts: Start, num: int) -> Stack:
+def runs_by_autograd(starts: Experiment, num: int) -> Stack:
     """Stacked runs as one would write them: a batched network, its gradient by autograd, the axis of runs first."""
     start, cells, reference, embeddings = inputs(starts, num)
     params, first, second = ([torch.zeros_like(value) for value in start] for _ in range(3))
@@ -232,7 +220,7 @@ def fused_adam(
     )
 
 
-def runs_last(starts: Start, num: int, *, compiled: bool) -> Stack:
+def runs_last(starts: Experiment, num: int, *, compiled: bool) -> Stack:
     """Stacked runs whose step is one function, to be compiled, the axis of runs last."""
     weights, cells, *tables = inputs(starts, num)
     start = [value.movedim(0, -1).contiguous() for value in weights]
@@ -273,14 +261,18 @@ def runs_last(starts: Start, num: int, *, compiled: bool) -> Stack:
     return Stack(start, params, (first, second), cells, True, outer, lambda: layers()[1].movedim(-1, 0))
 
 
-def inputs(starts: Start, num: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+def inputs(starts: Experiment, num: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The first runs as tensors, runs first: the SFT policies' weights and biases, cells, their tables, embeddings."""
-    first, last = (starts.sft.params["params"][name] for name in ("Dense_0", "Dense_1"))
+    first, last = (starts.start.params["params"][name] for name in ("Dense_0", "Dense_1"))
     parameters = first["kernel"], first["bias"][:, None], last["weight"].swapaxes(1, 2), last["bias"][:, None]
     weights = [np.array(value[:num], order="C") for value in parameters]
     responses = np.stack([side[:num] for side in starts.preferences.responses], axis=1)
-    cells = starts.preferences.prompts[:num, None] * starts.world.rewards.shape[-1] + responses
-    arrays = (cells.astype(np.uint8), starts.sft.log_probs[:num], starts.world.embeddings[:num])  # fewer than 256 cells
+    cells = starts.preferences.prompts[:num, None] * starts.start.world.rewards.shape[-1] + responses
+    arrays = (
+        cells.astype(np.uint8),
+        starts.start.log_probs[:num],
+        starts.start.world.embeddings[:num],
+    )  # fewer than 256 cells
     return [torch.from_numpy(value) for value in weights], *(torch.from_numpy(np.array(array)) for array in arrays)
 
 
@@ -321,9 +313,9 @@ def fresh_compiler() -> Iterator[None]:
         yield
 
 
-def tutorial_run(starts: Start, run: int, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str, list[float]]]:
+def tutorial_run(starts: Experiment, run: int, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str, list[float]]]:
     """One DPO run as the tutorial writes it; returns the policy's table, and for each metric a number per epoch."""
-    embeddings = torch.from_numpy(np.array(starts.world.embeddings[run]))
+    embeddings = torch.from_numpy(np.array(starts.start.world.embeddings[run]))
     preferences, rng = starts.preferences, np.random.default_rng(run)
     columns = (preferences.prompts, *preferences.responses)
     data = list(zip(*(column[run].tolist() for column in columns), strict=True))
@@ -347,9 +339,9 @@ def tutorial_run(starts: Start, run: int, num_epochs: int = NUM_EPOCHS) -> tuple
         return functional.log_softmax(policy(embeddings), dim=-1), history
 
 
-def tutorial_network(starts: Start, run: int) -> Any:
+def tutorial_network(starts: Experiment, run: int) -> Any:
     """The network of a run's SFT policy."""
-    first, last = (starts.sft.params["params"][name] for name in ("Dense_0", "Dense_1"))
+    first, last = (starts.start.params["params"][name] for name in ("Dense_0", "Dense_1"))
     weights = first["kernel"][run].T, last["weight"][run]
     network = nn.Sequential(nn.Linear(*weights[0].shape[::-1]), nn.ReLU(), nn.Linear(*weights[1].shape[::-1]))
     with torch.no_grad():
@@ -378,8 +370,3 @@ def tutorial_loss(
         "reward_margin": (BETA * (chosen_ratios - rejected_ratios)).mean().item(),
         "accuracy": (logits > 0).float().mean().item(),
     }
-
-
-if __name__ == "__main__":
-    harness.parse(Options)
-    sys.exit("error: this is no command: `python -m experiments.benchmark` runs it, where PyTorch is installed")

@@ -17,8 +17,9 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax.sweep.programs import compile_fast
-from experiments import harness
+from dpo_jax.fast.compiling import compile_fast
+from experiments.benchmark.least_work import Work
+from experiments.lab.devices import num_cores
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,49 @@ def probe_of(*, matrix_size: int, copy_size: int) -> Probe:
     return probe
 
 
+BESIDE = ("float32", "copy")
+"""The peaks that are measured before and after everything else."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Measures times, and the machine's peaks before and after each.
+
+    Attributes:
+      probe: measures what the machine can do (`probe_of`).
+      repeats: how often each time is measured.
+    """
+
+    probe: "Probe"
+    repeats: int
+
+    def timed(self, measure: Callable[[], float], work: Work, **counts: int) -> dict[str, Any]:
+        """A time and what it comes to: how many of each per second, FLOP/s, bytes/s, as shares of the peaks.
+
+        The peaks are measured before and after, since a machine changes its speed: the shares are those of their mean.
+        """
+        before = self.probe(1, BESIDE)
+        seconds = measure()
+        peaks = {name: [before[name], peak] for name, peak in self.probe(1, BESIDE).items()}
+        flops, traffic = work.flops / seconds, work.bytes / seconds
+        return {
+            "seconds": seconds,
+            **{f"{name}_per_second": count / seconds for name, count in counts.items()},
+            "flops_per_second": flops,
+            "bytes_per_second": traffic,
+            "share_of_peak_flops": flops / np.mean(peaks["float32"]),
+            "share_of_peak_copy": traffic / np.mean(peaks["copy"]),
+            "flops_per_byte": work.intensity,
+            "peaks": peaks,
+        }
+
+
 def machine() -> dict[str, Any]:
     """The processor, its cores and those this process may use, bytes of memory, and how many processes want to run."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
-        "usable_cores": harness.num_cores(),
+        "usable_cores": num_cores(),
         "memory": psutil.virtual_memory().total,
         "load": psutil.getloadavg()[0],
     }

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax import figures
-from experiments import harness
+from experiments.lab import console
 
 Summary = dict[str, Any]
-NEEDED = ("steps", "pairs", "peaks", "notebooks", "dpo", "losses", "device", "versions")
+NEEDED = ("steps", "pairs", "peaks", "experiments", "dpo", "losses", "device", "versions")
 SAME = ("steps", "pairs")
 """What must be the same, or times are those of different work."""
-NOTED = ("device", "machine", "chunk", "repeats", "versions")
+NOTED = ("device", "machine", "runs_at_once", "repeats", "versions")
 """What may differ, but has a share in the ratios."""
 
 
@@ -31,7 +31,7 @@ def read(path: Path) -> Summary:
 
 def times(summary: Summary) -> Iterator[tuple[str, float]]:
     """Everything that took time, by name: microseconds."""
-    for what, title in (("notebooks", "notebooks"), ("dpo", "DPO runs")):
+    for what, title in (("experiments", "experiments"), ("dpo", "DPO runs")):
         for entry in summary[what]:
             yield f"{entry['num']:,} {title}, per step and run", entry["microseconds_per_step_and_run"]
     for entry in (summary.get("torch") or {"runs": []})["runs"]:
@@ -83,6 +83,6 @@ def print_comparison(*paths: Path) -> None:
     """
     first, second = map(read, paths)
     rows = compare(first, second)
-    harness.print_table("Microseconds, and the ratio of the second to the first", ["", *map(str, paths), "ratio"], rows)
+    console.print_table("Microseconds, and the ratio of the second to the first", ["", *map(str, paths), "ratio"], rows)
     for difference in differences(first, second):
-        harness.console.print(f"Beware: they differ in {difference}.")
+        console.say(f"Beware: they differ in {difference}.")

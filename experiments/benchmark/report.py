@@ -1,0 +1,149 @@
+"""What a benchmark says: tables, figures, and doubts about its numbers."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax import figures
+from experiments.benchmark.measuring import BESIDE
+from experiments.benchmark.workloads import DPO, EXPERIMENT_STEPS
+from experiments.lab import console, files
+
+TORCH = ("tutorial's loop", "stacked", "by hand", "by hand, compiled")
+"""The versions of `rival.py`."""
+STEADY = 1.5
+"""How far peaks may differ on a machine that does nothing else."""
+
+
+def highest(peaks: dict[str, float], entries: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """The best that the machine did, at first or beside any entry."""
+    for entry in entries:
+        peaks = {name: max([peak, *entry["peaks"].get(name, [])]) for name, peak in peaks.items()}
+    return peaks
+
+
+def shares(summary: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Every share of a peak: of which entry, of which peak, and how large."""
+    for what in ("experiments", "dpo", "losses"):
+        entries = summary[what]
+        named = entries.items() if isinstance(entries, dict) else ((f"{e['num']:,} {what}", e) for e in entries)
+        for name, entry in named:
+            for peak in BESIDE:
+                yield name, peak, entry[f"share_of_peak_{'flops' if peak == 'float32' else peak}"]
+
+
+def doubts(summary: dict[str, Any]) -> list[str]:
+    """What speaks against a summary: a machine that changed its speed, and shares of its peaks above 100 %."""
+    found = []
+    entries = [*summary["experiments"], *summary["dpo"], *summary["losses"].values()]
+    for peak, unit in zip(BESIDE, ("FLOP/s in a matrix product", "B/s in a copy"), strict=True):
+        measured = np.ravel([entry["peaks"][peak] for entry in entries])
+        if measured.max() > STEADY * measured.min():
+            low, high = (figures.benchmark_figures.short(rate) for rate in (measured.min(), measured.max()))
+            found.append(f"The machine changed its speed meanwhile: {low} to {high}{unit}. Other work was done on it.")
+        over = {name: share for name, of, share in shares(summary) if of == peak and share > 1}
+        if over:
+            worst = max(over, key=lambda name: over[name])
+            found.append(
+                f"{len(over)} of {len(entries)} exceed the machine's {unit}, {worst} most ({over[worst]:.0%}): "
+                "their data stay in caches, or the machine changed its speed."
+            )
+    return found
+
+
+def print_results(summary: dict[str, Any]) -> None:
+    """Prints the tables of a summary."""
+    peaks = summary["peaks"]
+    console.print_table(
+        "What the machine can do",
+        ["", "rate"],
+        [
+            [name, f"{figures.benchmark_figures.short(peak)}{'B/s' if name == 'copy' else 'FLOP/s'}"]
+            for name, peak in peaks.items()
+        ],
+    )
+    for what, title in (
+        ("experiments", f"Experiments at once, each {EXPERIMENT_STEPS:,} optimizer steps"),
+        ("dpo", f"DPO runs at once, each {DPO.steps:,} optimizer steps"),
+    ):
+        columns = ("", "compile", "run", "per second", "steps/s", "µs per step and run", "of peak FLOP/s", "of copy")
+        console.print_table(title, columns, [_row(entry) for entry in summary[what]])
+    console.print_table(
+        f"Losses with their gradients, {summary['pairs']:,} pairs",
+        ["", "compile", "run", "values/s", "of copy"],
+        [
+            [
+                name,
+                f"{entry['compile_seconds']:.2f} s",
+                f"{1e3 * entry['seconds']:.2f} ms",
+                f"{figures.benchmark_figures.short(entry['values_per_second'])}",
+                f"{entry['share_of_peak_copy']:.0%}",
+            ]
+            for name, entry in summary["losses"].items()
+        ],
+    )
+    console.print_table(
+        "Experiments on some of the devices",
+        ["devices", "experiments", "per second", "efficiency"],
+        [
+            [f"{e['num_devices']}", f"{e['num']:,}", f"{e['runs_per_second']:,.1f}", f"{e['efficiency']:.0%}"]
+            for e in summary["scaling"]
+        ],
+    )
+    if summary["torch"]:
+        console.print_table(
+            f"µs per optimizer step and DPO run, beside PyTorch {summary['torch']['version']}; in turn",
+            ["at once", "JAX", *(f"PyTorch, {name}" for name in TORCH)],
+            [[f"{entry['num']:,}", *_beside(entry)] for entry in summary["torch"]["runs"]],
+        )
+
+
+def _row(entry: dict[str, Any]) -> list[str]:
+    return [
+        f"{entry['num']:,}",
+        f"{entry['compile_seconds']:.1f} s",
+        f"{entry['seconds']:.3f} s",
+        f"{entry['runs_per_second']:,.1f}",
+        f"{entry['steps_per_second']:,.0f}",
+        f"{entry['microseconds_per_step_and_run']:.2f}",
+        f"{entry['share_of_peak_flops']:.1%}",
+        f"{entry['share_of_peak_copy']:.1%}",
+    ]
+
+
+def _beside(entry: dict[str, Any]) -> list[str]:
+    """The cells of a row of the comparison: microseconds, and how many times those of JAX."""
+    cost, ratio = entry["microseconds_per_step_and_run"], entry["times_jax"]
+    rivals = [f"{cost[name]:.2f} ({ratio[name]:.2f} ×)" if name in cost else "" for name in TORCH]
+    return [f"{cost['jax']:.2f}", *rivals]
+
+
+def save_figures(summary: dict[str, Any], out: Path) -> None:
+    """Draws the roofline, and the cost of a step against the number of runs."""
+    peaks, device = dict(summary["peaks"]), summary["device"]
+    bandwidth = peaks.pop("copy")
+    if peaks["float32 by default"] < 1.5 * peaks["float32"]:
+        del peaks["float32 by default"]  # it is the same on this machine
+    shown = {"DPO loss and gradient": summary["losses"]["dpo"]}
+    for what, one in (("experiments", "one experiment"), ("dpo", "one DPO run")):
+        first, last = summary[what][0], summary[what][-1]
+        several = f"{last['num']:,} {'DPO runs' if what == 'dpo' else what}"
+        shown |= {one: first} | ({several: last} if last is not first else {})
+    points = {name: (entry["flops_per_byte"], entry["flops_per_second"]) for name, entry in shown.items()}
+    peaks = {f"matrix product, {name}": peak for name, peak in peaks.items()}
+    above = any(max(entry["share_of_peak_flops"], entry["share_of_peak_copy"]) > 1 for entry in shown.values())
+    title = f"{device}. Above the roof: data in caches, or a changed speed" if above else device
+    files.save_figure(figures.roofline(peaks, bandwidth, points, title=title), out / "roofline.png")
+
+    def curve(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+        return [entry["num"] for entry in entries], [entry["microseconds_per_step_and_run"] for entry in entries]
+
+    curves = {"experiments": curve(summary["experiments"]), "DPO runs": curve(summary["dpo"])}
+    for name in TORCH if summary["torch"] else ():
+        costs = {entry["num"]: entry["microseconds_per_step_and_run"] for entry in summary["torch"]["runs"]}
+        costs = {num: cost[name] for num, cost in costs.items() if name in cost}
+        if costs:
+            curves[f"PyTorch, {name}"] = list(costs), list(costs.values())
+    files.save_figure(figures.cost_per_step(curves, title=device), out / "cost_per_step.png")
