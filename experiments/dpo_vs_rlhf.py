@@ -255,11 +255,12 @@ def seconds_of_all(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, dict[s
 def untrained(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, Any]:
     """Baselines and estimators, and the course of overoptimisation: arrays with the world first."""
     with console.waiting("Overoptimisation, and what needs no training"):
-        courses = sweep.grid(partial(follow, pipeline=pipeline), scenes, method=list(UNPULLED))
+        run = partial(follow, pipeline=pipeline)
+        courses = {name: sweep.grid(run, scenes, method=[name]).isel(method=0) for name in UNPULLED}
         return {
             "baseline": over_seeds(baseline, scenes),
             "estimators": over_seeds(estimators, scenes),
-            "courses": {name: by_name(courses, method=name) for name in UNPULLED},
+            "courses": {name: by_name(found) for name, found in courses.items()},
         }
 
 

@@ -167,7 +167,7 @@ def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
         [
             *(f"{point[axis]:g}" if isinstance(point[axis], float) else str(point[axis]) for axis in varied),
             *(sweep.interval(found[name]) for name in SHOWN),
-            f"{found.finished.sel(statistic='mean').item():.0%}",
+            f"{found.finished.item():.0%}",
         ]
         for point, found in points[:limit]
     ]

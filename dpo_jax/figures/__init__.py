@@ -6,9 +6,7 @@ from dpo_jax.figures.loss_figures import LossFamily as LossFamily
 from dpo_jax.figures.loss_figures import loss_family as loss_family
 from dpo_jax.figures.loss_figures import loss_frontiers as loss_frontiers
 from dpo_jax.figures.loss_figures import loss_gains as loss_gains
-from dpo_jax.figures.rlhf_figures import Measured as Measured
 from dpo_jax.figures.rlhf_figures import Points as Points
-from dpo_jax.figures.rlhf_figures import claim as claim
 from dpo_jax.figures.rlhf_figures import learned_rewards as learned_rewards
 from dpo_jax.figures.rlhf_figures import learning_rates as learning_rates
 from dpo_jax.figures.rlhf_figures import overoptimisation as overoptimisation

@@ -178,7 +178,7 @@ def small_beta_is_aggressive(evidence: dict[str, Any]) -> Claim:
 
 def small_beta_overfits(evidence: dict[str, Any]) -> Claim:
     """Section 4: and too far."""
-    dpo, optimal = evidence["dpo"], evidence["exact"]["optimal_reward"].T
+    dpo, optimal = evidence["dpo"], evidence["exact"]["optimal_reward"]
     reward = dpo["expected_reward"]
     effect = estimate(reward[USUAL] - reward[SMALLEST])
     gap = dpo["training_accuracy"] - dpo["new_accuracy"]
@@ -234,7 +234,7 @@ def large_beta_stays(evidence: dict[str, Any]) -> Claim:
 def reward_model_exploited(evidence: dict[str, Any]) -> Claim:
     """Section 5: RLHF hacks its reward model."""
     exact = evidence["exact"]["maximised"]
-    gain, excess = exact["gain"].T, exact["overestimate"].T
+    gain, excess = exact["gain"], exact["overestimate"]
     effect = estimate(gain[USUAL] - gain[SMALLEST])
     return Claim(
         "reward_model_exploited",
@@ -265,7 +265,7 @@ def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
         "DPO": dpo["gain"][USUAL] - dpo["gain"][SMALLEST],
         "PPO, as many steps": evidence["ppo"]["expected_reward"][1] - evidence["ppo"]["expected_reward"][0],
         "DPO, trained to the end": ends[1] - ends[0],
-        "reward model, maximised exactly": exact["gain"].T[USUAL] - exact["gain"].T[SMALLEST],
+        "reward model, maximised exactly": exact["gain"][USUAL] - exact["gain"][SMALLEST],
     }
     as_trained = estimate(lost["PPO, as many steps"] - lost["DPO"])
     converged = estimate(lost["reward model, maximised exactly"] - lost["DPO, trained to the end"])
@@ -278,12 +278,12 @@ def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
         {
             "Gain in true reward over SFT": {
                 "DPO": series(MANY_BETAS, dpo["gain"]),
-                "reward model, maximised exactly": series(MANY_BETAS, exact["gain"].T),
+                "reward model, maximised exactly": series(MANY_BETAS, exact["gain"]),
                 "DPO, trained to the end": series(HACKED_BETAS, ends - evidence["exact"]["sft_reward"]),
             },
             "Overrated by its own reward": {
                 "DPO, by its implicit reward": series(MANY_BETAS, dpo["overestimate"]),
-                "RLHF, by the reward model": series(MANY_BETAS, exact["overestimate"].T),
+                "RLHF, by the reward model": series(MANY_BETAS, exact["overestimate"]),
                 "DPO, trained to the end": series(HACKED_BETAS, evidence["dpo to the end"]["overestimate"]),
             },
         },
@@ -293,7 +293,7 @@ def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
             "converged, lost by RLHF minus by DPO": converged,
             "DPO overrated at beta 0.1": estimate(dpo["overestimate"][USUAL]),
             "DPO overrated at beta 0.1, trained to the end": estimate(evidence["dpo to the end"]["overestimate"][1]),
-            "RLHF overrated at beta 0.1": estimate(exact["overestimate"].T[USUAL]),
+            "RLHF overrated at beta 0.1": estimate(exact["overestimate"][USUAL]),
         },
         log=True,
     )

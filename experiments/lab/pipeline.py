@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -72,6 +72,11 @@ class Pipeline:
     def num_steps(self) -> int:
         """Optimizer steps of training on comparisons."""
         return self.num_epochs * self.steps_per_epoch
+
+    def more(self, factor: int) -> "Pipeline":
+        """The same with so many times as many comparisons, in batches that keep the number of steps."""
+        num, size = factor * self.num_preferences, factor * self.batch_size
+        return replace(self, num_preferences=num, batch_size=size)
 
     def log_prob(self, world: toy.World) -> LogProbFn:
         """Scores responses: `(params, prompts, responses) -> log-probabilities`."""

@@ -24,19 +24,17 @@ class Bandit(NamedTuple):
     reward: RewardFn
 
     def exchange(self, group_size=None, num_prompts=None):
-        """Ask and respond: all responses to all prompts, or samples."""
+        """What all learners take: all responses to all prompts, or samples; how to score; the reference."""
         embeddings = self.world.embeddings
-        if group_size is None:
-            return toy.ask_everything(self.world), toy.enumerate_fn(POLICY, embeddings)
         ask = toy.ask_uniformly(self.world, num=num_prompts) if num_prompts else toy.ask_everything(self.world)
-        return ask, toy.respond_fn(POLICY, embeddings, group_size=group_size)
+        everything, sample = toy.enumerate_fn(POLICY, embeddings), partial(toy.respond_fn, POLICY, embeddings)
+        respond = everything if group_size is None else sample(group_size=group_size)
+        return {"ask": ask, "respond": respond, "log_prob": self.log_prob, "reference_params": self.reference}
 
     def learner(self, make, *exchange, **hyperparameters):
         if make is rlhf.ppo:
             hyperparameters = {"value": self.value, **hyperparameters}
-        return make(
-            *self.exchange(*exchange), self.log_prob, self.reward, reference_params=self.reference, **hyperparameters
-        )
+        return make(**self.exchange(*exchange), reward=self.reward, **hyperparameters)
 
     def start(self, make):
         if make is not rlhf.ppo:

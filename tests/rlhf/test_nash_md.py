@@ -21,10 +21,18 @@ LOG_PROB, TABLE = toy.log_prob_fn(POLICY, WORLD.embeddings), toy.table_fn(POLICY
 def learned(respond, opponent, *, num, rounds, tau=TAU, reference_params=SKEWED):
     prefer = toy.general_preference_fn(GAME)
     ask = lambda key: jnp.zeros(num, jnp.int32)  # noqa: E731
-    learner = rlhf.nash_md(ask, respond, opponent, LOG_PROB, prefer, reference_params=reference_params, tau=tau)
+    learner = rlhf.nash_md(
+        ask=ask,
+        respond=respond,
+        opponent=opponent,
+        log_prob=LOG_PROB,
+        prefer=prefer,
+        reference_params=reference_params,
+        tau=tau,
+    )
     rate = optax.cosine_decay_schedule(0.01, rounds)
     params, _ = train.fit_online(
-        jax.random.key(0), reference_params, learner, learning_rate=rate, num_epochs=1, rounds_per_epoch=rounds
+        jax.random.key(0), reference_params, learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=rounds
     )
     return params
 
@@ -63,7 +71,7 @@ def test_no_reward_can_say_what_it_says():
     objective = train.reference_free_objective(toy.score_fn(POLICY, WORLD.embeddings), losses.bradley_terry_loss)
     start = {"params": {"logits": jnp.array([[0.5, -1.0, 0.2]])}}
     model, _ = train.fit(
-        jax.random.key(0), start, pairs, objective=objective, learning_rate=0.1, num_epochs=1000, batch_size=6
+        jax.random.key(0), start, pairs, objective=objective, optimizer=optax.adam(0.1), num_epochs=1000, batch_size=6
     )
     rewards = toy.score_table_fn(POLICY, WORLD.embeddings)(model)
     np.testing.assert_allclose(rewards, jnp.mean(rewards), atol=1e-4)
@@ -91,5 +99,5 @@ def test_an_opponent_mixed_with_the_reference_shifts_the_resting_point():
 @pytest.mark.parametrize("tau", [-1.0, np.nan])
 def test_a_bad_price_is_refused(tau):
     respond, prefer = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1), toy.general_preference_fn(GAME)
-    with pytest.raises(ValueError, match="tau must be zero or positive"):
-        rlhf.nash_md(toy.ask_everything(WORLD), respond, respond, LOG_PROB, prefer, reference_params=SKEWED, tau=tau)
+    with pytest.raises(ValueError, match="tau must be in .0, inf."):
+        learned(respond, respond, num=1, rounds=1, tau=tau)

@@ -151,8 +151,8 @@ def test_unknown_prompts_get_no_response(key):
     [
         ({"group_size": 0}, ValueError, "group_size must be at least 1, got 0"),
         ({"group_size": 1.5}, TypeError, "group_size must be a whole number"),
-        ({"group_size": 1, "mix": -0.1}, ValueError, "mix must be between 0 and 1, got -0.1"),
-        ({"group_size": 1, "mix": 1.5}, ValueError, "mix must be between 0 and 1, got 1.5"),
+        ({"group_size": 1, "mix": -0.1}, ValueError, "mix must be in .0, 1., got -0.1"),
+        ({"group_size": 1, "mix": 1.5}, ValueError, "mix must be in .0, 1., got 1.5"),
     ],
 )
 def test_group_size_and_share_are_checked(as_users_have_it, arguments, error, message):
@@ -278,9 +278,9 @@ def test_ids_that_do_not_match_are_refused(as_users_have_it):
     [
         ((0, 0, 0, 0.5001), "preference.* must be 1 for all i and j"),
         ((1, 0, 1, 0.4), "preference.* must be 1 for all i and j"),
-        ((2, 1, 0, 1.5), r"preference must be between 0 and 1, got 1.5 in row \(2, 1, 0\)"),
-        ((2, 1, 0, -0.5), r"preference must be between 0 and 1, got -0.5 in row \(2, 1, 0\)"),
-        ((0, 2, 2, np.nan), r"preference must be between 0 and 1, got nan in row \(0, 2, 2\)"),
+        ((2, 1, 0, 1.5), r"preference must be in .0, 1., got 1.5 in row \(2, 1, 0\)"),
+        ((2, 1, 0, -0.5), r"preference must be in .0, 1., got -0.5 in row \(2, 1, 0\)"),
+        ((0, 2, 2, np.nan), r"preference must be in .0, 1., got nan in row \(0, 2, 2\)"),
     ],
 )
 def test_what_is_no_preference_is_refused(entry, message):
