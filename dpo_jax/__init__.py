@@ -1,4 +1,23 @@
 """Direct Preference Optimization in JAX: pure functions, a world with an exact ground truth, vectorised experiments.
 
-Import the rooms of the house: `from dpo_jax import losses, toy, train`.
+Subpackages are imported on first use: `import dpo_jax; dpo_jax.losses.dpo_loss(...)`.
 """
+
+import importlib
+from typing import Any
+
+_SUBMODULES = ("checks", "fast", "figures", "intervals", "losses", "rlhf", "sweep", "toy", "train", "types")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import, and seldom needed
+
+        return version(__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES, "__version__"})

@@ -4,7 +4,7 @@ Each check raises an error that names the argument, its value and, for arrays, t
 (under `jit`, `vmap` or `grad`) has no value yet: there, only shapes and dtypes are checked.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -27,45 +27,39 @@ def key(value: Any, name: str = "key") -> None:
         raise ValueError(f"{name} must be a single key, got an array of keys of shape {value.shape}")
 
 
-def positive(name: str, value: Any) -> None:
-    """`value` is positive and finite, in every entry."""
-    _require(name, value, lambda x: np.isfinite(x) & (x > 0), "positive and finite")
+def interval(name: str, value: Any, bounds: str) -> None:
+    """`value` lies in an interval, in every entry.
+
+    >>> interval("label_smoothing", 0.7, "[0, 0.5)")
+    Traceback (most recent call last):
+    ValueError: label_smoothing must be in [0, 0.5), got 0.7
+
+    Args:
+      name: of the argument, for the message.
+      value: a number or an array.
+      bounds: the interval as in mathematics: "(0, inf)" is positive and finite, "(0, inf]" also allows infinity.
+    """
+    low, high, low_included, high_included = _parse(bounds)
+
+    def holds(x: Any) -> Any:
+        return (x >= low if low_included else x > low) & (x <= high if high_included else x < high)
+
+    _require(name, value, holds, f"in {bounds}")
 
 
-def not_negative(name: str, value: Any) -> None:
-    """`value` is zero or positive, and finite, in every entry."""
-    _require(name, value, lambda x: np.isfinite(x) & (x >= 0), "zero or positive, and finite")
+@lru_cache
+def _parse(bounds: str) -> tuple[float, float, bool, bool]:
+    """Lower and upper bound of an interval, and whether each belongs to it."""
+    low, high = bounds[1:-1].split(",")
+    if bounds[0] not in "([" or bounds[-1] not in ")]":
+        raise ValueError(f'an interval must be written like "[0, 1)", got {bounds!r}')
+    return float(low), float(high), bounds[0] == "[", bounds[-1] == "]"
 
 
 def zero_or_within(name: str, value: Any, low: float, high: float) -> None:
     """`value` is zero, or `low <= value <= high`, in every entry."""
     holds = lambda x: (x == 0) | ((low <= x) & (x <= high))  # noqa: E731
     _require(name, value, holds, f"zero or positive, and if positive between {low:g} and {high:g}")
-
-
-def at_least(name: str, value: Any, low: float) -> None:
-    """`value` is finite and no smaller than `low`, in every entry."""
-    _require(name, value, lambda x: np.isfinite(x) & (x >= low), f"at least {low} and finite")
-
-
-def between(name: str, value: Any, low: float, high: float) -> None:
-    """`low <= value < high` in every entry."""
-    _require(name, value, lambda x: (low <= x) & (x < high), f"at least {low} and below {high}")
-
-
-def inside(name: str, value: Any, low: float, high: float) -> None:
-    """`low < value < high` in every entry."""
-    _require(name, value, lambda x: (low < x) & (x < high), f"above {low} and below {high}")
-
-
-def positive_or_infinite(name: str, value: Any) -> None:
-    """`value` is positive, perhaps infinite, in every entry."""
-    _require(name, value, lambda x: x > 0, "positive")
-
-
-def positive_fraction(name: str, value: Any) -> None:
-    """`value` lies above 0 and is at most 1, in every entry."""
-    _require(name, value, lambda x: (x > 0) & (x <= 1), "above 0 and at most 1")
 
 
 def log_probabilities(**arrays: Any) -> None:
@@ -87,11 +81,6 @@ def finite(name: str, value: Any) -> None:
 def not_nan(name: str, value: Any) -> None:
     """`value` is a number in every entry, perhaps an infinite one."""
     _require(name, value, lambda x: ~np.isnan(x), "a number, not NaN")
-
-
-def probability(name: str, value: Any) -> None:
-    """`value` lies between 0 and 1, both included, in every entry."""
-    _require(name, value, lambda x: (x >= 0) & (x <= 1), "between 0 and 1")
 
 
 def size(name: str, value: Any, *, at_least: int = 1) -> None:
@@ -116,7 +105,7 @@ def ids(name: str, value: Any, num: int) -> None:
 
 def choices(name: str, weights: Any, *, at_least: int = 1) -> None:
     """Each row of `weights` leaves a choice: nothing negative or NaN, and enough entries that are positive."""
-    _require(name, weights, lambda x: (x >= 0) & (x < np.inf), "zero or positive, and finite")
+    interval(name, weights, "[0, inf)")
     if is_traced(weights):
         return
     num_possible = np.sum(np.asarray(weights) > 0, axis=-1)
@@ -205,7 +194,7 @@ def lengths(value: Any, shape: tuple[int, ...]) -> None:
         _dtype(name, side)
         if jnp.shape(side) != shape:
             raise ValueError(f"{name} must have the shape {shape} of the log-probabilities, got {jnp.shape(side)}")
-        _require(name, side, lambda x: (x >= 1) & np.isfinite(x), "1 or more")
+        interval(name, side, "[1, inf)")
 
 
 def rankings(policy: Any, reference: Any) -> None:
@@ -261,7 +250,7 @@ def weights(data: Any) -> None:
     value = getattr(data, "weights", None)
     if value is None or is_traced(value):
         return
-    not_negative("data.weights", value)
+    interval("data.weights", value, "[0, inf)")
     if not np.any(np.asarray(value) > 0):
         raise ValueError("data.weights must not all be zero: then no row counts, and nothing can be learnt")
 

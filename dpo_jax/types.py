@@ -12,9 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    Scalar: TypeAlias = Array | float
+    Numeric: TypeAlias = Array | float
 else:
-    Scalar = ArrayLike
+    Numeric = ArrayLike
 """A hyperparameter: a number, or an array (traced, perhaps) that broadcasts against the batch."""
 
 Params: TypeAlias = PyTree
@@ -89,7 +89,7 @@ class Preferences(NamedTuple):
       responses: what was preferred, and what it was preferred to: a `Pair`; or a ranking of more than two responses, a
         tuple from best to worst.
       weights: how much each comparison counts, relative to 1; `None` means equally.
-      reference: log-probabilities of the responses under the reference policy, computed once per data set
+      reference_logps: log-probabilities of the responses under the reference policy, computed once per data set
         (`train.with_reference`); `None` until then.
       columns: what else is known of each comparison, by name: lengths, scores, ...; `None` if nothing.
     """
@@ -97,7 +97,7 @@ class Preferences(NamedTuple):
     prompts: Int[Array, "n ..."]
     responses: Any
     weights: Float[Array, " n"] | None = None
-    reference: Any = None
+    reference_logps: Any = None
     columns: dict[str, Any] | None = None
 
 
@@ -109,8 +109,8 @@ class Labels(NamedTuple):
       responses: what was answered.
       desirable: whether that was good.
       weights: how much each label counts, relative to 1; `None` means equally.
-      reference: log-probabilities of the responses under the reference policy (`train.with_reference`); `None` until
-        then.
+      reference_logps: log-probabilities of the responses under the reference policy (`train.with_reference`); `None`
+        until then.
       columns: what else is known of each response, by name; `None` if nothing.
     """
 
@@ -118,7 +118,7 @@ class Labels(NamedTuple):
     responses: Int[Array, "n ..."]
     desirable: Bool[Array, " n"]
     weights: Float[Array, " n"] | None = None
-    reference: Float[Array, " n"] | None = None
+    reference_logps: Float[Array, " n"] | None = None
     columns: dict[str, Any] | None = None
 
 
@@ -142,7 +142,7 @@ class Rollouts(NamedTuple):
       prompts: what was asked.
       responses: what was answered.
       logps: log-probabilities of the responses under the policy that gave them.
-      reference: the same under the reference policy.
+      reference_logps: the same under the reference policy.
       rewards: what the responses earned.
       advantages: how much better than usual that was.
       weights: how much each response counts, relative to 1; `None` means equally.
@@ -153,7 +153,7 @@ class Rollouts(NamedTuple):
     prompts: Int[Array, "n ..."]
     responses: Int[Array, "n ..."]
     logps: Float[Array, " n"]
-    reference: Float[Array, " n"]
+    reference_logps: Float[Array, " n"]
     rewards: Float[Array, " n"]
     advantages: Float[Array, " n"]
     weights: Float[Array, " n"] | None = None
@@ -188,7 +188,8 @@ PreferenceLoss: TypeAlias = Callable[..., Array]
 log-probabilities."""
 
 ReferenceFreeLoss: TypeAlias = Callable[..., Array]
-"""An elementwise loss `(policy, *, ...) -> [batch]` of one (chosen, rejected) pair of log-probabilities."""
+"""An elementwise loss `(policy, *, ...) -> [batch]` of one (chosen, rejected) pair of log-probabilities, or
+`(rewards, *, ...) -> [batch]` of one pair of rewards."""
 
 UnpairedLoss: TypeAlias = Callable[..., Array]
 """An elementwise loss `(policy, reference, desirable, *, beta, ...) -> [batch]` of single responses."""

@@ -269,7 +269,7 @@ def dpo_run(seed: UInt32[Array, ""], start: Start) -> Metrics:
     params, history = train.fit(
         jax.random.key(~seed), start.sft.params, start.preferences, objective=dpo_objective(embeddings), **DPO_SETTINGS
     )
-    reward = toy.expected_reward(toy.log_prob_table(POLICY, embeddings)(params), rewards)
+    reward = toy.expected_reward(toy.table_fn(POLICY, embeddings)(params), rewards)
     return {name: metric[-1] for name, metric in history.items()} | {"expected_reward": jnp.mean(reward)}
 
 
@@ -613,7 +613,7 @@ def main(options: Options) -> None:
         return
     with harness.clear_errors():
         checks.size("--repeats", options.repeats)
-        checks.positive("--max-seconds", options.max_seconds)
+        checks.interval("--max-seconds", options.max_seconds, "(0, inf)")
         for name, value in (("--max-notebooks", options.max_notebooks), ("--chunk", options.chunk)):
             if value is not None:
                 checks.size(name, value)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks, figures, losses, toy, train
-from dpo_jax.types import Metrics, Params, Scalar
+from dpo_jax.types import Metrics, Numeric, Params
 from experiments import harness
 from experiments.notebook import BETA, BETAS, POLICY, Start, ablate
 
@@ -71,7 +71,7 @@ def run(seed: Int[Array, ""], betas: Float[Array, " betas"]) -> dict[str, Any]:
     }
 
 
-def predict_new_pairs(start: Start, params: Params, beta: Scalar) -> Metrics:
+def predict_new_pairs(start: Start, params: Params, beta: Numeric) -> Metrics:
     """Exact loss and accuracy on new comparisons from the same world: the average over all of them."""
     log_prob = toy.log_prob_fn(POLICY, start.world.embeddings)
     everything = train.with_reference(log_prob, start.sft.params, toy.all_preferences(start.world))
@@ -166,7 +166,7 @@ def main(options: Options) -> None:
     with harness.clear_errors():
         if not options.betas:
             raise ValueError("--betas needs at least one value")
-        checks.positive("--betas", np.array(options.betas))
+        checks.interval("--betas", np.array(options.betas), "(0, inf)")
     out = harness.output_folder(options.out)
     harness.enable_compilation_cache()
     watch = harness.Stopwatch()

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import losses, rlhf, toy, train
-from dpo_jax.types import AskFn, LogProbFn, Metrics, Params, Preferences, RespondFn, Scalar
+from dpo_jax.types import LogProbFn, Metrics, Numeric, Params, Preferences
 from experiments import notebook
 from experiments.notebook import BETA, NUM_PREFERENCES, POLICY
 
@@ -62,11 +63,12 @@ class Setup(NamedTuple):
     log_prob: LogProbFn
     log_probs: Callable[[Params], Float[Array, "prompts responses"]]
 
-    def exchange(self, group_size: int, num: int = BATCH_SIZE) -> tuple[AskFn, RespondFn, LogProbFn]:
+    def exchange(self, group_size: int, num: int = BATCH_SIZE) -> dict[str, Any]:
         """How to ask for `num` responses in groups, and how to score them."""
         world = self.scene.world
         respond = toy.respond_fn(POLICY, world.embeddings, group_size=group_size)
-        return toy.ask_uniformly(world, num=num // group_size), respond, self.log_prob
+        ask = toy.ask_uniformly(world, num=num // group_size)
+        return {"ask": ask, "respond": respond, "log_prob": self.log_prob}
 
     @property
     def true_rewards(self) -> Float[Array, "prompts responses"]:
@@ -106,7 +108,7 @@ def prepare(seed: Int[Array, ""]) -> Scene:
 
 
 def train_reward_model(
-    key: Key[Array, ""], world: toy.World, preferences: Preferences, *, margin: Scalar = 0.0, centring: Scalar = 0.01
+    key: Key[Array, ""], world: toy.World, preferences: Preferences, *, margin: Numeric = 0.0, centring: Numeric = 0.01
 ) -> tuple[Float[Array, "prompts responses"], Metrics]:
     """Fits a fresh network to the comparisons, as long as DPO trains; returns its table of rewards.
 
@@ -116,17 +118,19 @@ def train_reward_model(
     """
     init_key, train_key = jax.random.split(key)
     embeddings = world.embeddings
-    objective = train.reward_objective(toy.score_fn(REWARD_MODEL, embeddings), margin=margin, centring=centring)
+    objective = train.reference_free_objective(
+        toy.score_fn(REWARD_MODEL, embeddings), losses.bradley_terry_loss, margin=margin, centring=centring
+    )
     params, history = train.fit(
         train_key,
         REWARD_MODEL.init(init_key, embeddings),
         preferences,
         objective=objective,
-        learning_rate=1e-3,
+        optimizer=optax.adam(1e-3),
         num_epochs=NUM_EPOCHS,
         batch_size=BATCH_SIZE,
     )
-    return toy.score_table(REWARD_MODEL, embeddings)(params), history
+    return toy.score_table_fn(REWARD_MODEL, embeddings)(params), history
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Contender:
 
     name: str
     stages: tuple[str, ...]
-    train: Callable[[Setup, Scalar, Scalar], Trained]
+    train: Callable[[Setup, Numeric, Numeric], Trained]
     judge: str
     samples: int = 0
     labels: int = NUM_PREFERENCES
@@ -157,14 +161,14 @@ class Contender:
     strengths: tuple[float, ...] = BETAS
     usual: float = BETA
 
-    def trained(self, scene: Scene, strength: Scalar, learning_rate: Scalar) -> tuple[Array, Metrics]:
+    def trained(self, scene: Scene, strength: Numeric, learning_rate: Numeric) -> tuple[Array, Metrics]:
         """The trained policy's table, and the history."""
-        log_probs = toy.log_prob_table(POLICY, scene.world.embeddings)
+        table = toy.table_fn(POLICY, scene.world.embeddings)
         setup = Setup(
-            jax.random.wrap_key_data(scene.key), scene, toy.log_prob_fn(POLICY, scene.world.embeddings), log_probs
+            jax.random.wrap_key_data(scene.key), scene, toy.log_prob_fn(POLICY, scene.world.embeddings), table
         )
         params, history = self.train(setup, strength, learning_rate)
-        return log_probs(policy_of(params)), history
+        return table(policy_of(params)), history
 
 
 def policy_of(params: Params) -> Params:
@@ -172,25 +176,25 @@ def policy_of(params: Params) -> Params:
     return params.policy if isinstance(params, rlhf.ActorCritic) else params
 
 
-def fit(setup: Setup, objective: Any, learning_rate: Scalar, *, num_epochs: int | None = None) -> Trained:
+def fit(setup: Setup, objective: Any, learning_rate: Numeric, *, num_epochs: int | None = None) -> Trained:
     """Trains on the comparisons that there are; for `NUM_EPOCHS` unless told otherwise."""
     return train.fit(
         setup.key,
         setup.scene.params,
         setup.scene.preferences,
         objective=objective,
-        learning_rate=learning_rate,
+        optimizer=optax.adam(learning_rate),
         num_epochs=num_epochs or NUM_EPOCHS,
         batch_size=BATCH_SIZE,
         evaluate=partial(evaluate, setup),
     )
 
 
-def fit_online(setup: Setup, learner: Any, learning_rate: Scalar, **options: Any) -> Trained:
+def fit_online(setup: Setup, learner: Any, learning_rate: Numeric, **options: Any) -> Trained:
     """Trains on what the policy does: one step on each batch, unless told otherwise."""
     options = {"params": setup.scene.params, "num_epochs": NUM_EPOCHS, "rounds_per_epoch": STEPS_PER_EPOCH, **options}
     return train.fit_online(
-        setup.key, learner=learner, learning_rate=learning_rate, evaluate=partial(evaluate, setup), **options
+        setup.key, learner=learner, optimizer=optax.adam(learning_rate), evaluate=partial(evaluate, setup), **options
     )
 
 
@@ -203,31 +207,31 @@ def evaluate(setup: Setup, params: Params) -> Metrics:
     }
 
 
-def dpo(setup: Setup, beta: Scalar, learning_rate: Scalar) -> Trained:
+def dpo(setup: Setup, beta: Numeric, learning_rate: Numeric) -> Trained:
     """The notebook's."""
     return fit(setup, train.preference_objective(setup.log_prob, losses.dpo_loss, beta=beta), learning_rate)
 
 
-def preferred_fine_tuning(setup: Setup, _: Scalar, learning_rate: Scalar) -> Trained:
+def preferred_fine_tuning(setup: Setup, _: Numeric, learning_rate: Numeric) -> Trained:
     """A baseline of the DPO paper: imitate what was chosen."""
     return fit(setup, train.reference_free_objective(setup.log_prob, losses.sft_loss), learning_rate)
 
 
-def unlikelihood(setup: Setup, alpha: Scalar, learning_rate: Scalar) -> Trained:
+def unlikelihood(setup: Setup, alpha: Numeric, learning_rate: Numeric) -> Trained:
     """A baseline of the DPO paper: imitate what was chosen, and unlearn what was rejected."""
     objective = train.reference_free_objective(setup.log_prob, losses.unlikelihood_loss, alpha=alpha)
     return fit(setup, objective, learning_rate)
 
 
-def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar, *, clip: Scalar = 0.2) -> Trained:
+def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Numeric, *, clip: Numeric = 0.2) -> Trained:
     """Four passes over four batches of each round."""
     embeddings = setup.scene.world.embeddings
     init_key, train_key = jax.random.split(setup.key)
     learner = rlhf.ppo(
-        *setup.exchange(1, PPO_BATCHES * BATCH_SIZE),
-        toy.reward_fn(rewards(setup)),
+        **setup.exchange(1, PPO_BATCHES * BATCH_SIZE),
+        reward=toy.reward_fn(rewards(setup)),
         value=toy.value_fn(VALUE, embeddings),
-        reference=setup.scene.params,
+        reference_params=setup.scene.params,
         beta=beta,
         clip=clip,
     )
@@ -243,49 +247,56 @@ def ppo(rewards: Rewards, setup: Setup, beta: Any, learning_rate: Scalar, *, cli
     )
 
 
-def adaptive_ppo(rewards: Rewards, setup: Setup, target: Scalar, learning_rate: Scalar) -> Trained:
+def adaptive_ppo(rewards: Rewards, setup: Setup, target: Numeric, learning_rate: Numeric) -> Trained:
     """PPO whose price of KL is controlled so that the KL stays on target."""
     return ppo(rewards, setup, rlhf.AdaptiveKL(initial=BETA, target=target, gain=1.0), learning_rate)
 
 
 def reinforced(
-    make: Any, group_size: int, rewards: Rewards, setup: Setup, beta: Scalar, learning_rate: Scalar
+    make: Any, group_size: int, rewards: Rewards, setup: Setup, beta: Numeric, learning_rate: Numeric
 ) -> Trained:
     """A policy-gradient learner with one step on each batch."""
     reward = toy.reward_fn(rewards(setup))
-    learner = make(*setup.exchange(group_size), reward, reference=setup.scene.params, beta=beta)
+    learner = make(**setup.exchange(group_size), reward=reward, reference_params=setup.scene.params, beta=beta)
     return fit_online(setup, learner, learning_rate)
 
 
-def online_dpo(rewards: Rewards, setup: Setup, beta: Scalar, learning_rate: Scalar) -> Trained:
+def online_dpo(rewards: Rewards, setup: Setup, beta: Numeric, learning_rate: Numeric) -> Trained:
     """Fresh pairs of the policy, judged by rewards."""
     prefer = toy.preference_fn(rewards(setup))
-    learner = rlhf.online_dpo(*setup.exchange(2), prefer, reference=setup.scene.params, beta=beta)
+    learner = rlhf.online_dpo(**setup.exchange(2), prefer=prefer, reference_params=setup.scene.params, beta=beta)
     return fit_online(setup, learner, learning_rate)
 
 
-def xpo(setup: Setup, beta: Scalar, learning_rate: Scalar) -> Trained:
+def xpo(setup: Setup, beta: Numeric, learning_rate: Numeric) -> Trained:
     """The policy's answer against the reference's, judged by people."""
     learner = rlhf.xpo(
-        *setup.exchange(1, BATCH_SIZE // 2),
-        toy.preference_fn(setup.true_rewards),
-        reference=setup.scene.params,
+        **setup.exchange(1, BATCH_SIZE // 2),
+        prefer=toy.preference_fn(setup.true_rewards),
+        reference_params=setup.scene.params,
         beta=beta,
         alpha=OPTIMISM,
     )
     return fit_online(setup, learner, learning_rate)
 
 
-def nash_md(setup: Setup, tau: Scalar, learning_rate: Scalar) -> Trained:
+def nash_md(setup: Setup, tau: Numeric, learning_rate: Numeric) -> Trained:
     """The policy's answers against those of a mixture of itself and the reference.
 
     It is told how probable a preference is, which is more than the one answer that online DPO and XPO get.
     """
-    ask, respond, log_prob = setup.exchange(1)
     scene = setup.scene
-    opponent = toy.respond_fn(POLICY, scene.world.embeddings, group_size=1, reference=scene.log_probs, mix=MIX)
+    opponent = toy.respond_fn(
+        POLICY, scene.world.embeddings, group_size=1, reference_log_probs=scene.log_probs, mix=MIX
+    )
     prefer = toy.preference_fn(setup.true_rewards)
-    learner = rlhf.nash_md(ask, respond, opponent, log_prob, prefer, reference=scene.params, tau=tau)
+    learner = rlhf.nash_md(
+        **setup.exchange(1),
+        opponent=opponent,
+        prefer=prefer,
+        reference_params=scene.params,
+        tau=tau,
+    )
     return fit_online(setup, learner, learning_rate)
 
 

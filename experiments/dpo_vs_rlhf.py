@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dpo_jax import checks, figures, losses, rlhf, toy
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 from experiments import contenders, harness
 from experiments.contenders import BETAS, CONTENDERS, NUM_STEPS, Contender, Scene
 from experiments.notebook import BETA
@@ -58,7 +58,7 @@ class Options:
     """Folder for summary.json and the figures."""
 
 
-def run(contender: Contender, scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+def run(contender: Contender, scene: Scene, hyperparameters: dict[str, Numeric]) -> dict[str, Array]:
     """Trains one policy and measures it exactly; NaN where training came to a halt."""
     log_probs, history = contender.trained(scene, hyperparameters["strength"], hyperparameters["learning_rate"])
     measured = measure(scene, log_probs, price_of(contender, hyperparameters["strength"]))
@@ -66,12 +66,12 @@ def run(contender: Contender, scene: Scene, hyperparameters: dict[str, Scalar]) 
     return {name: jnp.where(finished, value, jnp.nan) for name, value in measured.items()}
 
 
-def price_of(contender: Contender, strength: Scalar) -> Scalar:
+def price_of(contender: Contender, strength: Numeric) -> Numeric:
     """The beta of the objective that a method of this strength is meant to maximise."""
     return {"beta": strength, "tau": 4 * strength}.get(contender.strength, BETA)
 
 
-def measure(scene: Scene, log_probs: Array, beta: Scalar) -> dict[str, Array]:
+def measure(scene: Scene, log_probs: Array, beta: Numeric) -> dict[str, Array]:
     """True reward, what the reward model makes of it, KL, and regret; means over prompts."""
     rewards = scene.world.rewards
     return {
@@ -82,7 +82,7 @@ def measure(scene: Scene, log_probs: Array, beta: Scalar) -> dict[str, Array]:
     }
 
 
-def follow(contender: Contender, scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+def follow(contender: Contender, scene: Scene, hyperparameters: dict[str, Numeric]) -> dict[str, Array]:
     """The course of one training: exact reward, KL and learned reward after each epoch."""
     _, history = contender.trained(scene, hyperparameters["strength"], hyperparameters["learning_rate"])
     return {name: history[name] for name in ("expected_reward", "kl_to_reference", "learned_reward")}

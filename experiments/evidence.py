@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from dpo_jax import losses, rlhf, toy, train
-from dpo_jax.types import LogProbFn, Params, RespondFn, Responses, Scalar
+from dpo_jax.types import LogProbFn, Numeric, Params, RespondFn, Responses
 from experiments import contenders, dpo_vs_rlhf, harness, loss_variants
 from experiments.contenders import BATCH_SIZE, CONTENDERS, NUM_EPOCHS, NUM_STEPS, Contender, Scene
 from experiments.dpo_vs_rlhf import LEARNING_RATES, point
@@ -102,11 +103,13 @@ def betas_of(betas: Sequence[float]) -> list[Hyperparameters]:
     return [{"beta": np.float32(beta), "learning_rate": np.float32(NOTEBOOK_RATE)} for beta in betas]
 
 
-def dpo_by_beta(scene: Scene, hyperparameters: dict[str, Scalar], *, num_epochs: int | None = None) -> dict[str, Array]:
+def dpo_by_beta(
+    scene: Scene, hyperparameters: dict[str, Numeric], *, num_epochs: int | None = None
+) -> dict[str, Array]:
     """The notebook's DPO at one beta, with everything that claims are made about; perhaps trained for longer."""
     beta = hyperparameters["beta"]
 
-    def train_longer(setup: contenders.Setup, beta: Scalar, learning_rate: Scalar) -> contenders.Trained:
+    def train_longer(setup: contenders.Setup, beta: Numeric, learning_rate: Numeric) -> contenders.Trained:
         objective = train.preference_objective(setup.log_prob, losses.dpo_loss, beta=beta)
         return contenders.fit(setup, objective, learning_rate, num_epochs=num_epochs)
 
@@ -141,43 +144,53 @@ def new_accuracy(scores: Array, rewards: Array) -> Array:
     return jnp.mean(right[..., ~np.eye(rewards.shape[-1], dtype=bool)])
 
 
-def ppo_by_clip(scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+def ppo_by_clip(scene: Scene, hyperparameters: dict[str, Numeric]) -> dict[str, Array]:
     """PPO at the usual beta, with another clip."""
     clipped = partial(contenders.ppo, contenders.LEARNED, clip=hyperparameters["strength"])
 
-    def with_clip(setup: contenders.Setup, _: Scalar, learning_rate: Scalar) -> contenders.Trained:
+    def with_clip(setup: contenders.Setup, _: Numeric, learning_rate: Numeric) -> contenders.Trained:
         return clipped(setup, BETA, learning_rate)
 
     ppo = dataclasses.replace(contender("PPO, reward model"), train=with_clip, strength="clip")
     return dpo_vs_rlhf.run(ppo, scene, hyperparameters)
 
 
-def explore(how: str, scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+def explore(how: str, scene: Scene, hyperparameters: dict[str, Numeric]) -> dict[str, Array]:
     """DPO on 32 fresh comparisons a step, from a reference whose logits are those of the SFT policy times a factor.
 
     Offline, the reference answers twice; online, the policy does; with XPO one of the two is the policy's.
     """
     power = hyperparameters["strength"]
     params, embeddings = sharpened(scene.params, power), scene.world.embeddings
-    log_prob, log_probs = toy.log_prob_fn(POLICY, embeddings), toy.log_prob_table(POLICY, embeddings)
+    log_prob, table = toy.log_prob_fn(POLICY, embeddings), toy.table_fn(POLICY, embeddings)
     ask = toy.ask_uniformly(scene.world, num=BATCH_SIZE // 2)
     prefer = toy.preference_fn(scene.world.rewards)
     respond = toy.respond_fn(POLICY, embeddings, group_size=1 if how == "xpo" else 2)
     if how == "offline":
         respond = answered_by(params, respond)
     if how == "xpo":
-        learner = rlhf.xpo(ask, respond, log_prob, prefer, reference=params, beta=BETA, alpha=contenders.OPTIMISM)
+        learner = rlhf.xpo(
+            ask=ask,
+            respond=respond,
+            log_prob=log_prob,
+            prefer=prefer,
+            reference_params=params,
+            beta=BETA,
+            alpha=contenders.OPTIMISM,
+        )
     else:
-        learner = rlhf.online_dpo(ask, respond, log_prob, prefer, reference=params, beta=BETA)
+        learner = rlhf.online_dpo(
+            ask=ask, respond=respond, log_prob=log_prob, prefer=prefer, reference_params=params, beta=BETA
+        )
     tuned, history = train.fit_online(
         jax.random.wrap_key_data(scene.key),
         params,
         learner,
-        learning_rate=hyperparameters["learning_rate"],
+        optimizer=optax.adam(hyperparameters["learning_rate"]),
         num_epochs=1,
         rounds_per_epoch=NUM_STEPS,
     )
-    policy, reference, rewards = log_probs(tuned), log_probs(params), scene.world.rewards
+    policy, reference, rewards = table(tuned), table(params), scene.world.rewards
     best = toy.optimal_policy(reference, rewards, beta=BETA)
     coverage = jnp.sum(jnp.exp(2 * best - reference), axis=-1)
     measured = {
@@ -190,7 +203,7 @@ def explore(how: str, scene: Scene, hyperparameters: dict[str, Scalar]) -> dict[
     return {name: jnp.where(finished, value, jnp.nan) for name, value in measured.items()}
 
 
-def sharpened(params: Params, power: Scalar) -> Params:
+def sharpened(params: Params, power: Numeric) -> Params:
     """The network whose logits are those of another, times a factor."""
     (last,) = (name for name in params["params"] if name.endswith("_1"))
     scaled = jax.tree.map(lambda leaf: power * leaf, params["params"][last])
@@ -266,7 +279,7 @@ def orpo_from_scratch(runner: Runner, plan: Plan) -> dict[str, dict[str, Any]]:
     return results
 
 
-def run_orpo(start: Start, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+def run_orpo(start: Start, hyperparameters: dict[str, Numeric]) -> dict[str, Array]:
     """ORPO on comparisons alone: no demonstrations, no SFT."""
     init_key, train_key = jax.random.split(jax.random.wrap_key_data(start.key))
     embeddings = start.world.embeddings
@@ -277,8 +290,8 @@ def run_orpo(start: Start, hyperparameters: dict[str, Scalar]) -> dict[str, Arra
         POLICY.init(init_key, embeddings),
         start.feedback.pairs,
         objective=objective,
-        learning_rate=hyperparameters["learning_rate"],
+        optimizer=optax.adam(hyperparameters["learning_rate"]),
         num_epochs=NUM_EPOCHS,
         batch_size=BATCH_SIZE,
     )
-    return toy.evaluate(toy.log_prob_table(POLICY, embeddings)(params), start.log_probs, start.world.rewards)
+    return toy.evaluate(toy.table_fn(POLICY, embeddings)(params), start.log_probs, start.world.rewards)

@@ -24,7 +24,7 @@ import tyro
 from jaxtyping import Array, Float
 
 from dpo_jax import checks, figures, losses, toy, train
-from dpo_jax.shuffle import permutation
+from dpo_jax.fast.shuffle import permutation
 from dpo_jax.types import Metrics, Preferences
 from experiments import harness
 
@@ -86,9 +86,9 @@ def main(options: Options) -> None:
 def check(options: Options) -> None:
     """Raises an error on options that make no sense, before anything is read or computed."""
     harness.check_seeds(options.seed)
-    checks.positive("--beta", options.beta)
-    checks.between("--label-smoothing", options.label_smoothing, 0.0, 0.5)
-    checks.positive("--learning-rate", options.learning_rate)
+    checks.interval("--beta", options.beta, "(0, inf)")
+    checks.interval("--label-smoothing", options.label_smoothing, "[0, 0.5)")
+    checks.interval("--learning-rate", options.learning_rate, "(0, inf)")
     checks.size("--num-epochs", options.num_epochs)
     checks.size("--batch-size", options.batch_size)
     if not 0 < options.held_out < 1:
@@ -144,7 +144,7 @@ def fit(
         uniform,
         training,
         objective=objective,
-        learning_rate=optax.cosine_decay_schedule(options.learning_rate, steps),
+        optimizer=optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps)),
         num_epochs=options.num_epochs,
         batch_size=options.batch_size,
         evaluate=metrics_after_epoch,
@@ -219,7 +219,7 @@ def rank(policy: toy.NamedPolicy, training: Preferences, beta: float) -> list[Ra
                 rank=place,
                 response=responses[column],
                 probability=float(np.exp(policy.log_probs[row, column])),
-                implicit_reward=float(beta * (policy.log_probs[row, column] - policy.reference[row, column])),
+                implicit_reward=float(beta * (policy.log_probs[row, column] - policy.reference_log_probs[row, column])),
                 wins=float(wins[row, column]),
                 losses=float(losses[row, column]),
             )

@@ -23,11 +23,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks, figures, toy, train
 from dpo_jax.intervals import half_width
-from dpo_jax.types import Params, Scalar
+from dpo_jax.types import Numeric, Params
 from experiments import harness, notebook
 from experiments.methods import METHODS, Feedback, Method, Setup
 from experiments.notebook import BETA, POLICY
@@ -119,12 +120,12 @@ def prepare(seed: Int[Array, ""], setting: Setting) -> Start:
     return Start(jax.random.key_data(key), world, start.sft.params, start.sft.log_probs, scored)
 
 
-def run(method: Method, start: Start, hyperparameters: dict[str, Scalar]) -> dict[str, Array]:
+def run(method: Method, start: Start, hyperparameters: dict[str, Numeric]) -> dict[str, Array]:
     """Trains by one method and measures the policy exactly."""
     train_key, method_key = jax.random.split(jax.random.wrap_key_data(start.key))
     embeddings = start.world.embeddings
-    log_prob, log_probs = toy.log_prob_fn(POLICY, embeddings), toy.log_prob_table(POLICY, embeddings)
-    setup = Setup(method_key, log_prob, log_probs, start.params, start.log_probs)
+    log_prob, table = toy.log_prob_fn(POLICY, embeddings), toy.table_fn(POLICY, embeddings)
+    setup = Setup(method_key, log_prob, table, start.params, start.log_probs)
     tuned = {name: value for name, value in hyperparameters.items() if name != "learning_rate"}
     data = method.data(start.feedback)
     batch_size = -(-len(data.prompts) // STEPS_PER_EPOCH)
@@ -133,12 +134,12 @@ def run(method: Method, start: Start, hyperparameters: dict[str, Scalar]) -> dic
         start.params,
         data,
         objective=method.objective(setup, tuned),
-        learning_rate=hyperparameters["learning_rate"],
+        optimizer=optax.adam(hyperparameters["learning_rate"]),
         num_epochs=NUM_EPOCHS,
         batch_size=batch_size,
     )
     finished = history["step"][-1] == NUM_EPOCHS * -(-len(data.prompts) // batch_size)
-    measured = measure(start, log_probs(params))
+    measured = measure(start, table(params))
     return {name: jnp.where(finished, value, jnp.nan) for name, value in measured.items()}
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpo_jax.sweep.programs import compile_fast
+from dpo_jax.fast.compiling import compile_fast
 from experiments import harness
 
 

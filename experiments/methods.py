@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, toy, train
-from dpo_jax.types import Labels, LogProbFn, Objective, Params, Preferences, Scalar
+from dpo_jax.types import Labels, LogProbFn, Numeric, Objective, Params, Preferences
 from experiments.tuning import Range
 
-Hyperparameters = Mapping[str, Scalar]
+Hyperparameters = Mapping[str, Numeric]
 
 
 class Feedback(NamedTuple):

@@ -7,10 +7,11 @@ beta is computed once however many values of beta are tried. `ablate` puts the t
 from typing import NamedTuple
 
 import jax
+import optax
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, toy, train
-from dpo_jax.types import Metrics, Params, Preferences, Scalar
+from dpo_jax.types import Metrics, Numeric, Params, Preferences
 
 NUM_DEMONSTRATIONS = 500
 NUM_PREFERENCES = 1800  # the notebook draws 2,000 pairs and drops those of a response with itself, a tenth of them
@@ -62,7 +63,7 @@ def prepare(key: Key[Array, ""]) -> Start:
         POLICY.init(init_key, world.embeddings),
         toy.sample_demonstrations(demo_key, world, num=NUM_DEMONSTRATIONS),
         objective=train.sft_objective(log_prob),
-        learning_rate=1e-2,
+        optimizer=optax.adam(1e-2),
         num_epochs=100,
         batch_size=32,
     )
@@ -72,20 +73,20 @@ def prepare(key: Key[Array, ""]) -> Start:
     )
 
 
-def train_dpo(key: Key[Array, ""], start: Start, beta: Scalar) -> TrainedPolicy:
+def train_dpo(key: Key[Array, ""], start: Start, beta: Numeric) -> TrainedPolicy:
     """Direct Preference Optimization from the SFT policy, which is also the reference."""
     train_key, sample_key = jax.random.split(key)
     world = start.world
-    log_probs = toy.log_prob_table(POLICY, world.embeddings)
+    table = toy.table_fn(POLICY, world.embeddings)
     params, history = train.fit(
         train_key,
         start.sft.params,
         start.preferences,
         objective=train.preference_objective(toy.log_prob_fn(POLICY, world.embeddings), losses.dpo_loss, beta=beta),
-        learning_rate=1e-3,
+        optimizer=optax.adam(1e-3),
         num_epochs=50,
         batch_size=64,
-        evaluate=lambda params: toy.evaluate(log_probs(params), start.sft.log_probs, world.rewards),
+        evaluate=lambda params: toy.evaluate(table(params), start.sft.log_probs, world.rewards),
     )
     return _evaluated(sample_key, world, params, history)
 
@@ -98,7 +99,7 @@ def ablate(key: Key[Array, ""], betas: Float[Array, " betas"]) -> tuple[Start, T
 
 
 def _evaluated(key: Key[Array, ""], world: toy.World, params: Params, history: Metrics) -> TrainedPolicy:
-    log_probs = toy.log_prob_table(POLICY, world.embeddings)(params)
+    log_probs = toy.table_fn(POLICY, world.embeddings)(params)
     return TrainedPolicy(
         params,
         history,

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import checks, figures, sweep, toy, train
 from dpo_jax.sweep.store import check_place
-from dpo_jax.types import Metrics, Params, Scalar
+from dpo_jax.types import Metrics, Numeric, Params
 from experiments import harness, notebook
 from experiments.methods import METHODS, Feedback, Method, Setup, load_function, method_of
 from experiments.notebook import POLICY
@@ -114,16 +115,16 @@ def run(
     start: Start,
     *,
     loss: str,
-    beta: Scalar,
-    learning_rate: Scalar,
-    label_noise: Scalar,
+    beta: Numeric,
+    learning_rate: Numeric,
+    label_noise: Numeric,
     methods: Mapping[str, Method],
     fixed: Mapping[str, float],
-    **varied: Scalar,
+    **varied: Numeric,
 ) -> Metrics:
     """Comparisons, training by one loss, and what became of the policy."""
     world, reference, method = start.world, start.params, methods[loss]
-    log_prob, log_probs = toy.log_prob_fn(POLICY, world.embeddings), toy.log_prob_table(POLICY, world.embeddings)
+    log_prob, table = toy.log_prob_fn(POLICY, world.embeddings), toy.table_fn(POLICY, world.embeddings)
     pairs = toy.sample_preferences(
         start.preference_key, world, num=notebook.NUM_PREFERENCES, flip_probability=label_noise
     )
@@ -131,7 +132,7 @@ def run(
     data = method.data(Feedback(pairs, None, None))  # type: ignore[arg-type]
     known = {"beta": beta, **FIXED, **fixed, **varied}
     objective = method.objective(
-        Setup(start.method_key, log_prob, log_probs, reference, start.log_probs),
+        Setup(start.method_key, log_prob, table, reference, start.log_probs),
         {name: known[name] for name in method.ranges},
     )
     params, history = train.fit(
@@ -139,12 +140,12 @@ def run(
         reference,
         data,
         objective=objective,
-        learning_rate=learning_rate,
+        optimizer=optax.adam(learning_rate),
         num_epochs=NUM_EPOCHS,
         batch_size=-(-len(data.prompts) // STEPS_PER_EPOCH),
     )
     return {
-        **toy.evaluate(log_probs(params), start.log_probs, world.rewards),
+        **toy.evaluate(table(params), start.log_probs, world.rewards),
         "sft_reward": toy.expected_reward(start.log_probs, world.rewards).mean(),
         "loss_at_the_end": history["loss"][-1],
         "num_steps": history["step"][-1],
@@ -310,12 +311,12 @@ def _arguments(options: Options) -> dict[str, Any]:
     if missing := sorted(needed - {*FIXED, *options.fixed, *varied}):
         raise ValueError(f"a loss also needs {missing[0]}: --fixed {missing[0]} 0.5, or --vary {missing[0]}=0.5,1")
     if options.log_every is not None:
-        checks.positive("--log-every", np.array(options.log_every))
+        checks.interval("--log-every", np.array(options.log_every), "(0, inf)")
     for name, value in options.fixed.items():
         checks.finite(f"--fixed {name}", np.array(value))
-    checks.positive("--beta", np.array(options.beta))
-    checks.positive("--learning-rate", np.array(options.learning_rate))
-    checks.probability("--label-noise", np.array(options.label_noise))
+    checks.interval("--beta", np.array(options.beta), "(0, inf)")
+    checks.interval("--learning-rate", np.array(options.learning_rate), "(0, inf)")
+    checks.interval("--label-noise", np.array(options.label_noise), "[0, 1]")
     return {
         "run": partial(run, methods=methods, fixed=options.fixed),
         "prepare": prepare,

@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from dpo_jax import losses, rlhf, toy, train
@@ -13,7 +14,7 @@ PLATFORMS = ("cuda", "rocm", "tpu")
 CALLS = {"cu_threefry2x32_ffi", "hip_threefry2x32_ffi"}
 """What JAX has written by hand for GPUs. All else must be StableHLO, which XLA compiles for any device."""
 POLICY, VALUE = toy.ToyLM(num_responses=4), toy.ToyLM(num_responses=1)
-OPTIONS = {"learning_rate": 0.1, "num_epochs": 2}
+OPTIONS = {"optimizer": optax.adam(0.1), "num_epochs": 2}
 
 
 def make_start(key):
@@ -33,12 +34,12 @@ def sft_and_dpo(key, beta):
 def ppo(key, beta):
     world, log_prob, params = make_start(key)
     learner = rlhf.ppo(
-        toy.ask_uniformly(world, num=4),
-        toy.respond_fn(POLICY, world.embeddings, group_size=1),
-        log_prob,
-        toy.reward_fn(world.rewards),
+        ask=toy.ask_uniformly(world, num=4),
+        respond=toy.respond_fn(POLICY, world.embeddings, group_size=1),
+        log_prob=log_prob,
+        reward=toy.reward_fn(world.rewards),
         value=toy.value_fn(VALUE, world.embeddings),
-        reference=params,
+        reference_params=params,
         beta=beta,
     )
     start = rlhf.ActorCritic(params, VALUE.init(key, world.embeddings))

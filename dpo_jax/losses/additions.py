@@ -1,5 +1,7 @@
 """What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +13,10 @@ from jaxtyping import Array, Float, Int
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, times
 from dpo_jax.losses.structure import name_of, refuse_weights_if_rows_mix
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
-def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Array]:
+def with_sft(loss: Callable[..., Array], *, weight: Numeric) -> Callable[..., Array]:
     r"""A loss plus the negative log-likelihood of the chosen response, which holds its probability up.
 
     .. math:: \mathcal{L} - \alpha \log \pi(y_w|x)
@@ -36,7 +38,7 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
     Returns:
       A loss with the same arguments.
     """
-    checks.not_negative("weight", weight)
+    checks.interval("weight", weight, "[0, inf)")
 
     def loss_with_sft(policy: PairLike[Float[Array, "*batch"]], *args: Any, **hyperparameters: Any) -> Array:
         if not isinstance(policy, tuple):
@@ -48,7 +50,7 @@ def with_sft(loss: Callable[..., Array], *, weight: Scalar) -> Callable[..., Arr
     return _described(loss_with_sft, f"with_sft({name_of(loss)})", loss)
 
 
-def weighted_sum(*terms: tuple[Scalar, Callable[..., Array]]) -> Callable[..., Array]:
+def weighted_sum(*terms: tuple[Numeric, Callable[..., Array]]) -> Callable[..., Array]:
     r"""A weighted sum of losses of the same data, as in Mixed Preference Optimization.
 
     .. math:: \sum_i w_i \mathcal{L}_i
@@ -137,8 +139,8 @@ def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
     [0.6265]
     """
 
-    def weighted(*args: Any, weights: Scalar, **hyperparameters: Any) -> Array:
-        checks.not_negative("weights", weights)
+    def weighted(*args: Any, weights: Numeric, **hyperparameters: Any) -> Array:
+        checks.interval("weights", weights, "[0, inf)")
         values = _weighted(loss(*args, **hyperparameters), weights=weights)
         if jnp.ndim(weights):
             refuse_weights_if_rows_mix(loss, *args, **hyperparameters)
@@ -152,7 +154,7 @@ def length_desensitized_logps(
     lengths: Int[Array, "*batch"],
     common_lengths: Int[Array, "*batch"],
     *,
-    alpha: Scalar,
+    alpha: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""LD-DPO's log-probabilities: tokens past the length that both responses of a pair have count for less.
 
@@ -174,7 +176,7 @@ def length_desensitized_logps(
       alpha: weight of the tokens beyond; between 0 and 1. A scalar, or one value for each response.
     """
     checks.floating("token_logps", token_logps)
-    checks.probability("alpha", alpha)
+    checks.interval("alpha", alpha, "[0, 1]")
     checks.same_shape(token_logps=token_logps[..., 0], lengths=lengths, common_lengths=common_lengths)
     (alpha,) = fitted(token_logps[..., 0], alpha=alpha)
     place = jax.lax.broadcasted_iota(lengths.dtype, token_logps.shape, token_logps.ndim - 1)
@@ -186,7 +188,7 @@ def length_desensitized_logps(
     return jnp.sum(times(weights, token_logps), axis=-1)
 
 
-def _weighted(values: Float[Array, "*batch"], **weights: Scalar) -> Float[Array, "*batch"]:
+def _weighted(values: Float[Array, "*batch"], **weights: Numeric) -> Float[Array, "*batch"]:
     """Losses times their weights; a loss that is infinite and has no weight counts as 0."""
     (factor,) = fitted(values, **weights)
     return times(factor, values)

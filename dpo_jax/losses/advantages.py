@@ -7,12 +7,14 @@ Equal rewards have advantages of exactly 0, and so has a group without any weigh
 the dtype of the result is that of the rewards.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import fitted
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 
 
 def centred_advantages(
@@ -35,7 +37,7 @@ def centred_advantages(
 
 
 def grpo_advantages(
-    rewards: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None = None, *, epsilon: Scalar = 1e-4
+    rewards: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None = None, *, epsilon: Numeric = 1e-4
 ) -> Float[Array, "*n group"]:
     r"""GRPO's advantages: rewards in standard deviations of their group from its mean.
 
@@ -51,7 +53,7 @@ def grpo_advantages(
       weights: of the responses; `None` means equally.
       epsilon: keeps the advantages of nearly equal rewards small; positive.
     """
-    checks.positive("epsilon", epsilon)
+    checks.interval("epsilon", epsilon, "(0, inf)")
     _check(rewards, weights, at_least=2)
     centred = _centred(rewards, weights)
     (floor,) = fitted(centred, epsilon=epsilon)
@@ -89,7 +91,7 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
     checks.size("the number of advantages", advantages.size, at_least=2)
     if weights is not None:
         checks.same_shape(advantages=advantages, weights=weights)
-        checks.not_negative("weights", weights)
+        checks.interval("weights", weights, "[0, inf)")
     flat = advantages.ravel()
     weights = None if weights is None else weights.ravel()
     centred = _centred(flat, weights)
@@ -139,4 +141,4 @@ def _check(rewards: Array, weights: Array | None, *, at_least: int = 1) -> None:
     checks.size("the number of responses in a group", rewards.shape[-1], at_least=at_least)
     if weights is not None:
         checks.same_shape(rewards=rewards, weights=weights)
-        checks.not_negative("weights", weights)
+        checks.interval("weights", weights, "[0, inf)")

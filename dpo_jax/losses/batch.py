@@ -4,6 +4,8 @@ Their hyperparameters are scalars, and their comparisons cannot have weights: a 
 What must be remembered from batch to batch is a state that goes in and comes out: `state = update(state, ...)`.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax
@@ -12,15 +14,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import checked_log_ratios, checked_margin, difference, smoothed_logistic, times
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
 def aot_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    label_smoothing: Scalar = 0.0,
+    beta: Numeric,
+    label_smoothing: Numeric = 0.0,
 ) -> Float[Array, "*batch"]:
     r"""Alignment via Optimal Transport, paired: the policy's margins shall exceed the reference's as distributions.
 
@@ -43,8 +45,8 @@ def aot_loss(
       beta: strength of the pull towards the reference; positive.
       label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2.
     """
-    checks.positive("beta", beta)
-    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("label_smoothing", label_smoothing, "[0, 0.5)")
     checks.hyperparameters((), beta=beta, label_smoothing=label_smoothing)
     *_, beta, label_smoothing = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
     checks.batch("policy.chosen", policy[0])
@@ -57,8 +59,8 @@ def aot_unpaired_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    label_smoothing: Scalar = 0.0,
+    beta: Numeric,
+    label_smoothing: Numeric = 0.0,
 ) -> Float[Array, "*batch"]:
     r"""Alignment via Optimal Transport, unpaired: log-ratios of good responses exceed those of bad ones in
     distribution.
@@ -83,8 +85,8 @@ def aot_unpaired_loss(
       beta: strength of the pull towards the reference; positive.
       label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2.
     """
-    checks.positive("beta", beta)
-    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("label_smoothing", label_smoothing, "[0, 0.5)")
     checks.hyperparameters((), beta=beta, label_smoothing=label_smoothing)
     values = checked_log_ratios(policy, reference, beta=beta, label_smoothing=label_smoothing)
     chosen, rejected, beta, label_smoothing = values
@@ -181,7 +183,7 @@ def update_shift(
     checks.boolean("desirable", desirable)
     weights = jnp.ones_like(rewards) if weights is None else weights
     checks.same_shape(rewards=rewards, desirable=desirable, weights=weights)
-    checks.not_negative("weights", weights)
+    checks.interval("weights", weights, "[0, inf)")
     rewards = jax.lax.stop_gradient(rewards)
     weights = jnp.where(jnp.isinf(rewards), 0, weights)
     sides = (weights * desirable, weights * ~desirable)
@@ -202,7 +204,7 @@ class MarginMoments(NamedTuple):
 
 
 def update_margin_moments(
-    state: MarginMoments, margins: Float[Array, " batch"], *, momentum: Scalar = 0.9
+    state: MarginMoments, margins: Float[Array, " batch"], *, momentum: Numeric = 0.9
 ) -> MarginMoments:
     r"""Brings `MarginMoments` up to date by the margins of a batch, before `beta_dpo_loss` reads them.
 
@@ -221,7 +223,7 @@ def update_margin_moments(
         not count.
       momentum: weight of the past; at least 0, below 1.
     """
-    checks.between("momentum", momentum, 0.0, 1.0)
+    checks.interval("momentum", momentum, "[0, 1)")
     checks.hyperparameters((), momentum=momentum, mean=state.mean, std=state.std)
     checks.floating("margins", margins)
     checks.batch("margins", margins)
@@ -238,8 +240,8 @@ def beta_dpo_loss(
     policy: PairLike[Float[Array, " batch"]],
     reference: PairLike[Float[Array, " batch"]],
     *,
-    beta: Scalar,
-    alpha: Scalar,
+    beta: Numeric,
+    alpha: Numeric,
     moments: MarginMoments,
     keep: float = 0.8,
 ) -> Float[Array, " batch"]:
@@ -270,9 +272,9 @@ def beta_dpo_loss(
       moments: mean and spread of the margins so far (`update_margin_moments`), and the key of the filter.
       keep: the share of the comparisons that are kept, above 0, at most 1 (all of them); static.
     """
-    checks.positive("beta", beta)
-    checks.not_negative("alpha", alpha)
-    checks.positive_fraction("keep", keep)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("alpha", alpha, "[0, inf)")
+    checks.interval("keep", keep, "(0, 1]")
     scalars = {"beta": beta, "alpha": alpha, "mean": moments.mean, "std": moments.std}
     checks.hyperparameters((), **scalars)
     margin, beta, alpha, mean, std = checked_margin(policy, reference, **scalars)

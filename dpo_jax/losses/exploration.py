@@ -1,20 +1,22 @@
 """Losses of fresh comparisons, of what the policy itself has just answered."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.margin import dpo_loss
 from dpo_jax.losses.ratios import fitted, times
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
 def xpo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    alpha: Scalar,
+    beta: Numeric,
+    alpha: Numeric,
     reference_won: Bool[Array, "*batch"],
 ) -> Float[Array, "*batch"]:
     r"""Exploratory Preference Optimization: DPO plus optimism, a pull away from what the reference answers.
@@ -39,7 +41,7 @@ def xpo_loss(
     Raises:
       TypeError, ValueError: see `dpo_loss`; `reference_won` does not hold Booleans.
     """
-    checks.not_negative("alpha", alpha)
+    checks.interval("alpha", alpha, "[0, inf)")
     checks.boolean("reference_won", reference_won)
     loss = dpo_loss(policy, reference, beta=beta)
     checks.hyperparameters(loss.shape, reference_won=reference_won)

@@ -12,21 +12,23 @@ Every loss returns one number per comparison, in the dtype of the log-probabilit
 have one value per comparison. All raise what `dpo_loss` does.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import bounded_exp, checked_margin, difference, smoothed_logistic, square, times
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
 def dpo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    label_smoothing: Scalar = 0.0,
+    beta: Numeric,
+    label_smoothing: Numeric = 0.0,
 ) -> Float[Array, "*batch"]:
     r"""Direct Preference Optimization loss, with optional label smoothing.
 
@@ -58,8 +60,8 @@ def dpo_loss(
         rounding (checked unless they are traced). That an axis is one of tokens cannot be told here; objectives refuse
         it (`train.preference_objective`).
     """
-    checks.positive("beta", beta)
-    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("label_smoothing", label_smoothing, "[0, 0.5)")
     margin, beta, label_smoothing = checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
     return smoothed_logistic(times(beta, margin), label_smoothing)
 
@@ -68,8 +70,8 @@ def robust_dpo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    label_smoothing: Scalar,
+    beta: Numeric,
+    label_smoothing: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""Robust DPO: an unbiased estimate, from flipped labels, of the DPO loss on the labels before the flip.
 
@@ -87,15 +89,15 @@ def robust_dpo_loss(
       beta: strength of the pull towards the reference; positive.
       label_smoothing: the probability with which labels are flipped; at least 0, below 1/2.
     """
-    checks.positive("beta", beta)
-    checks.between("label_smoothing", label_smoothing, 0.0, 0.5)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("label_smoothing", label_smoothing, "[0, 0.5)")
     margin, beta, label_smoothing = checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
     logits = times(beta, margin)
     return -jax.nn.log_sigmoid(logits) - times(label_smoothing / (1 - 2 * label_smoothing), logits)
 
 
 def ipo_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Identity Preference Optimization: regression of the margin onto a constant, so that it stays bounded.
 
@@ -115,13 +117,13 @@ def ipo_loss(
         :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive. The margin aimed at is 1/(2 beta) nats.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
     return square(margin - 1 / (2 * beta))
 
 
 def hinge_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Hinge loss on log-ratios (RSO's hinge-norm, after SLiC): comparisons beyond a margin of 1 pull no more.
 
@@ -139,13 +141,13 @@ def hinge_loss(
       policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
     return jax.nn.relu(1 - times(beta, margin))
 
 
 def squared_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Squared member of Generalized Preference Optimization.
 
@@ -163,13 +165,13 @@ def squared_loss(
       policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
     return square(times(beta, margin) - 1)
 
 
 def truncated_quadratic_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Truncated quadratic (squared hinge) member of Generalized Preference Optimization.
 
@@ -186,13 +188,13 @@ def truncated_quadratic_loss(
       policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: the inverse of the margin (nats) from which on a comparison counts as learnt; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
     return square(jax.nn.relu(1 - times(beta, margin)))
 
 
 def exponential_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Exponential member of Generalized Preference Optimization: the loss of AdaBoost.
 
@@ -210,13 +212,13 @@ def exponential_loss(
       policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
     return bounded_exp(-times(beta, margin))
 
 
 def savage_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Savage member of Generalized Preference Optimization: bounded, not convex, forgiving towards wrong labels.
 
@@ -234,7 +236,7 @@ def savage_loss(
       policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
     return jnp.square(jax.nn.sigmoid(-times(beta, margin)))
 
@@ -243,8 +245,8 @@ def exo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    label_smoothing: Scalar,
+    beta: Numeric,
+    label_smoothing: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""Efficient Exact Optimization from pairs: reverse KL from the policy's preference to the smoothed label.
 
@@ -266,8 +268,8 @@ def exo_loss(
       label_smoothing: the probability that the label gives to the rejected response; above 0, since the logarithm of
         a hard label is infinite, and below 1/2.
     """
-    checks.positive("beta", beta)
-    checks.inside("label_smoothing", label_smoothing, 0.0, 0.5)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("label_smoothing", label_smoothing, "(0, 0.5)")
     margin, beta, label_smoothing = checked_margin(policy, reference, beta=beta, label_smoothing=label_smoothing)
     logits = times(beta, margin)
     chosen = times(jax.nn.sigmoid(logits), jax.nn.log_sigmoid(logits) - jnp.log1p(-label_smoothing))
@@ -278,8 +280,8 @@ def discopop_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    temperature: Scalar = 0.05,
+    beta: Numeric,
+    temperature: Numeric = 0.05,
 ) -> Float[Array, "*batch"]:
     r"""DiscoPOP (log-ratio modulated loss): a blend of logistic and exponential loss, found by a language model.
 
@@ -300,8 +302,8 @@ def discopop_loss(
       temperature: :math:`\tau`, how wide the blend is; above 0, at most 1, so that the loss stays bounded by a
         multiple of the margin.
     """
-    checks.positive("beta", beta)
-    checks.positive_fraction("temperature", temperature)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("temperature", temperature, "(0, 1]")
     margin, beta, temperature = checked_margin(policy, reference, beta=beta, temperature=temperature)
     logits = times(beta, margin)
     tempered = times(1 / temperature, logits)
@@ -313,8 +315,8 @@ def offset_dpo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    offset: Scalar,
+    beta: Numeric,
+    offset: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""DPO with an offset: the margin must exceed how much better the chosen response was judged.
 
@@ -334,7 +336,7 @@ def offset_dpo_loss(
       beta: strength of the pull towards the reference; positive.
       offset: the margin wanted, in units of reward; finite.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     checks.finite("offset", offset)
     margin, beta, offset = checked_margin(policy, reference, beta=beta, offset=offset)
     return -jax.nn.log_sigmoid(times(beta, margin) - offset)
@@ -344,8 +346,8 @@ def length_regularized_dpo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    alpha: Scalar,
+    beta: Numeric,
+    alpha: Numeric,
     lengths: PairLike[Real[Array, "*batch"]],
 ) -> Float[Array, "*batch"]:
     r"""R-DPO: the optimum of a reward from which every token takes `alpha`.
@@ -368,8 +370,8 @@ def length_regularized_dpo_loss(
       alpha: price of a token, in units of reward; zero or positive.
       lengths: how many tokens the chosen and the rejected responses have.
     """
-    checks.positive("beta", beta)
-    checks.not_negative("alpha", alpha)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("alpha", alpha, "[0, inf)")
     margin, beta, alpha = checked_margin(policy, reference, beta=beta, alpha=alpha)
     checks.lengths(lengths, margin.shape)
     longer_by = (lengths[0] - lengths[1]).astype(margin.dtype)

@@ -13,6 +13,8 @@ one number per comparison. Hyperparameters are scalars, or have one value per co
 does.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax
@@ -21,11 +23,11 @@ from jaxtyping import Array, Float, Real
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import bounded_exp, checked_log_ratios, difference, square, times
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
 def nca_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Noise Contrastive Alignment from pairs: the chosen response stands out against the reference itself.
 
@@ -43,7 +45,7 @@ def nca_loss(
       policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     chosen, rejected = times(beta, chosen), times(beta, rejected)
     return -jax.nn.log_sigmoid(chosen) - 0.5 * (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected))
@@ -53,8 +55,8 @@ def bco_pair_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    shift: Scalar,
+    beta: Numeric,
+    shift: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""Binary Classifier Optimization on pairs: a classifier tells chosen from rejected by the implicit reward.
 
@@ -73,14 +75,14 @@ def bco_pair_loss(
       beta: strength of the pull towards the reference; positive.
       shift: :math:`\delta`, the mean implicit reward so far (`Shift`), in units of reward, without gradient.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     checks.finite("shift", shift)
     chosen, rejected, beta, shift = checked_log_ratios(policy, reference, beta=beta, shift=shift)
     return -jax.nn.log_sigmoid(times(beta, chosen) - shift) - jax.nn.log_sigmoid(shift - times(beta, rejected))
 
 
 def sppo_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Self-Play Preference Optimization with hard labels: each log-ratio is regressed onto a constant of its own.
 
@@ -98,13 +100,13 @@ def sppo_loss(
       policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     return square(chosen - 1 / (2 * beta)) + square(rejected + 1 / (2 * beta))
 
 
 def apo_zero_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Anchored Preference Optimization, zero: chosen responses up, rejected ones down, each against the reference.
 
@@ -122,13 +124,13 @@ def apo_zero_loss(
       policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     return jax.nn.sigmoid(-times(beta, chosen)) + jax.nn.sigmoid(times(beta, rejected))
 
 
 def apo_down_loss(
-    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Scalar
+    policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""Anchored Preference Optimization, down: both responses down, the rejected one further.
 
@@ -146,7 +148,7 @@ def apo_down_loss(
       policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     return jax.nn.sigmoid(times(beta, chosen)) + jax.nn.sigmoid(-times(beta, difference(chosen, rejected)))
 
@@ -155,8 +157,8 @@ def dpo_positive_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    penalty: Scalar,
+    beta: Numeric,
+    penalty: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""DPO-Positive: DPO that does not let the chosen response fall below its likelihood under the reference.
 
@@ -175,8 +177,8 @@ def dpo_positive_loss(
       beta: strength of the pull towards the reference; positive.
       penalty: :math:`\lambda`, nats of margin lost per nat that the chosen response falls; zero (DPO) or positive.
     """
-    checks.positive("beta", beta)
-    checks.not_negative("penalty", penalty)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("penalty", penalty, "[0, inf)")
     chosen, rejected, beta, penalty = checked_log_ratios(policy, reference, beta=beta, penalty=penalty)
     lost = times(penalty, jax.nn.relu(-chosen))
     return -jax.nn.log_sigmoid(times(beta, difference(difference(chosen, rejected), lost)))
@@ -186,8 +188,8 @@ def chi_po_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
-    max_reward: Scalar = math.inf,
+    beta: Numeric,
+    max_reward: Numeric = math.inf,
 ) -> Float[Array, "*batch"]:
     r"""Chi-squared Preference Optimization: DPO under a divergence that grows fast where the reference is thin.
 
@@ -210,8 +212,8 @@ def chi_po_loss(
       max_reward: :math:`m`, the largest reward; comparisons beyond twice that have no gradient. Positive, or infinite
         for no clipping.
     """
-    checks.positive("beta", beta)
-    checks.positive_or_infinite("max_reward", max_reward)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("max_reward", max_reward, "(0, inf]")
     chosen, rejected, beta, max_reward = checked_log_ratios(policy, reference, beta=beta, max_reward=max_reward)
     margin = times(beta, difference(bounded_exp(chosen) + chosen, bounded_exp(rejected) + rejected))
     return -jax.nn.log_sigmoid(jnp.clip(margin, -2 * max_reward, 2 * max_reward))
@@ -221,7 +223,7 @@ def length_normalized_dpo_loss(
     policy: PairLike[Float[Array, "*batch"]],
     reference: PairLike[Float[Array, "*batch"]],
     *,
-    beta: Scalar,
+    beta: Numeric,
     lengths: PairLike[Real[Array, "*batch"]],
 ) -> Float[Array, "*batch"]:
     r"""Length-normalised DPO: the log-ratio of each response counts per token.
@@ -242,7 +244,7 @@ def length_normalized_dpo_loss(
       beta: strength of the pull towards the reference, in units of reward per nat and token; positive.
       lengths: how many tokens the chosen and the rejected responses have, at least 1.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     chosen, rejected, beta = checked_log_ratios(policy, reference, beta=beta)
     checks.lengths(lengths, chosen.shape)
     chosen_length, rejected_length = (length.astype(chosen.dtype) for length in lengths)

@@ -8,6 +8,8 @@ responses (sums over tokens), or tokens, and take the mean that you want (`dpo_j
 should flow through anything but `logps`. All raise what `reinforce_loss` does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import bounded_exp, difference, fitted, square, times
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 
 KLEstimate: TypeAlias = Callable[[Any, Any], Array]
 """An estimate of KL(policy || reference) from samples: `(logps, reference) -> [batch]`."""
@@ -52,8 +54,8 @@ def ppo_loss(
     old_logps: Float[Array, "*batch"],
     advantages: Float[Array, "*batch"],
     *,
-    clip: Scalar,
-    clip_high: Scalar | None = None,
+    clip: Numeric,
+    clip_high: Numeric | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Proximal Policy Optimization: no reward for moving further than the clip from the policy that responded.
 
@@ -76,8 +78,8 @@ def ppo_loss(
       clip_high: :math:`\epsilon_{high}`; `None` means the same.
     """
     high = clip if clip_high is None else clip_high
-    checks.positive_or_infinite("clip", clip)
-    checks.positive_or_infinite("clip_high", high)
+    checks.interval("clip", clip, "(0, inf]")
+    checks.interval("clip_high", high, "(0, inf]")
     _check(logps=logps, old_logps=old_logps, advantages=advantages)
     checks.log_probabilities(logps=logps, old_logps=old_logps)
     clip, high = fitted(logps, clip=clip, clip_high=high)
@@ -91,9 +93,9 @@ def grpo_loss(
     advantages: Float[Array, "*batch"],
     *,
     reference: Float[Array, "*batch"],
-    beta: Scalar,
-    clip: Scalar = 0.2,
-    clip_high: Scalar | None = None,
+    beta: Numeric,
+    clip: Numeric = 0.2,
+    clip_high: Numeric | None = None,
     kl: KLEstimate | None = None,
 ) -> Float[Array, "*batch"]:
     r"""Group Relative Policy Optimization: PPO's surrogate plus beta times an estimate of the KL to the reference.
@@ -119,7 +121,7 @@ def grpo_loss(
       clip, clip_high: see `ppo_loss`.
       kl: `k3_estimate` unless given.
     """
-    checks.not_negative("beta", beta)
+    checks.interval("beta", beta, "[0, inf)")
     _check(logps=logps, reference=reference)
     (beta,) = fitted(logps, beta=beta)
     surrogate = ppo_loss(logps, old_logps, advantages, clip=clip, clip_high=clip_high)
@@ -131,7 +133,7 @@ def value_loss(
     old_values: Float[Array, "*batch"],
     returns: Float[Array, "*batch"],
     *,
-    clip: Scalar = jnp.inf,
+    clip: Numeric = jnp.inf,
 ) -> Float[Array, "*batch"]:
     r"""Half the squared error of a value function that may not move further than the clip at once.
 
@@ -150,7 +152,7 @@ def value_loss(
       returns: what came.
       clip: :math:`\epsilon`; positive, infinite for no clip.
     """
-    checks.positive_or_infinite("clip", clip)
+    checks.interval("clip", clip, "(0, inf]")
     _check(values=values, old_values=old_values, returns=returns)
     (clip,) = fitted(values, clip=clip)
     clipped = old_values + jnp.clip(values - old_values, -clip, clip)

@@ -1,5 +1,7 @@
 """Losses of rankings: K responses to one prompt, from best to worst."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax
@@ -8,11 +10,11 @@ from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, times
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 
 
 def plackett_luce_loss(
-    policy: Sequence[Float[Array, "*batch"]], reference: Sequence[Float[Array, "*batch"]], *, beta: Scalar
+    policy: Sequence[Float[Array, "*batch"]], reference: Sequence[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
     r"""DPO for rankings under the Plackett-Luce model: at each place, the best of those that are left is chosen.
 
@@ -42,7 +44,7 @@ def plackett_luce_loss(
       ValueError: shapes or numbers of responses differ, beta is not positive, or a log-probability is (checked unless
         they are traced).
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     checks.reference(reference)
     checks.rankings(policy, reference)
     (beta,) = fitted(policy[0], beta=beta)

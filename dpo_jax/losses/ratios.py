@@ -6,6 +6,8 @@ a response that policy and reference both rule out has a log-ratio of 0, and a c
 policy rules out a margin of 0. Nothing is learnt from either.
 """
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.types import Pair, PairLike, Scalar
+from dpo_jax.types import Numeric, Pair, PairLike
 
 _as_one = partial(jax.jit, inline=True)
 """Outside of `jax.jit` a function of many operations is called as one; inside, nothing changes."""
@@ -37,7 +39,7 @@ def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Flo
     return Pair(*checked_log_ratios(policy, reference))
 
 
-def checked_log_ratios(policy: Any, reference: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+def checked_log_ratios(policy: Any, reference: Any, **hyperparameters: Numeric) -> tuple[Any, ...]:
     """The two `log_ratios`, and the hyperparameters in their order, `fitted` to them."""
     checks.pair("policy", policy)
     checks.reference(reference)
@@ -55,7 +57,7 @@ def checked_log_ratios(policy: Any, reference: Any, **hyperparameters: Scalar) -
     return (*ratios, *fitted(policy[0], **hyperparameters))
 
 
-def checked_margin(policy: Any, reference: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+def checked_margin(policy: Any, reference: Any, **hyperparameters: Numeric) -> tuple[Any, ...]:
     r"""The margin :math:`\Delta` (nats), log-ratio of the chosen minus log-ratio of the rejected response, and the
     hyperparameters in their order, `fitted` to it.
     """
@@ -83,7 +85,7 @@ def difference(first: Float[Array, "*batch"], second: Float[Array, "*batch"]) ->
 
 
 @_as_one
-def times(factor: Scalar, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+def times(factor: Numeric, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`factor * value`, in the dtype of the value, where 0 times infinity is 0.
 
     The factor gets no gradient from an infinite value: it would be infinite, or 0 times infinity once more.
@@ -112,7 +114,7 @@ def _square_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
 
 
 @_as_one
-def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Scalar) -> Float[Array, "*batch"]:
+def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Numeric) -> Float[Array, "*batch"]:
     r"""Minus the log-likelihood (nats) of a label that is flipped with a given probability.
 
     .. math:: -(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z) = \epsilon z - \log \sigma(z)
@@ -138,7 +140,7 @@ def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 
 
 @_as_one
-def power_score(logp: Float[Array, "*batch"], power: Scalar) -> Float[Array, "*batch"]:
+def power_score(logp: Float[Array, "*batch"], power: Numeric) -> Float[Array, "*batch"]:
     r""":math:`(e^{a x} - 1) / a`, accurate near its limit :math:`x` at :math:`a = 0`, in value and in slope.
 
     The exponential is bounded (`bounded_exp`).

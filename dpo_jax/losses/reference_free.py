@@ -8,6 +8,8 @@ was given no loss can tell, nor whether an axis is one of tokens: it is elementw
 comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -16,10 +18,10 @@ from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, log1mexp, power_score, times
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
-def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma: Scalar) -> Float[Array, "*batch"]:
+def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Numeric, gamma: Numeric) -> Float[Array, "*batch"]:
     r"""Simple Preference Optimization: the mean log-probability per token is the reward, with a target margin.
 
     .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l - \gamma)
@@ -43,14 +45,14 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma:
       ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
         rounding (checked unless they are traced).
     """
-    checks.positive("beta", beta)
-    checks.not_negative("gamma", gamma)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("gamma", gamma, "[0, inf)")
     chosen, rejected, beta, gamma = _checked(policy, beta=beta, gamma=gamma)
     return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected)) - gamma)
 
 
 def alphapo_loss(
-    policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, gamma: Scalar, alpha: Scalar
+    policy: PairLike[Float[Array, "*batch"]], *, beta: Numeric, gamma: Numeric, alpha: Numeric
 ) -> Float[Array, "*batch"]:
     r"""AlphaPO: SimPO with a reward that is a power of the likelihood.
 
@@ -71,8 +73,8 @@ def alphapo_loss(
       gamma: the margin wanted, in units of reward; zero or positive.
       alpha: shape of the reward; finite.
     """
-    checks.positive("beta", beta)
-    checks.not_negative("gamma", gamma)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("gamma", gamma, "[0, inf)")
     checks.finite("alpha", alpha)
     *logps, beta, gamma, alpha = _checked(policy, beta=beta, gamma=gamma, alpha=alpha)
     chosen, rejected = (power_score(logp, -jnp.asarray(alpha)) for logp in logps)
@@ -80,7 +82,7 @@ def alphapo_loss(
 
 
 def cpo_loss(
-    policy: PairLike[Float[Array, "*batch"]], *, beta: Scalar, sft_weight: Scalar = 1.0
+    policy: PairLike[Float[Array, "*batch"]], *, beta: Numeric, sft_weight: Numeric = 1.0
 ) -> Float[Array, "*batch"]:
     r"""Contrastive Preference Optimization: DPO with a uniform reference, plus the NLL of the chosen response.
 
@@ -98,13 +100,13 @@ def cpo_loss(
       beta: scale of the reward; positive.
       sft_weight: :math:`\lambda`; zero or positive.
     """
-    checks.positive("beta", beta)
-    checks.not_negative("sft_weight", sft_weight)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("sft_weight", sft_weight, "[0, inf)")
     chosen, rejected, beta, sft_weight = _checked(policy, beta=beta, sft_weight=sft_weight)
     return -jax.nn.log_sigmoid(times(beta, difference(chosen, rejected))) - times(sft_weight, chosen)
 
 
-def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) -> Float[Array, "*batch"]:
+def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Numeric) -> Float[Array, "*batch"]:
     r"""Odds Ratio Preference Optimization: fine-tuning on the chosen response, with an odds-ratio term.
 
     .. math::
@@ -123,13 +125,13 @@ def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Scalar) 
       policy: pair of log-probabilities (means), zero or negative.
       odds_weight: :math:`\lambda`; zero or positive. TRL calls it beta.
     """
-    checks.not_negative("odds_weight", odds_weight)
+    checks.interval("odds_weight", odds_weight, "[0, inf)")
     *logps, odds_weight = _checked(policy, odds_weight=odds_weight)
     chosen_odds, rejected_odds = (logp - log1mexp(logp) for logp in logps)
     return -logps[0] - times(odds_weight, jax.nn.log_sigmoid(difference(chosen_odds, rejected_odds)))
 
 
-def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar) -> Float[Array, "*batch"]:
+def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Numeric) -> Float[Array, "*batch"]:
     r"""Unlikelihood, a baseline of the DPO paper: chosen responses up, rejected ones down, without bound.
 
     .. math:: -\ell_w + \alpha \ell_l
@@ -145,7 +147,7 @@ def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Scalar
       policy: pair of log-probabilities (sums).
       alpha: weight of the rejected response, between 0 and 1.
     """
-    checks.probability("alpha", alpha)
+    checks.interval("alpha", alpha, "[0, 1]")
     chosen, rejected, alpha = _checked(policy, alpha=alpha)
     return difference(times(alpha, rejected), chosen)
 
@@ -169,7 +171,7 @@ def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]
     return -chosen
 
 
-def _checked(policy: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+def _checked(policy: Any, **hyperparameters: Numeric) -> tuple[Any, ...]:
     """The two log-probabilities, and the hyperparameters in their order, `fitted` to them."""
     checks.pair("policy", policy)
     sides = {"policy_chosen": policy[0], "policy_rejected": policy[1]}

@@ -1,15 +1,17 @@
 """Losses of a reward model: what RLHF fits to comparisons before it starts to reinforce."""
 
+from __future__ import annotations
+
 import jax
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, square, times
-from dpo_jax.types import PairLike, Scalar
+from dpo_jax.types import Numeric, PairLike
 
 
 def bradley_terry_loss(
-    rewards: PairLike[Float[Array, "*batch"]], *, margin: Scalar = 0.0, centring: Scalar = 0.0
+    rewards: PairLike[Float[Array, "*batch"]], *, margin: Numeric = 0.0, centring: Numeric = 0.0
 ) -> Float[Array, "*batch"]:
     r"""Minus the log-likelihood of a comparison under the Bradley-Terry model.
 
@@ -33,7 +35,7 @@ def bradley_terry_loss(
       ValueError: shapes differ, or a hyperparameter is out of its range (checked unless it is traced).
     """
     checks.finite("margin", margin)
-    checks.not_negative("centring", centring)
+    checks.interval("centring", centring, "[0, inf)")
     checks.pair("rewards", rewards)
     chosen, rejected = rewards
     checks.same_shape(rewards_chosen=chosen, rewards_rejected=rejected)

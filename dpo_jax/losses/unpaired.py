@@ -7,6 +7,8 @@ Every loss takes `policy` and `reference`, arrays of log-probabilities in nats, 
 Hyperparameters are scalars, or have one value per response. All raise what `kto_loss` does.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, times
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 
 
 def kto_loss(
@@ -23,10 +25,10 @@ def kto_loss(
     reference: Float[Array, "*batch"],
     desirable: Bool[Array, "*batch"],
     *,
-    beta: Scalar,
-    reference_point: Scalar,
-    desirable_weight: Scalar = 1.0,
-    undesirable_weight: Scalar = 1.0,
+    beta: Numeric,
+    reference_point: Numeric,
+    desirable_weight: Numeric = 1.0,
+    undesirable_weight: Numeric = 1.0,
 ) -> Float[Array, "*batch"]:
     r"""Kahneman-Tversky Optimization: gains and losses as people feel them, against a reference point.
 
@@ -56,11 +58,11 @@ def kto_loss(
       ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
         rounding (checked unless they are traced).
     """
-    checks.positive("beta", beta)
-    checks.not_negative("reference_point", reference_point)
+    checks.interval("beta", beta, "(0, inf)")
+    checks.interval("reference_point", reference_point, "[0, inf)")
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
     for name, weight in weights.items():
-        checks.not_negative(name, weight)
+        checks.interval(name, weight, "[0, inf)")
     ratio, beta, reference_point, good, bad = _checked_log_ratio(
         policy, reference, desirable, beta=beta, reference_point=reference_point, **weights
     )
@@ -73,8 +75,8 @@ def bco_loss(
     reference: Float[Array, "*batch"],
     desirable: Bool[Array, "*batch"],
     *,
-    beta: Scalar,
-    shift: Scalar,
+    beta: Numeric,
+    shift: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""Binary Classifier Optimization: logistic regression of the label on the implicit reward.
 
@@ -96,7 +98,7 @@ def bco_loss(
       beta: strength of the pull towards the reference; positive.
       shift: :math:`\delta`, the mean implicit reward so far (`Shift`), in units of reward, without gradient.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     checks.finite("shift", shift)
     ratio, beta, shift = _checked_log_ratio(policy, reference, desirable, beta=beta, shift=shift)
     logits = times(beta, ratio) - shift
@@ -108,7 +110,7 @@ def apo_zero_unpaired_loss(
     reference: Float[Array, "*batch"],
     desirable: Bool[Array, "*batch"],
     *,
-    beta: Scalar,
+    beta: Numeric,
 ) -> Float[Array, "*batch"]:
     r"""Anchored Preference Optimization, zero, on single responses: KTO with the reference point at zero.
 
@@ -127,13 +129,13 @@ def apo_zero_unpaired_loss(
       desirable: which responses are good.
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
     ratio, beta = _checked_log_ratio(policy, reference, desirable, beta=beta)
     reward = times(beta, ratio)
     return jax.nn.sigmoid(jnp.where(desirable, -reward, reward))
 
 
-def _checked_log_ratio(policy: Any, reference: Any, desirable: Any, **hyperparameters: Scalar) -> tuple[Any, ...]:
+def _checked_log_ratio(policy: Any, reference: Any, desirable: Any, **hyperparameters: Numeric) -> tuple[Any, ...]:
     """The log-ratio, and the hyperparameters in their order, `fitted` to it."""
     checks.floating("policy", policy)
     checks.reference(reference)

@@ -1,5 +1,7 @@
 """What every on-policy learner does first: ask, let the policy respond, and score the responses."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -17,19 +19,25 @@ class Groups(NamedTuple):
       prompts: repeated in each column.
       responses: what was answered.
       logps: log-probabilities under the policy that responded.
-      reference: the same under the reference policy.
+      reference_logps: the same under the reference policy.
       weights: how probable each response is, up to a factor, if they are all that there are.
     """
 
     prompts: Int[Array, "prompts group ..."]
     responses: Int[Array, "prompts group ..."]
     logps: Float[Array, "prompts group"]
-    reference: Float[Array, "prompts group"]
+    reference_logps: Float[Array, "prompts group"]
     weights: Float[Array, "prompts group"] | None
 
 
 def collect_groups(
-    key: Key[Array, ""], params: Params, *, ask: AskFn, respond: RespondFn, log_prob: LogProbFn, reference: Params
+    key: Key[Array, ""],
+    params: Params,
+    *,
+    ask: AskFn,
+    respond: RespondFn,
+    log_prob: LogProbFn,
+    reference_params: Params,
 ) -> Groups:
     """Asks, responds and scores.
 
@@ -39,20 +47,28 @@ def collect_groups(
       ask: draws prompts.
       respond: responds to them.
       log_prob: scores responses.
-      reference: parameters of the reference policy.
+      reference_params: parameters of the reference policy.
     """
     ask_key, respond_key = jax.random.split(key)
-    return score_groups(ask(ask_key), respond_key, params, respond=respond, log_prob=log_prob, reference=reference)
+    return score_groups(
+        respond_key, params, ask(ask_key), respond=respond, log_prob=log_prob, reference_params=reference_params
+    )
 
 
 def score_groups(
-    prompts: Array, key: Key[Array, ""], params: Params, *, respond: RespondFn, log_prob: LogProbFn, reference: Params
+    key: Key[Array, ""],
+    params: Params,
+    prompts: Array,
+    *,
+    respond: RespondFn,
+    log_prob: LogProbFn,
+    reference_params: Params,
 ) -> Groups:
     """Responds to given prompts, and scores."""
     responses, weights = respond(key, params, prompts)
     num, size = responses.shape[:2]
     repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
-    logps, reference_logps = (log_prob(policy, repeated, responses) for policy in (params, reference))
+    logps, reference_logps = (log_prob(policy, repeated, responses) for policy in (params, reference_params))
     return Groups(repeated, responses, logps, reference_logps, weights)
 
 

@@ -1,12 +1,14 @@
 """A price of KL that finds itself: it rises where the policy strays too far, and falls where it stays too near."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 
 
 class AdaptiveKL(NamedTuple):
@@ -18,9 +20,9 @@ class AdaptiveKL(NamedTuple):
       gain: by how much the price changes in a round; positive.
     """
 
-    initial: Scalar
-    target: Scalar
-    gain: Scalar = 0.1
+    initial: Numeric
+    target: Numeric
+    gain: Numeric = 0.1
 
 
 def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, control: AdaptiveKL) -> Float[Array, ""]:
@@ -44,4 +46,4 @@ def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, c
 def check_control(control: AdaptiveKL) -> None:
     """Price, target and gain are positive (checked unless traced)."""
     for name, value in control._asdict().items():
-        checks.positive(name, value)
+        checks.interval(name, value, "(0, inf)")

@@ -7,8 +7,10 @@ Each function returns a `Learner` for `train.fit_online`. What they have in comm
 - `prefer`: says how probable it is that the first of two responses is preferred: people (`toy.preference_fn` of the
   world's rewards), a reward model (the same of its rewards), or any other preference, be it cyclic
   (`toy.general_preference_fn`).
-- `reference`: parameters of the policy that is not to be strayed from, usually those that training starts with.
+- `reference_params`: parameters of the policy that is not to be strayed from, usually those that training starts with.
 """
+
+from __future__ import annotations
 
 from functools import partial
 from typing import Any
@@ -25,6 +27,7 @@ from dpo_jax.types import (
     AskFn,
     Learner,
     LogProbFn,
+    Numeric,
     Pair,
     Params,
     PreferenceFn,
@@ -32,18 +35,17 @@ from dpo_jax.types import (
     Preferences,
     RespondFn,
     Rollouts,
-    Scalar,
 )
 
 
 def online_dpo(
+    *,
     ask: AskFn,
     respond: RespondFn,
     log_prob: LogProbFn,
     prefer: PreferenceFn,
-    *,
-    reference: Params,
-    beta: Scalar,
+    reference_params: Params,
+    beta: Numeric,
     loss: PreferenceLoss = dpo_loss,
 ) -> Learner:
     """DPO on fresh pairs: the policy answers twice, somebody compares, and DPO takes a step.
@@ -52,14 +54,16 @@ def online_dpo(
     The two answers are independent; where they are the same, nothing is learnt.
 
     Args:
-      ask, respond, log_prob, prefer, reference: see above; `respond` gives two responses to each prompt.
+      ask, respond, log_prob, prefer, reference_params: see above; `respond` gives two responses to each prompt.
       beta: strength of the pull towards the reference; positive.
       loss: another preference loss, for instance `losses.ipo_loss`.
     """
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
         group_key, label_key = jax.random.split(key)
-        groups = collect_groups(group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        groups = collect_groups(
+            group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         _check_samples(groups, size=2)
         first, second = (jax.tree.map(lambda leaf, i=i: leaf[:, i], groups) for i in (0, 1))
         return compare(label_key, prefer, first, second)[0], memory
@@ -68,14 +72,14 @@ def online_dpo(
 
 
 def xpo(
+    *,
     ask: AskFn,
     respond: RespondFn,
     log_prob: LogProbFn,
     prefer: PreferenceFn,
-    *,
-    reference: Params,
-    beta: Scalar,
-    alpha: Scalar,
+    reference_params: Params,
+    beta: Numeric,
+    alpha: Numeric,
 ) -> Learner:
     """Exploratory Preference Optimization: the policy's answer against the reference's, with a bonus for novelty.
 
@@ -83,7 +87,7 @@ def xpo(
     the comparisons of this round alone instead of all rounds so far.
 
     Args:
-      ask, respond, log_prob, prefer, reference: see above; `respond` gives one response to each prompt.
+      ask, respond, log_prob, prefer, reference_params: see above; `respond` gives one response to each prompt.
       beta: strength of the pull towards the reference; positive.
       alpha: how optimistic to be; zero or positive. See `losses.xpo_loss`.
     """
@@ -91,8 +95,8 @@ def xpo(
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
         ask_key, own_key, other_key, label_key = jax.random.split(key, 4)
         prompts = ask(ask_key)
-        score = partial(_answer, prompts, respond=respond, log_prob=log_prob, reference=reference)
-        own, other = score(own_key, params), score(other_key, reference)
+        score = partial(_answer, prompts=prompts, respond=respond, log_prob=log_prob, reference_params=reference_params)
+        own, other = score(own_key, params), score(other_key, reference_params)
         preferences, own_won = compare(label_key, prefer, own, other)
         return preferences._replace(columns={"reference_won": ~own_won}), memory
 
@@ -107,14 +111,14 @@ def xpo(
 
 
 def nash_md(
+    *,
     ask: AskFn,
     respond: RespondFn,
     opponent: RespondFn,
     log_prob: LogProbFn,
     prefer: PreferenceFn,
-    *,
-    reference: Params,
-    tau: Scalar,
+    reference_params: Params,
+    tau: Numeric,
 ) -> Learner:
     r"""Nash-MD-PG: policy gradients towards what is preferred to the answers of an opponent made of the policy itself.
 
@@ -122,19 +126,21 @@ def nash_md(
 
     Source: Munos et al. 2023, "Nash Learning from Human Feedback", arXiv 2312.00886, Sec. 7. With an opponent that is
     the policy as it is (self-play), it can come to rest only at the regularised equilibrium; one that is mixed with the
-    reference (`toy.respond_fn(..., reference=..., mix=...)`) is steadier, and shifts that point a little.
+    reference (`toy.respond_fn(..., reference_log_probs=..., mix=...)`) is steadier, and shifts that point a little.
     Take one optimizer step a round: there is no ratio that would account for further ones.
 
     Args:
-      ask, respond, log_prob, prefer, reference: see above.
+      ask, respond, log_prob, prefer, reference_params: see above.
       opponent: responds with the policy, or with a mixture of it and the reference.
       tau: price of a nat of KL to the reference, in units of probability; zero or positive.
     """
-    checks.not_negative("tau", tau)
+    checks.interval("tau", tau, "[0, inf)")
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
         group_key, opponent_key = jax.random.split(key)
-        groups = collect_groups(group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        groups = collect_groups(
+            group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         others, weights = opponent(opponent_key, params, groups.prompts[:, 0])
         rewards = jax.vmap(lambda other: prefer(groups.prompts, groups.responses, _repeat(other, groups)), 1, -1)(
             others
@@ -143,7 +149,7 @@ def nash_md(
             rewards = jnp.mean(rewards, axis=-1)
         else:
             rewards = jnp.sum(rewards * weights[:, None], axis=-1) / jnp.sum(weights, axis=-1)[:, None]
-        advantages = rewards - 0.5 - tau * (groups.logps - groups.reference)
+        advantages = rewards - 0.5 - tau * (groups.logps - groups.reference_logps)
         return as_rollouts(groups, rewards, advantages), memory
 
     def loss(logps: Array, _old_logps: Array, advantages: Array) -> Array:
@@ -167,7 +173,7 @@ def compare(
       instance, the reference is NaN, so that training stops.
     """
     probability = prefer(first.prompts, first.responses, second.responses)
-    checks.probability("prefer(prompts, responses, others)", probability)
+    checks.interval("prefer(prompts, responses, others)", probability, "[0, 1]")
     wide = probability.astype(jnp.promote_types(probability.dtype, jnp.float32))
     first_won = jax.random.bernoulli(key, wide)  # uniform numbers of bfloat16 are multiples of 1/128
     possible = (probability >= 0) & (probability <= 1)
@@ -179,13 +185,15 @@ def compare(
         return Pair(winner(first_won, one, other), winner(~first_won, one, other))
 
     responses = ordered(first.responses, second.responses)
-    reference = ordered(*(jnp.where(possible, logps, jnp.nan) for logps in (first.reference, second.reference)))
-    return Preferences(first.prompts, responses, reference=reference), first_won
+    reference_logps = ordered(
+        *(jnp.where(possible, logps, jnp.nan) for logps in (first.reference_logps, second.reference_logps))
+    )
+    return Preferences(first.prompts, responses, reference_logps=reference_logps), first_won
 
 
-def _answer(prompts: Array, key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
+def _answer(key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
     """One answer of a policy to each prompt."""
-    groups = score_groups(prompts, key, policy, **scoring)
+    groups = score_groups(key, policy, **scoring)
     _check_samples(groups, size=1)
     return jax.tree.map(lambda leaf: leaf[:, 0], groups)
 

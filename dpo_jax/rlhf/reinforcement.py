@@ -8,11 +8,13 @@ reward is compared with, in where the KL enters, and in how far one batch may ca
   all responses with their probabilities (`toy.enumerate_fn`), the learner learns from exact expectations.
 - `log_prob`: scores responses.
 - `reward`: any function `(prompts, responses) -> rewards`, the world's truth or a reward model.
-- `reference`: parameters of the policy that is not to be strayed from, usually those that training starts with.
+- `reference_params`: parameters of the policy that is not to be strayed from, usually those that training starts with.
 - `beta`: the price of a nat of KL to it, in units of reward; zero or positive.
 
 All raise TypeError or ValueError where an argument is not as described (values that are traced are not looked at).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -39,11 +41,11 @@ from dpo_jax.types import (
     Learner,
     LogProbFn,
     Metrics,
+    Numeric,
     Params,
     RespondFn,
     RewardFn,
     Rollouts,
-    Scalar,
     ValueFn,
 )
 
@@ -81,15 +83,15 @@ class Baseline(NamedTuple):
 
 
 def reinforce(
+    *,
     ask: AskFn,
     respond: RespondFn,
     log_prob: LogProbFn,
     reward: RewardFn,
-    *,
-    reference: Params,
-    beta: Scalar,
-    momentum: Scalar = 0.9,
-    clip: Scalar = 0.2,
+    reference_params: Params,
+    beta: Numeric,
+    momentum: Numeric = 0.9,
+    clip: Numeric = 0.2,
 ) -> Learner:
     r"""REINFORCE whose baseline is a moving average of the rewards of earlier rounds; the KL is part of the reward.
 
@@ -99,16 +101,18 @@ def reinforce(
     held back by PPO's clip.
 
     Args:
-      ask, respond, log_prob, reward, reference, beta: see above.
+      ask, respond, log_prob, reward, reference_params, beta: see above.
       momentum: weight of the past in the baseline; at least 0, below 1.
       clip: see `losses.ppo_loss`.
     """
-    checks.not_negative("beta", beta)
-    checks.between("momentum", momentum, 0.0, 1.0)
-    _refuse_actor_critic(reference)
+    checks.interval("beta", beta, "[0, inf)")
+    checks.interval("momentum", momentum, "[0, 1)")
+    _refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: Params, memory: Baseline) -> tuple[Rollouts, Baseline]:
-        groups = collect_groups(key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        groups = collect_groups(
+            key, params, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         rewards = reward(groups.prompts, groups.responses)
         shaped = net_reward(groups, rewards, beta)
         advantages = shaped - memory.value
@@ -120,14 +124,14 @@ def reinforce(
 
 
 def rloo(
+    *,
     ask: AskFn,
     respond: RespondFn,
     log_prob: LogProbFn,
     reward: RewardFn,
-    *,
-    reference: Params,
-    beta: Scalar,
-    clip: Scalar = 0.2,
+    reference_params: Params,
+    beta: Numeric,
+    clip: Numeric = 0.2,
 ) -> Learner:
     r"""REINFORCE leave-one-out: the baseline is the mean of the other responses; the KL is part of the reward.
 
@@ -138,14 +142,16 @@ def rloo(
     samples lead to it exactly.
 
     Args:
-      ask, respond, log_prob, reward, reference, beta: see above.
+      ask, respond, log_prob, reward, reference_params, beta: see above.
       clip: see `losses.ppo_loss`.
     """
-    checks.not_negative("beta", beta)
-    _refuse_actor_critic(reference)
+    checks.interval("beta", beta, "[0, inf)")
+    _refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
-        groups = collect_groups(key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        groups = collect_groups(
+            key, params, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         rewards = reward(groups.prompts, groups.responses)
         return as_rollouts(groups, rewards, rloo_advantages(net_reward(groups, rewards, beta), groups.weights)), memory
 
@@ -153,15 +159,15 @@ def rloo(
 
 
 def grpo(
+    *,
     ask: AskFn,
     respond: RespondFn,
     log_prob: LogProbFn,
     reward: RewardFn,
-    *,
-    reference: Params,
-    beta: Scalar,
-    clip: Scalar = 0.2,
-    clip_high: Scalar | None = None,
+    reference_params: Params,
+    beta: Numeric,
+    clip: Numeric = 0.2,
+    clip_high: Numeric | None = None,
     advantages: Advantages = grpo_advantages,
     kl: KLEstimate = k3_estimate,
 ) -> Learner:
@@ -179,19 +185,21 @@ def grpo(
     own baseline, which shrinks the gradient of the reward, but not that of the KL.
 
     Args:
-      ask, respond, log_prob, reward, reference, beta: see above.
+      ask, respond, log_prob, reward, reference_params, beta: see above.
       clip: see `losses.ppo_loss`.
       clip_high: DAPO's, see `losses.ppo_loss`; `None` means the same as `clip`.
       advantages: `losses.grpo_advantages`, or `losses.centred_advantages` for Dr. GRPO.
       kl: `losses.k3_estimate`, or another one.
     """
-    checks.not_negative("beta", beta)
-    checks.positive_or_infinite("clip", clip)
-    checks.positive_or_infinite("clip_high", clip if clip_high is None else clip_high)
-    _refuse_actor_critic(reference)
+    checks.interval("beta", beta, "[0, inf)")
+    checks.interval("clip", clip, "(0, inf]")
+    checks.interval("clip_high", clip if clip_high is None else clip_high, "(0, inf]")
+    _refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
-        groups = collect_groups(key, params, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        groups = collect_groups(
+            key, params, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         rewards = reward(groups.prompts, groups.responses)
         return as_rollouts(groups, rewards, advantages(rewards, groups.weights)), memory
 
@@ -200,22 +208,24 @@ def grpo(
             logps, old_logps, advantages, beta=beta, clip=clip, clip_high=clip_high, kl=kl, **hyperparameters
         )
 
-    objective = policy_gradient_objective(log_prob, loss, reference=lambda _params, batch, _logps: batch.reference)
+    objective = policy_gradient_objective(
+        log_prob, loss, reference=lambda _params, batch, _logps: batch.reference_logps
+    )
     return Learner(collect, objective)
 
 
 def ppo(
+    *,
     ask: AskFn,
     respond: RespondFn,
     log_prob: LogProbFn,
     reward: RewardFn,
-    *,
     value: ValueFn,
-    reference: Params,
-    beta: Scalar | AdaptiveKL,
-    clip: Scalar = 0.2,
-    value_clip: Scalar = 0.2,
-    value_weight: Scalar = 0.1,
+    reference_params: Params,
+    beta: Numeric | AdaptiveKL,
+    clip: Numeric = 0.2,
+    value_clip: Numeric = 0.2,
+    value_weight: Numeric = 0.1,
     advantages: Advantages = whitened,
 ) -> Learner:
     r"""Proximal Policy Optimization as RLHF uses it: a learnt baseline, clipped ratios; the KL is part of the reward.
@@ -227,7 +237,7 @@ def ppo(
     generalised advantage estimation is this difference. The constants are TRL's. Parameters are an `ActorCritic`.
 
     Args:
-      ask, respond, log_prob, reward, reference, beta: see above; beta may be an `AdaptiveKL`.
+      ask, respond, log_prob, reward, reference_params, beta: see above; beta may be an `AdaptiveKL`.
       value: expects rewards (`toy.value_fn`).
       clip: see `losses.ppo_loss`.
       value_clip: see `losses.value_loss`.
@@ -237,20 +247,22 @@ def ppo(
     if isinstance(beta, AdaptiveKL):
         check_control(beta)
     else:
-        checks.not_negative("beta", beta)
-    checks.positive_or_infinite("value_clip", value_clip)
-    checks.not_negative("value_weight", value_weight)
-    _refuse_actor_critic(reference)
+        checks.interval("beta", beta, "[0, inf)")
+    checks.interval("value_clip", value_clip, "(0, inf]")
+    checks.interval("value_weight", value_weight, "[0, inf)")
+    _refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: ActorCritic, memory: Any) -> tuple[Rollouts, Any]:
         if not isinstance(params, ActorCritic):
             raise TypeError(f"ppo trains an ActorCritic(policy, value), got parameters of type {type(params).__name__}")
-        groups = collect_groups(key, params.policy, ask=ask, respond=respond, log_prob=log_prob, reference=reference)
+        groups = collect_groups(
+            key, params.policy, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         rewards = reward(groups.prompts, groups.responses)
         values = value(params.value, groups.prompts)
         returns = net_reward(groups, rewards, memory if isinstance(beta, AdaptiveKL) else beta).astype(values.dtype)
         if isinstance(beta, AdaptiveKL):
-            kl = jnp.average(groups.logps - groups.reference, weights=groups.weights)
+            kl = jnp.average(groups.logps - groups.reference_logps, weights=groups.weights)
             memory = update_coefficient(memory, kl, control=beta)
         rollouts = as_rollouts(
             groups, rewards, advantages(returns - values, groups.weights), values=values, returns=returns
@@ -271,17 +283,17 @@ def ppo(
     return Learner(collect, objective, jnp.asarray(beta.initial, _at_least_float32(beta.initial)))
 
 
-def net_reward(groups: Groups, rewards: Float[Array, "prompts group"], beta: Scalar) -> Float[Array, "prompts group"]:
+def net_reward(groups: Groups, rewards: Float[Array, "prompts group"], beta: Numeric) -> Float[Array, "prompts group"]:
     r"""Rewards less the price of their distance from the reference, :math:`r - \beta \log (\pi_{old} / \pi_{ref})`."""
-    return rewards - beta * (groups.logps - groups.reference)
+    return rewards - beta * (groups.logps - groups.reference_logps)
 
 
-def _at_least_float32(value: Scalar) -> Any:
+def _at_least_float32(value: Numeric) -> Any:
     """The dtype in which something is remembered: small changes of it would be lost in a narrow one."""
     return jnp.promote_types(jnp.result_type(value), jnp.float32)
 
 
-def _refuse_actor_critic(reference: Params) -> None:
+def _refuse_actor_critic(reference_params: Params) -> None:
     """The reference is a policy; where training starts from an `ActorCritic`, that is its part `policy`."""
-    if isinstance(reference, ActorCritic):
-        raise TypeError("reference must be the parameters of a policy, got an ActorCritic: use its attribute policy")
+    if isinstance(reference_params, ActorCritic):
+        raise TypeError("reference_params must be those of a policy, got an ActorCritic: use its attribute policy")

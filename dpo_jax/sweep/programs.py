@@ -20,6 +20,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree, UInt32
 
+from dpo_jax.fast.compiling import compile_fast
 from dpo_jax.sweep.axes import name_run
 
 SPLIT, WHOLE = PartitionSpec("seeds"), PartitionSpec()
@@ -227,23 +228,6 @@ def fingerprint(program: ClosedJaxpr) -> str:
     arguments = [jax.ShapeDtypeStruct(argument.shape, argument.dtype) for argument in program.in_avals]
     lowered = jax.jit(jaxpr_as_fun(program)).lower(*arguments)
     return hashlib.sha256(lowered.as_text().encode()).hexdigest()
-
-
-def compile_fast(lowered: jax.stages.Lowered, *, optimise: bool = True) -> jax.stages.Compiled:
-    """Compiles; on a CPU, for its widest vectors, and without the optimisations that only cost time here.
-
-    Args:
-      lowered: the program.
-      optimise: whether XLA shall spend time on fast code. A program that runs for milliseconds is not worth it.
-    """
-    if jax.default_backend() != "cpu":
-        return lowered.compile()
-    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-    usual: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
-    try:
-        return lowered.compile(compiler_options=usual if optimise else quick)
-    except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
-        return lowered.compile()
 
 
 def bytes_needed(program: jax.stages.Compiled) -> int:

@@ -44,10 +44,10 @@ from dpo_jax.toy.policy import ToyLM as ToyLM
 from dpo_jax.toy.policy import generate as generate
 from dpo_jax.toy.policy import greedy as greedy
 from dpo_jax.toy.policy import log_prob_fn as log_prob_fn
-from dpo_jax.toy.policy import log_prob_table as log_prob_table
 from dpo_jax.toy.policy import lookup as lookup
 from dpo_jax.toy.policy import score_fn as score_fn
-from dpo_jax.toy.policy import score_table as score_table
+from dpo_jax.toy.policy import score_table_fn as score_table_fn
+from dpo_jax.toy.policy import table_fn as table_fn
 from dpo_jax.toy.policy import value_fn as value_fn
 from dpo_jax.toy.world import World as World
 from dpo_jax.toy.world import all_preferences as all_preferences

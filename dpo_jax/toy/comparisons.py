@@ -4,6 +4,8 @@ Each prompt has its own responses, those that were compared for it. Their ids co
 with fewer responses than another one has rows of its tables filled with log-probability -inf.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -82,12 +84,12 @@ class NamedPolicy(NamedTuple):
     Attributes:
       names: what rows and columns of the tables stand for.
       log_probs: the policy (nats); -inf where there is no response.
-      reference: the reference policy, likewise.
+      reference_log_probs: the reference policy, likewise.
     """
 
     names: Names
     log_probs: Float[np.ndarray, "prompts responses"]
-    reference: Float[np.ndarray, "prompts responses"]
+    reference_log_probs: Float[np.ndarray, "prompts responses"]
 
     def ranking(self, prompt: str) -> list[tuple[str, float]]:
         """The responses to a prompt with their probabilities, the most probable first.
@@ -167,7 +169,7 @@ def save_policy(path: str | Path, policy: NamedPolicy) -> None:
     Raises:
       ValueError: this is no policy: see `load_policy`.
     """
-    log_probs, reference = _wide(policy.log_probs), _wide(policy.reference)
+    log_probs, reference = _wide(policy.log_probs), _wide(policy.reference_log_probs)
     _check_names(policy.names)
     _check_table("log_probs", log_probs, policy.names)
     _check_table("reference", reference, policy.names)

@@ -4,6 +4,8 @@ Tables have a row for each prompt and a column for each response. Policies are t
 Every function works on the last axis (responses) and keeps the axes before it.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,14 +14,14 @@ from jaxtyping import Array, Float
 from dpo_jax import checks
 from dpo_jax.toy.policy import at_least_float32
 from dpo_jax.toy.world import preference_probability
-from dpo_jax.types import Metrics, Scalar
+from dpo_jax.types import Metrics, Numeric
 
 IMPOSSIBLE = -1e30
 """Stands for a log-probability of -inf, where differences and gradients must be finite."""
 
 
 def log_partition(
-    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, beta: Scalar
+    reference_log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, beta: Numeric
 ) -> Float[Array, "*n"]:
     r"""The log-partition function of the optimal policy.
 
@@ -28,15 +30,15 @@ def log_partition(
     Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 4.
 
     Args:
-      reference: log-probabilities of the reference policy.
+      reference_log_probs: log-probabilities of the reference policy.
       rewards: rewards of the responses.
       beta: strength of the pull towards the reference; positive.
     """
-    return jax.scipy.special.logsumexp(_tilted(reference, rewards, beta), axis=-1)
+    return jax.scipy.special.logsumexp(_tilted(reference_log_probs, rewards, beta), axis=-1)
 
 
 def optimal_policy(
-    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, beta: Scalar
+    reference_log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, beta: Numeric
 ) -> Float[Array, "*n responses"]:
     r"""Log-probabilities of the policy that maximises expected reward minus beta times KL to the reference.
 
@@ -44,11 +46,11 @@ def optimal_policy(
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 4. Arguments as for `log_partition`.
     """
-    return jax.nn.log_softmax(_tilted(reference, rewards, beta), axis=-1)
+    return jax.nn.log_softmax(_tilted(reference_log_probs, rewards, beta), axis=-1)
 
 
 def best_of_n_policy(
-    log_probs: Float[Array, "*n responses"], scores: Float[Array, "*n responses"], *, num: Scalar
+    log_probs: Float[Array, "*n responses"], scores: Float[Array, "*n responses"], *, num: Numeric
 ) -> Float[Array, "*n responses"]:
     r"""Log-probabilities of the best of several samples, by a score; equals are chosen among at random.
 
@@ -69,7 +71,7 @@ def best_of_n_policy(
       ValueError: a score is NaN, among others. Where scores are traced their values are unknown; there, all
         log-probabilities of such a prompt are NaN.
     """
-    checks.at_least("num", num, 1.0)
+    checks.interval("num", num, "[1, inf)")
     checks.same_shape(log_probs=log_probs, scores=scores)
     checks.not_nan("scores", scores)
     finite = jnp.maximum(at_least_float32(log_probs), IMPOSSIBLE)
@@ -90,7 +92,7 @@ def best_of_n_policy(
 
 
 def implicit_reward(
-    log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"], *, beta: Scalar
+    log_probs: Float[Array, "*n responses"], reference_log_probs: Float[Array, "*n responses"], *, beta: Numeric
 ) -> Float[Array, "*n responses"]:
     r"""The reward under which a policy is optimal, up to a constant for each prompt.
 
@@ -102,21 +104,21 @@ def implicit_reward(
 
     Args:
       log_probs: log-probabilities of the policy.
-      reference: log-probabilities of the reference policy.
+      reference_log_probs: log-probabilities of the reference policy.
       beta: strength of the pull towards the reference; positive.
     """
-    checks.positive("beta", beta)
-    checks.same_shape(log_probs=log_probs, reference=reference)
-    never = (log_probs == -jnp.inf) & (reference == -jnp.inf)
-    return beta * (jnp.where(never, 0, log_probs) - jnp.where(never, 0, reference))
+    checks.interval("beta", beta, "(0, inf)")
+    checks.same_shape(log_probs=log_probs, reference_log_probs=reference_log_probs)
+    never = (log_probs == -jnp.inf) & (reference_log_probs == -jnp.inf)
+    return beta * (jnp.where(never, 0, log_probs) - jnp.where(never, 0, reference_log_probs))
 
 
 def recovered_reward(
     log_probs: Float[Array, "*n responses"],
-    reference: Float[Array, "*n responses"],
+    reference_log_probs: Float[Array, "*n responses"],
     log_partition: Float[Array, "*n"],
     *,
-    beta: Scalar,
+    beta: Numeric,
 ) -> Float[Array, "*n responses"]:
     r"""The reward of which a policy is the optimum, given the log-partition function: `optimal_policy` undone.
 
@@ -124,7 +126,7 @@ def recovered_reward(
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 5. Arguments as for `implicit_reward`.
     """
-    return implicit_reward(log_probs, reference, beta=beta) + beta * log_partition[..., None]
+    return implicit_reward(log_probs, reference_log_probs, beta=beta) + beta * log_partition[..., None]
 
 
 def expected_reward(
@@ -140,7 +142,7 @@ def expected_reward(
 
 
 def kl_to_reference(
-    log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"]
+    log_probs: Float[Array, "*n responses"], reference_log_probs: Float[Array, "*n responses"]
 ) -> Float[Array, "*n"]:
     """The Kullback-Leibler divergence KL(policy || reference) in nats, for each prompt.
 
@@ -148,9 +150,9 @@ def kl_to_reference(
     small for its dtype, adds nothing. Rounding errors are about 1e-7 nats in float32, so tiny divergences may come out
     negative.
     """
-    checks.same_shape(log_probs=log_probs, reference=reference)
+    checks.same_shape(log_probs=log_probs, reference_log_probs=reference_log_probs)
     possible = jnp.exp(log_probs) > 0
-    log_ratio = jnp.where(possible, log_probs, 0.0) - jnp.where(possible, reference, 0.0)
+    log_ratio = jnp.where(possible, log_probs, 0.0) - jnp.where(possible, reference_log_probs, 0.0)
     return jnp.sum(jnp.exp(log_probs) * log_ratio, axis=-1)
 
 
@@ -159,7 +161,7 @@ def win_rate(
     opponent: Float[Array, "*n responses"],
     rewards: Float[Array, "*n responses"],
     *,
-    temperature: Scalar = 1.0,
+    temperature: Numeric = 1.0,
 ) -> Float[Array, "*n"]:
     """The probability that people prefer a policy's response to an opponent's, for each prompt.
 
@@ -179,10 +181,10 @@ def win_rate(
 
 def regret(
     log_probs: Float[Array, "*n responses"],
-    reference: Float[Array, "*n responses"],
+    reference_log_probs: Float[Array, "*n responses"],
     rewards: Float[Array, "*n responses"],
     *,
-    beta: Scalar,
+    beta: Numeric,
 ) -> Float[Array, "*n"]:
     r"""How far a policy falls short of the optimum of the RLHF objective, for each prompt.
 
@@ -191,11 +193,11 @@ def regret(
     Source: the identity follows from Rafailov et al. 2023, arXiv 2305.18290, App. A.1. Arguments as elsewhere. Rounding
     errors are those of the divergence times beta: of no use in float32 beyond a beta of about 1e4.
     """
-    return beta * kl_to_reference(log_probs, optimal_policy(reference, rewards, beta=beta))
+    return beta * kl_to_reference(log_probs, optimal_policy(reference_log_probs, rewards, beta=beta))
 
 
 def bayes_prediction(
-    rewards: Float[Array, "*n responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+    rewards: Float[Array, "*n responses"], *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0
 ) -> Metrics:
     """How well the true rewards foretell comparisons of uniform pairs of distinct responses: nothing does better.
 
@@ -249,38 +251,42 @@ def reward_error(scores: Float[Array, "*n responses"], rewards: Float[Array, "*n
 
 
 def frontier(
-    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], betas: Float[Array, " betas"]
+    reference_log_probs: Float[Array, "*n responses"],
+    rewards: Float[Array, "*n responses"],
+    betas: Float[Array, " betas"],
 ) -> Metrics:
     """The exact reward-KL frontier: no policy earns more at the same KL to the reference than the optimal ones do.
 
     Args:
-      reference: log-probabilities of the reference policy.
+      reference_log_probs: log-probabilities of the reference policy.
       rewards: rewards of the responses.
       betas: one point of the frontier for each.
 
     Returns:
       `expected_reward` and `kl_to_reference`, arrays `[betas]`, means over prompts.
     """
-    checks.positive("betas", betas)
-    return jax.vmap(lambda beta: evaluate(optimal_policy(reference, rewards, beta=beta), reference, rewards))(betas)
+    checks.interval("betas", betas, "(0, inf)")
+    return jax.vmap(
+        lambda beta: evaluate(optimal_policy(reference_log_probs, rewards, beta=beta), reference_log_probs, rewards)
+    )(betas)
 
 
 def evaluate(
     log_probs: Float[Array, "*n responses"],
-    reference: Float[Array, "*n responses"],
+    reference_log_probs: Float[Array, "*n responses"],
     rewards: Float[Array, "*n responses"],
 ) -> Metrics:
     """`expected_reward` and `kl_to_reference` of a policy, means over prompts."""
     return {
         "expected_reward": jnp.mean(expected_reward(log_probs, rewards)),
-        "kl_to_reference": jnp.mean(kl_to_reference(log_probs, reference)),
+        "kl_to_reference": jnp.mean(kl_to_reference(log_probs, reference_log_probs)),
     }
 
 
 def _tilted(
-    reference: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], beta: Scalar
+    reference_log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], beta: Numeric
 ) -> Float[Array, "*n responses"]:
-    checks.positive("beta", beta)
-    checks.same_shape(reference=reference, rewards=rewards)
-    never = (reference == -jnp.inf) & (rewards == jnp.inf)
-    return reference + jnp.where(never, 0, rewards) / beta
+    checks.interval("beta", beta, "(0, inf)")
+    checks.same_shape(reference_log_probs=reference_log_probs, rewards=rewards)
+    never = (reference_log_probs == -jnp.inf) & (rewards == jnp.inf)
+    return reference_log_probs + jnp.where(never, 0, rewards) / beta

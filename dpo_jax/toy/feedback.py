@@ -1,5 +1,7 @@
 """Other feedback than comparisons of two: labels (good or bad) and rankings, from the same rewards."""
 
+from __future__ import annotations
+
 import math
 from itertools import permutations
 
@@ -11,11 +13,11 @@ from jaxtyping import Array, Float, Key
 from dpo_jax import checks
 from dpo_jax.toy.policy import at_least_float32, generate, lookup
 from dpo_jax.toy.world import World, preference_probability
-from dpo_jax.types import Labels, Preferences, Scalar
+from dpo_jax.types import Labels, Numeric, Preferences
 
 
 def label_probability(
-    rewards: Float[Array, "prompts responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+    rewards: Float[Array, "prompts responses"], *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0
 ) -> Float[Array, "prompts responses"]:
     r"""The probability that people call a response good: that it wins against what is expected of it.
 
@@ -36,8 +38,8 @@ def sample_labels(
     *,
     num: int,
     log_probs: Float[Array, "prompts responses"] | None = None,
-    temperature: Scalar = 1.0,
-    flip_probability: Scalar = 0.0,
+    temperature: Numeric = 1.0,
+    flip_probability: Numeric = 0.0,
 ) -> Labels:
     """Has people say of responses to uniform prompts whether they are good or bad (`label_probability`).
 
@@ -65,7 +67,7 @@ def sample_labels(
     return Labels(prompts, responses, jax.random.bernoulli(label_key, probability))
 
 
-def all_labels(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Labels:
+def all_labels(world: World, *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0) -> Labels:
     """Every response, called good and called bad, weighted by the probability of that: the limit of many labels.
 
     The weights average 1, so that losses on this data and on sampled labels are comparable.
@@ -93,13 +95,13 @@ def split_pairs(preferences: Preferences) -> Labels:
     if len(preferences.responses) != 2:
         raise ValueError(f"split_pairs takes comparisons of two, got rankings of {len(preferences.responses)}")
     num = len(preferences.prompts)
-    weights, reference = preferences.weights, preferences.reference
+    weights, reference_logps = preferences.weights, preferences.reference_logps
     return Labels(
         prompts=jnp.tile(preferences.prompts, 2),
         responses=jnp.concatenate(preferences.responses),
         desirable=jnp.arange(2 * num) < num,
         weights=None if weights is None else jnp.tile(weights, 2),
-        reference=None if reference is None else jnp.concatenate(reference),
+        reference_logps=None if reference_logps is None else jnp.concatenate(reference_logps),
     )
 
 
@@ -110,8 +112,8 @@ def sample_rankings(
     num: int,
     num_ranked: int,
     log_probs: Float[Array, "prompts responses"] | None = None,
-    temperature: Scalar = 1.0,
-    flip_probability: Scalar = 0.0,
+    temperature: Numeric = 1.0,
+    flip_probability: Numeric = 0.0,
 ) -> Preferences:
     """Has people rank several distinct responses to uniform prompts, under the Plackett-Luce model.
 
@@ -140,8 +142,8 @@ def sample_rankings(
     checks.size("num", num)
     _check_num_ranked(world, num_ranked)
     checks.finite("world.rewards", world.rewards)
-    checks.not_negative("temperature", temperature)
-    checks.probability("flip_probability", flip_probability)
+    checks.interval("temperature", temperature, "[0, inf)")
+    checks.interval("flip_probability", flip_probability, "[0, 1]")
     prompt_key, response_key, noise_key, tie_key, flip_key = jax.random.split(key, 5)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
     proposal = _proposal(world, log_probs)
@@ -166,7 +168,7 @@ def _proposal(world: World, log_probs: Float[Array, "prompts responses"] | None)
     return log_probs
 
 
-def all_rankings(world: World, *, num_ranked: int, temperature: Scalar = 1.0) -> Preferences:
+def all_rankings(world: World, *, num_ranked: int, temperature: Numeric = 1.0) -> Preferences:
     """Every ranking of distinct responses, weighted by its true probability: the limit of many rankings.
 
     There are a great many unless few responses are ranked. The weights average 1.
@@ -177,7 +179,7 @@ def all_rankings(world: World, *, num_ranked: int, temperature: Scalar = 1.0) ->
       temperature: how irrational people are; positive.
     """
     _check_num_ranked(world, num_ranked)
-    checks.positive("temperature", temperature)
+    checks.interval("temperature", temperature, "(0, inf)")
     orders = np.array(list(permutations(range(world.num_responses), num_ranked)))
     utilities = world.rewards[:, orders] / temperature
     left = [jax.nn.logsumexp(utilities[..., place:], axis=-1) for place in range(num_ranked)]

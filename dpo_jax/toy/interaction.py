@@ -1,5 +1,7 @@
 """What a learner needs that tries things out: prompts to ask, policies that respond, people who judge."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.toy.policy import generate, log_prob_table, lookup
+from dpo_jax.toy.policy import generate, lookup, table_fn
 from dpo_jax.toy.world import World, preference_probability
-from dpo_jax.types import AskFn, Params, PreferenceFn, RespondFn, Responses, RewardFn, Scalar
+from dpo_jax.types import AskFn, Numeric, Params, PreferenceFn, RespondFn, Responses, RewardFn
 
 
 def ask_uniformly(world: World, *, num: int) -> AskFn:
@@ -28,8 +30,8 @@ def respond_fn(
     embeddings: Float[Array, "prompts features"],
     *,
     group_size: int,
-    reference: Float[Array, "prompts responses"] | None = None,
-    mix: Scalar = 0.0,
+    reference_log_probs: Float[Array, "prompts responses"] | None = None,
+    mix: Numeric = 0.0,
 ) -> RespondFn:
     r"""The function `(key, params, prompts) -> Responses` that samples a group of responses to each prompt.
 
@@ -39,24 +41,24 @@ def respond_fn(
       policy: the network that responds.
       embeddings: what it sees of each prompt.
       group_size: how many responses to each prompt; static.
-      reference: table of a reference policy, to be mixed in; `None` if there is none.
+      reference_log_probs: table of a reference policy, to be mixed in; `None` if there is none.
       mix: :math:`m`, its share, between 0 and 1.
 
     Raises:
       TypeError, ValueError: an argument is not as described, or there is a mix and no reference.
     """
     checks.size("group_size", group_size)
-    checks.probability("mix", mix)
-    if reference is None and (checks.is_traced(mix) or mix):
+    checks.interval("mix", mix, "[0, 1]")
+    if reference_log_probs is None and (checks.is_traced(mix) or mix):
         raise ValueError("mix needs a reference to mix in")
-    log_probs = log_prob_table(policy, embeddings)
+    table = table_fn(policy, embeddings)
 
     def respond(key: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
-        table = log_probs(params)
-        if reference is not None:
-            table = geometric_mixture(table, reference, mix)
+        log_probs = table(params)
+        if reference_log_probs is not None:
+            log_probs = geometric_mixture(log_probs, reference_log_probs, mix)
         groups = jnp.broadcast_to(prompts[:, None], (*prompts.shape, group_size))
-        return Responses(generate(key, table, groups))
+        return Responses(generate(key, log_probs, groups))
 
     return respond
 
@@ -66,14 +68,14 @@ def enumerate_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]
 
     What is learnt from it is learnt from exact expectations.
     """
-    log_probs = log_prob_table(policy, embeddings)
+    table = table_fn(policy, embeddings)
 
     def respond(_: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
-        table = log_probs(params)
-        num_prompts, num_responses = table.shape
+        log_probs = table(params)
+        num_prompts, num_responses = log_probs.shape
         checks.ids("prompts", prompts, num_prompts)
         every = jnp.broadcast_to(jnp.arange(num_responses), (*prompts.shape, num_responses))
-        weighed = table.at[prompts].get(mode="fill", wrap_negative_indices=False)
+        weighed = log_probs.at[prompts].get(mode="fill", wrap_negative_indices=False)
         return Responses(every, jax.lax.stop_gradient(num_responses * jnp.exp(weighed)))
 
     return respond
@@ -85,7 +87,7 @@ def reward_fn(rewards: Float[Array, "prompts responses"]) -> RewardFn:
 
 
 def preference_fn(
-    rewards: Float[Array, "prompts responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+    rewards: Float[Array, "prompts responses"], *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0
 ) -> PreferenceFn:
     """The function `(prompts, responses, others) -> probabilities` of people who judge by rewards.
 
@@ -127,23 +129,23 @@ def general_preference_fn(preference: Float[Array, "prompts responses responses"
 
 
 def geometric_mixture(
-    log_probs: Float[Array, "*n responses"], reference: Float[Array, "*n responses"], share: Scalar
+    log_probs: Float[Array, "*n responses"], reference_log_probs: Float[Array, "*n responses"], share: Numeric
 ) -> Float[Array, "*n responses"]:
     r"""Log-probabilities of :math:`\pi^{1 - m} \pi_{ref}^m / Z`; who has no share cannot rule out a response.
 
     Args:
       log_probs: table of a policy (nats).
-      reference: table of the policy that is mixed in.
+      reference_log_probs: table of the policy that is mixed in.
       share: :math:`m`, between 0 and 1.
     """
     own = jnp.where(share == 1, 0.0, (1 - share) * log_probs)
-    other = jnp.where(share == 0, 0.0, share * reference)
+    other = jnp.where(share == 0, 0.0, share * reference_log_probs)
     return jax.nn.log_softmax(own + other)
 
 
 def check_preference(preference: Float[Array, "*n responses responses"]) -> None:
     """Each pair of responses has probabilities that add up to 1."""
-    checks.probability("preference", preference)
+    checks.interval("preference", preference, "[0, 1]")
     if checks.is_traced(preference):
         return
     table = np.asarray(preference)

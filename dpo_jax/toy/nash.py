@@ -6,6 +6,8 @@ policy is the one that no other is preferred to: the Nash equilibrium of the gam
 `nash_equilibrium` works on the last axes and keeps those before them.
 """
 
+from __future__ import annotations
+
 from functools import partial
 
 import jax
@@ -18,11 +20,11 @@ from dpo_jax.toy.exact import kl_to_reference
 from dpo_jax.toy.interaction import check_preference, geometric_mixture
 from dpo_jax.toy.policy import at_least_float32
 from dpo_jax.toy.world import preference_probability
-from dpo_jax.types import Scalar
+from dpo_jax.types import Numeric
 
 
 def preference_table(
-    rewards: Float[Array, "*n responses"], *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0
+    rewards: Float[Array, "*n responses"], *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0
 ) -> Float[Array, "*n responses responses"]:
     """The preference of people who judge by rewards (`preference_probability`)."""
     return preference_probability(
@@ -63,10 +65,10 @@ def exploitability(
 
 def regularized_exploitability(
     log_probs: Float[Array, "*n responses"],
-    reference: Float[Array, "*n responses"],
+    reference_log_probs: Float[Array, "*n responses"],
     preference: Float[Array, "*n responses responses"],
     *,
-    tau: Scalar,
+    tau: Numeric,
 ) -> Float[Array, "*n"]:
     r"""How much the best answer to a policy gains, where straying from the reference has a price.
 
@@ -79,22 +81,22 @@ def regularized_exploitability(
 
     Args:
       log_probs: table of the policy (nats).
-      reference: table of the reference policy.
+      reference_log_probs: table of the reference policy.
       preference: who is preferred to whom.
       tau: price of a nat; positive.
     """
-    checks.positive("tau", tau)
-    best = tau * jax.nn.logsumexp(reference + _against(log_probs, preference) / tau, axis=-1)
-    return best - 0.5 + tau * kl_to_reference(log_probs, reference)
+    checks.interval("tau", tau, "(0, inf)")
+    best = tau * jax.nn.logsumexp(reference_log_probs + _against(log_probs, preference) / tau, axis=-1)
+    return best - 0.5 + tau * kl_to_reference(log_probs, reference_log_probs)
 
 
 def nash_md_step(
     log_probs: Float[Array, "*n responses"],
-    reference: Float[Array, "*n responses"],
+    reference_log_probs: Float[Array, "*n responses"],
     preference: Float[Array, "*n responses responses"],
     *,
-    tau: Scalar,
-    learning_rate: Scalar,
+    tau: Numeric,
+    learning_rate: Numeric,
 ) -> Float[Array, "*n responses"]:
     r"""One step of Nash mirror descent: an answer to the policy mixed with the reference, near that mixture.
 
@@ -105,24 +107,24 @@ def nash_md_step(
     Source: Munos et al. 2023, arXiv 2312.00886, Sec. 6.
 
     Args:
-      log_probs, reference, preference, tau: see `regularized_exploitability`.
+      log_probs, reference_log_probs, preference, tau: see `regularized_exploitability`.
       learning_rate: :math:`\eta`; positive, at most 1 / tau.
     """
-    checks.positive("tau", tau)
-    checks.positive("learning_rate", learning_rate)
+    checks.interval("tau", tau, "(0, inf)")
+    checks.interval("learning_rate", learning_rate, "(0, inf)")
     share = learning_rate * tau
     if not checks.is_traced(share) and np.any(np.asarray(share) > 1 + 1e-5):
         raise ValueError(f"learning_rate must be at most 1 / tau, got {learning_rate}")
     share = jnp.minimum(share, 1.0)
-    mixed = geometric_mixture(log_probs, reference, share)
+    mixed = geometric_mixture(log_probs, reference_log_probs, share)
     return jax.nn.log_softmax(mixed + learning_rate * _against(mixed, preference))
 
 
 def regularized_equilibrium(
-    reference: Float[Array, "*n responses"],
+    reference_log_probs: Float[Array, "*n responses"],
     preference: Float[Array, "*n responses responses"],
     *,
-    tau: Scalar,
+    tau: Numeric,
     num_steps: int,
 ) -> Float[Array, "*n responses"]:
     r"""Log-probabilities near the regularised equilibrium, by Nash mirror descent from the reference (Nash-MD).
@@ -132,17 +134,17 @@ def regularized_equilibrium(
     steps, which become small, are taken in float32 at least.
 
     Args:
-      reference, preference, tau: see `regularized_exploitability`.
+      reference_log_probs, preference, tau: see `regularized_exploitability`.
       num_steps: static.
     """
-    checks.positive("tau", tau)
+    checks.interval("tau", tau, "(0, inf)")
     checks.size("num_steps", num_steps)
     check_preference(preference)
-    start, preference, tau = map(at_least_float32, (reference, preference, tau))
-    step = partial(nash_md_step, reference=start, preference=preference, tau=tau)
+    start, preference, tau = map(at_least_float32, (reference_log_probs, preference, tau))
+    step = partial(nash_md_step, reference_log_probs=start, preference=preference, tau=tau)
     rates = 2 / (tau * (jnp.arange(num_steps) + 2.0))
     found, _ = jax.lax.scan(lambda log_probs, rate: (step(log_probs, learning_rate=rate), None), start, rates)
-    return found.astype(reference.dtype)
+    return found.astype(reference_log_probs.dtype)
 
 
 def _against(

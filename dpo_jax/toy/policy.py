@@ -1,24 +1,19 @@
 """Policies of the one-token world: a table of log-probabilities, and the networks that produce one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.rows import take
+from dpo_jax.fast.layers import DenseByRows, dense
+from dpo_jax.fast.rows import take
 from dpo_jax.types import LogProbFn, Params, ValueFn
-
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-"""Uniform in +-1/sqrt(fan_in): how PyTorch initialises the weights of a linear layer."""
-
-FEW_PROMPTS = 16
-"""Up to how many prompts a network's gradient is a sum of outer products (`_matrix_product`)."""
 
 
 class ToyLM(nn.Module):
@@ -36,8 +31,8 @@ class ToyLM(nn.Module):
 
     @nn.compact
     def __call__(self, embeddings: Float[Array, "*prompts features"]) -> Float[Array, "*prompts responses"]:
-        hidden = nn.relu(_dense(self.hidden_dim, embeddings)(embeddings))
-        return _DenseByRows(self.num_responses, name="Dense_1")(hidden)
+        hidden = nn.relu(dense(self.hidden_dim, embeddings)(embeddings))
+        return DenseByRows(self.num_responses, name="Dense_1")(hidden)
 
 
 class TablePolicy(nn.Module):
@@ -54,11 +49,11 @@ class TablePolicy(nn.Module):
         return self.param("logits", nn.initializers.zeros, (embeddings.shape[0], self.num_responses), embeddings.dtype)
 
 
-def log_prob_table(
+def table_fn(
     policy: nn.Module, embeddings: Float[Array, "prompts features"]
 ) -> Callable[[Params], Float[Array, "prompts responses"]]:
     """The function from a policy's parameters to its table of log-probabilities (nats), one row for each prompt."""
-    scores = score_table(policy, embeddings)
+    scores = score_table_fn(policy, embeddings)
     return lambda params: jax.nn.log_softmax(scores(params))
 
 
@@ -67,11 +62,11 @@ def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"])
 
     The network runs once for each distinct prompt, however many comparisons there are.
     """
-    log_probs = log_prob_table(policy, embeddings)
-    return lambda params, prompts, responses: lookup(log_probs(params), prompts, responses)
+    table = table_fn(policy, embeddings)
+    return lambda params, prompts, responses: lookup(table(params), prompts, responses)
 
 
-def score_table(
+def score_table_fn(
     network: nn.Module, embeddings: Float[Array, "prompts features"]
 ) -> Callable[[Params], Float[Array, "prompts responses"]]:
     """The function from a network's parameters to its table of outputs: logits, or the rewards of a reward model."""
@@ -80,13 +75,13 @@ def score_table(
 
 def score_fn(network: nn.Module, embeddings: Float[Array, "prompts features"]) -> LogProbFn:
     """The function `(params, prompts, responses) -> outputs` of a network: a reward model's rewards."""
-    scores = score_table(network, embeddings)
+    scores = score_table_fn(network, embeddings)
     return lambda params, prompts, responses: lookup(scores(params), prompts, responses)
 
 
 def value_fn(network: nn.Module, embeddings: Float[Array, "prompts features"]) -> ValueFn:
     """The function `(params, prompts) -> values` of a network with one output."""
-    scores = score_table(network, embeddings)
+    scores = score_table_fn(network, embeddings)
     return lambda params, prompts: lookup(scores(params), prompts, jnp.zeros_like(prompts))
 
 
@@ -172,80 +167,3 @@ def at_least_float32(values: Any) -> Float[Array, "..."]:
     """
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
-
-
-class _DenseByRows(nn.Module):
-    """A dense layer for fewer features than inputs, with a row of weights for each feature, as PyTorch keeps them.
-
-    Where runs are stacked, long rows are worked on by whole vectors of the processor, short ones are not: Adam takes a
-    third of the time for 10 rows of 32 that it takes for 32 of 10.
-    """
-
-    features: int
-
-    @nn.compact
-    def __call__(self, inputs: Float[Array, "*prompts fan_in"]) -> Float[Array, "*prompts features"]:
-        fan_in = inputs.shape[-1]
-        weight = self.param(
-            "weight",
-            lambda key, shape, dtype: uniform_fan_in(key, shape[::-1], dtype).T,
-            (self.features, fan_in),
-            inputs.dtype,
-        )
-        bias = self.param("bias", _uniform_bias(fan_in), (self.features,), inputs.dtype)
-        product = _product_for(inputs)(inputs, weight.T, (((inputs.ndim - 1,), (0,)), ((), ())), "highest")
-        return product + jnp.broadcast_to(bias, product.shape)
-
-
-def _dense(features: int, inputs: Float[Array, "*prompts fan_in"]) -> nn.Dense:
-    """Flax's dense layer, from PyTorch's initial distribution."""
-    return nn.Dense(
-        features,
-        kernel_init=uniform_fan_in,
-        bias_init=_uniform_bias(inputs.shape[-1]),
-        param_dtype=inputs.dtype,
-        precision="highest",  # accelerators would round to fewer digits
-        dot_general=_product_for(inputs),
-    )
-
-
-def _uniform_bias(fan_in: int) -> Callable[..., Array]:
-    """Initialises biases uniformly in +-1/sqrt(fan_in); Flax does not tell a bias its fan-in."""
-    return lambda key, shape, dtype: uniform_fan_in(key, (fan_in, *shape), dtype)[0]
-
-
-def _product_for(inputs: Array) -> Callable[..., Array]:
-    return _matrix_product if inputs.ndim == 2 and len(inputs) <= FEW_PROMPTS else jax.lax.dot_general
-
-
-def _matrix_product(
-    inputs: Float[Array, "prompts fan_in"],
-    kernel: Float[Array, "fan_in features"],
-    dimension_numbers: Any,
-    precision: Any = None,
-    **_: Any,
-) -> Float[Array, "prompts features"]:
-    """`jax.lax.dot_general` for few prompts, as a layer calls it; its gradient is fast where many runs are stacked.
-
-    The gradient with respect to the kernel is a sum of one outer product for each prompt. Written as that, it is
-    elementwise, and the compiler fuses it with the optimizer; as a product of stacked small matrices, it costs a call
-    each on a CPU, and was half the time of a run.
-    """
-
-    @jax.custom_jvp
-    def product(inputs: Array, kernel: Array) -> Array:
-        kernel = jax.lax.optimization_barrier(kernel)  # if it was transposed, then once; not in each product, slowly
-        return jax.lax.dot_general(inputs, kernel, dimension_numbers, precision)
-
-    @partial(product.defjvp, symbolic_zeros=True)
-    def tangent(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
-        inputs, kernel = primals
-        inputs_dot, kernel_dot = tangents
-        terms = []
-        if not isinstance(inputs_dot, SymbolicZero):
-            terms.append(jax.lax.dot_general(inputs_dot, kernel, dimension_numbers, precision))
-        if not isinstance(kernel_dot, SymbolicZero):
-            terms.append(jnp.stack([jnp.sum(row[:, None] * kernel_dot, axis=0) for row in inputs]))
-        return product(inputs, kernel), sum(terms[1:], start=terms[0])
-
-    return product(inputs, kernel)

@@ -1,5 +1,7 @@
 """The one-token world: prompts, responses, true rewards, and the people who demonstrate and compare."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.toy.policy import at_least_float32, generate, invert_cumulative, lookup
-from dpo_jax.types import Demonstrations, Pair, Preferences, Scalar
+from dpo_jax.types import Demonstrations, Numeric, Pair, Preferences
 
 Ids: TypeAlias = Sequence[int] | ArrayLike
 """Integers that count from 0: a list, a NumPy array or a JAX array."""
@@ -49,7 +51,7 @@ def make_world(
     num_prompts: int = 5,
     num_responses: int = 10,
     embedding_dim: int = 8,
-    sharpness: Scalar = 2.0,
+    sharpness: Numeric = 2.0,
 ) -> World:
     """A random world: embeddings N(0, 1), and for each prompt rewards `softmax(sharpness * N(0, 1))` that sum to 1.
 
@@ -65,7 +67,7 @@ def make_world(
     checks.size("num_prompts", num_prompts)
     checks.size("num_responses", num_responses, at_least=2)
     checks.size("embedding_dim", embedding_dim)
-    checks.not_negative("sharpness", sharpness)
+    checks.interval("sharpness", sharpness, "[0, inf)")
     embedding_key, reward_key = jax.random.split(key)
     return World(
         embeddings=jax.random.normal(embedding_key, (num_prompts, embedding_dim)),
@@ -132,8 +134,8 @@ def preference_probability(
     reward: Float[Array, "*#n"],
     other_reward: Float[Array, "*#n"],
     *,
-    temperature: Scalar = 1.0,
-    flip_probability: Scalar = 0.0,
+    temperature: Numeric = 1.0,
+    flip_probability: Numeric = 0.0,
 ) -> Float[Array, "*#n"]:
     r"""The probability that people prefer a response to another one, under the Bradley-Terry model.
 
@@ -151,8 +153,8 @@ def preference_probability(
     Raises:
       ValueError: temperature is negative, or the flip probability is not a probability (checked unless traced).
     """
-    checks.not_negative("temperature", temperature)
-    checks.probability("flip_probability", flip_probability)
+    checks.interval("temperature", temperature, "[0, inf)")
+    checks.interval("flip_probability", flip_probability, "[0, 1]")
     both_infinite = (reward == other_reward) & jnp.isinf(reward)
     difference = jnp.where(both_infinite, 0, reward) - jnp.where(both_infinite, 0, other_reward)
     rational = jnp.asarray(temperature) == 0
@@ -170,8 +172,8 @@ def sample_preferences(
     *,
     num: int,
     log_probs: Float[Array, "prompts responses"] | None = None,
-    temperature: Scalar = 1.0,
-    flip_probability: Scalar = 0.0,
+    temperature: Numeric = 1.0,
+    flip_probability: Numeric = 0.0,
 ) -> Preferences:
     """Human comparisons of two distinct responses to uniform prompts.
 
@@ -246,8 +248,8 @@ def label_pairs(
     prompts: Int[Array, " n"],
     pair: tuple[Int[Array, " n"], Int[Array, " n"]],
     *,
-    temperature: Scalar = 1.0,
-    flip_probability: Scalar = 0.0,
+    temperature: Numeric = 1.0,
+    flip_probability: Numeric = 0.0,
 ) -> Preferences:
     """Has people say which response of each pair they prefer (`preference_probability`).
 
@@ -276,7 +278,7 @@ def label_pairs(
     return Preferences(prompts, Pair(*(jnp.where(jnp.isnan(probability), -1, ids) for ids in (chosen, rejected))))
 
 
-def all_preferences(world: World, *, temperature: Scalar = 1.0, flip_probability: Scalar = 0.0) -> Preferences:
+def all_preferences(world: World, *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0) -> Preferences:
     """Every ordered pair of distinct responses, weighted by its true probability: the limit of many labels.
 
     The weights average 1, so that losses on this data and on sampled comparisons are comparable.

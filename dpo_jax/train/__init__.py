@@ -12,7 +12,6 @@ from dpo_jax.train.objectives import Running as Running
 from dpo_jax.train.objectives import policy_gradient_objective as policy_gradient_objective
 from dpo_jax.train.objectives import preference_objective as preference_objective
 from dpo_jax.train.objectives import reference_free_objective as reference_free_objective
-from dpo_jax.train.objectives import reward_objective as reward_objective
 from dpo_jax.train.objectives import sft_objective as sft_objective
 from dpo_jax.train.objectives import unpaired_objective as unpaired_objective
 from dpo_jax.train.objectives import with_reference as with_reference

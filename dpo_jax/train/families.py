@@ -1,5 +1,7 @@
 """Which objective calls which loss: told from a loss's signature when the objective is made."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +13,14 @@ from dpo_jax.losses.structure import name_of
 _FITTING = {
     ("policy", "reference"): "use train.preference_objective",
     ("policy",): "use train.reference_free_objective",
-    ("rewards",): "use train.reward_objective",
+    ("rewards",): "use train.reference_free_objective",
     ("policy", "reference", "desirable"): "use train.unpaired_objective",
     ("logps", "old_logps", "advantages"): "use train.policy_gradient_objective",
     ("logps", "advantages"): "use train.policy_gradient_objective and a function that drops the old log-probabilities",
     ("values", "old_values", "returns"): "it is a loss of a value function, which rlhf.ppo adds by itself",
 }
 _BY_NUMBER = {
-    1: "use train.reference_free_objective, or train.reward_objective for a loss of rewards",
+    1: "use train.reference_free_objective",
     2: "use train.preference_objective",
     3: "use train.unpaired_objective for labels, or train.policy_gradient_objective for rollouts",
 }
@@ -40,8 +42,7 @@ def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparamet
         raise TypeError(f"loss must be a function, such as losses.dpo_loss, got {loss!r}")
     name, parameters = name_of(loss), inspect.signature(loss).parameters.values()
     free = [p for p in parameters if p.name not in hyperparameters]
-    by_position = [p for p in free if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = tuple(p.name for p in by_position if p.default is p.empty)
+    by_position, required = _by_position(free), arrays_of(loss, hyperparameters)
     any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     possible = len(required) <= len(wanted) and (any_number or len(wanted) <= len(by_position))
     if not possible or (required != wanted and required in _FITTING and not any_number):
@@ -59,3 +60,13 @@ def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparamet
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         taken = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         raise TypeError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}")
+
+
+def arrays_of(loss: Callable[..., Array], hyperparameters: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the arrays that a loss needs by position."""
+    free = [p for p in inspect.signature(loss).parameters.values() if p.name not in hyperparameters]
+    return tuple(p.name for p in _by_position(free) if p.default is p.empty)
+
+
+def _by_position(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -3,6 +3,8 @@
 An objective may remember something from batch to batch (`StatefulObjective`); that, too, is carried by the scan.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +16,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, Key
 
-from dpo_jax import checks, rows
-from dpo_jax.shuffle import permutation
-from dpo_jax.types import Metrics, Objective, Params, Ratio, Scalar, StatefulObjective
+from dpo_jax import checks
+from dpo_jax.fast import rows
+from dpo_jax.fast.shuffle import permutation
+from dpo_jax.types import Metrics, Objective, Params, Ratio, StatefulObjective
 
 
 class TrainState(NamedTuple):
@@ -172,30 +175,30 @@ def fit(
     data: Any,
     *,
     objective: Objective,
-    learning_rate: Scalar | optax.Schedule,
+    optimizer: optax.GradientTransformation,
     num_epochs: int,
     batch_size: int,
-    optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam,
     evaluate: Callable[[Params], Metrics] | None = None,
     report: Callable[[int, Metrics], None] | None = None,
     epochs_per_report: int = 10,
 ) -> tuple[Params, Metrics]:
     """Minimises an objective over a data set by shuffled minibatches: one compiled scan.
 
-    A pure function, to be used inside `jit` and `vmap` or on its own. Whatever the objective closes over may be traced
-    (beta, label smoothing, the world), and so may `learning_rate`: one compiled program serves all their values.
+    A pure function: use it inside `jit` and `vmap`, or on its own. Whatever objective and optimizer close over may be
+    traced (beta, label smoothing, the world, the learning rate), so that one compiled program serves all values:
+    `jax.vmap(lambda rate: fit(..., optimizer=optax.adam(rate)))(rates)`.
 
     Args:
       key: typed PRNG key; each epoch is shuffled by its own part of it.
       params: where to start.
       data: pytree of arrays that share their leading axis, for instance `Demonstrations` or `Preferences`.
       objective: `(params, batch) -> (loss, metrics)`, or a `StatefulObjective`.
-      learning_rate: positive; a number, or an Optax schedule.
+      optimizer: an Optax optimizer, for instance `optax.adam(1e-3)`, `optax.adam(optax.cosine_decay_schedule(...))` or
+        `optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))`. Make it inside the function that is jitted or
+        vmapped if its learning rate is traced; `optax.inject_hyperparams` keeps rates in the optimizer's state.
+        If a batch does not fit into memory, wrap `log_prob` in `in_chunks` instead of using `optax.MultiSteps`.
       num_epochs: passes over the data; static.
       batch_size: rows per optimizer step; static. An epoch's last batch is short where this does not divide the data.
-      optimizer: from a learning rate to an Optax optimizer, for instance `optax.adam` or
-        `lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))`. Where a batch does not fit into
-        memory, wrap `log_prob` in `in_chunks` instead of gathering gradients by `optax.MultiSteps`.
       evaluate: from parameters to further entries of the history, computed after each epoch.
       report: called as `report(epochs_done, metrics)` between compiled pieces of `epochs_per_report` epochs, never
         inside one. It changes no result. Not possible under `jit` or `vmap`.
@@ -215,10 +218,9 @@ def fit(
     checks.key(key)
     checks.size("num_epochs", num_epochs)
     checks.size("batch_size", batch_size)
-    check_learning_rate(learning_rate)
+    check_optimizer(optimizer)
     num_rows = checks.rows("data", data)
     data = jax.tree.map(jnp.asarray, data)
-    transformation = make_optimizer(optimizer, learning_rate)
 
     def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         return run_epoch(
@@ -226,11 +228,11 @@ def fit(
             data,
             permutation(epoch_key, num_rows),
             objective=objective,
-            optimizer=transformation,
+            optimizer=optimizer,
             batch_size=min(batch_size, num_rows),
         )
 
-    state = init_state(params, objective=objective, optimizer=transformation)
+    state = init_state(params, objective=objective, optimizer=optimizer)
     state, history = run_epochs(
         key, epoch, state, num_epochs=num_epochs, evaluate=evaluate, report=report, epochs_per_report=epochs_per_report
     )
@@ -239,24 +241,15 @@ def fit(
     return state.params, history
 
 
-def make_optimizer(
-    optimizer: Callable[[Any], optax.GradientTransformation], learning_rate: Scalar | optax.Schedule
-) -> optax.GradientTransformation:
-    """The optimizer for a learning rate.
+def check_optimizer(optimizer: optax.GradientTransformation) -> None:
+    """It is an Optax optimizer, with its learning rate.
 
     Raises:
-      TypeError: `optimizer` is no function from a learning rate to an optimizer.
+      TypeError: it is something else, such as the function `optax.adam` itself.
     """
-    if not callable(optimizer):
-        what = "an optimizer that has its learning rate already" if hasattr(optimizer, "update") else repr(optimizer)
-        raise TypeError(
-            f"optimizer must be a function from a learning rate to an Optax optimizer, got {what}: write "
-            "optimizer=optax.adam, learning_rate=1e-3, or optimizer=lambda rate: optax.chain(..., optax.adam(rate))"
-        )
-    transformation = optimizer(learning_rate)
-    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
-        raise TypeError(f"optimizer(learning_rate) must be an Optax optimizer, got {transformation!r}")
-    return transformation
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        what = f"the function {optimizer.__name__}" if hasattr(optimizer, "__name__") else repr(optimizer)
+        raise TypeError(f"optimizer must be an Optax optimizer, got {what}: write optimizer=optax.adam(1e-3)")
 
 
 def _asked_for(optimizer: optax.GradientTransformation, known: dict[str, Any]) -> dict[str, Any]:
@@ -299,13 +292,6 @@ def _cast(name: str, old: Array, new: Array) -> Array:
     if both_floating or jnp.promote_types(old.dtype, new.dtype) == old.dtype:
         return new.astype(old.dtype)
     raise TypeError(f"{name} must return a memory of the dtypes that it was given, but made {new.dtype} of {old.dtype}")
-
-
-def check_learning_rate(learning_rate: Scalar | optax.Schedule) -> None:
-    """It is one positive number, unless it is a schedule."""
-    if not callable(learning_rate):
-        checks.positive("learning_rate", learning_rate)
-        checks.broadcasts("learning_rate", learning_rate, ())
 
 
 def run_epochs(

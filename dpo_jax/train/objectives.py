@@ -15,6 +15,8 @@ Metrics are means over the batch. Where their denominator differs from batch to 
 whose sum it is, and for the good or the bad ones of `Labels`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,15 +26,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
-from dpo_jax.losses import bradley_terry_loss
 from dpo_jax.losses.ratios import difference, times
 from dpo_jax.losses.structure import refuse_weights_if_rows_mix
-from dpo_jax.train.families import check_call
+from dpo_jax.train.families import arrays_of, check_call
 from dpo_jax.types import (
     Demonstrations,
     Labels,
     LogProbFn,
     Metrics,
+    Numeric,
     Objective,
     Pair,
     Params,
@@ -42,7 +44,6 @@ from dpo_jax.types import (
     Ratio,
     ReferenceFreeLoss,
     Rollouts,
-    Scalar,
     StatefulObjective,
     UnpairedLoss,
 )
@@ -64,7 +65,7 @@ class Running(NamedTuple):
     update: Callable[[Any, Params, Any, Any], tuple[Any, Any]]
 
 
-Hyperparameter: TypeAlias = Scalar | Batchwise | Running
+Hyperparameter: TypeAlias = Numeric | Batchwise | Running
 
 
 def sft_objective(log_prob: LogProbFn) -> Objective:
@@ -121,68 +122,38 @@ def preference_objective(
     return _objective(log_prob, loss, Preferences, arguments, metrics, hyperparameters)
 
 
-def reference_free_objective(
-    log_prob: LogProbFn, loss: ReferenceFreeLoss, **hyperparameters: Hyperparameter
-) -> Objective:
-    """The mean of a loss that needs no reference.
+def reference_free_objective(score: LogProbFn, loss: ReferenceFreeLoss, **hyperparameters: Hyperparameter) -> Objective:
+    """The mean of a loss of one pair of scores: a preference loss without a reference, or a loss of a reward model.
 
     Args:
-      log_prob: scores responses; by means over tokens for the losses that eat these.
-      loss: of the policy alone, for instance `losses.simpo_loss`.
+      score: scores responses: log-probabilities, as sums or means over tokens as the loss says; or the rewards of a
+        reward model (`toy.score_fn`).
+      loss: `(policy, *, ...)`, for instance `losses.simpo_loss`, or `(rewards, *, ...)`, such as
+        `losses.bradley_terry_loss`.
       **hyperparameters: what the loss takes.
 
     Returns:
-      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
-      `chosen_logp` and `rejected_logp` (nats); `logp_margin`, their difference; and `accuracy`, the share of
-      comparisons whose chosen response is the more likely one (a tie counts as wrong).
+      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted if the batch has weights,
+      and are named after the loss's parameter. For `policy`: `chosen_logp` and `rejected_logp` (nats), and
+      `logp_margin`, their difference. For `rewards`: `chosen_reward`, `rejected_reward` and `reward_margin`. For both
+      `accuracy`, the share of comparisons whose chosen response has the higher score (a tie counts as wrong).
 
     Raises:
       TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
         hyperparameters (checked unless they are traced, or functions).
     """
-    check_call(loss, ("policy",), hyperparameters)
-    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), **h), hyperparameters)
+    of_rewards = callable(loss) and arrays_of(loss, hyperparameters) == ("rewards",)
+    check_call(loss, ("rewards",) if of_rewards else ("policy",), hyperparameters)
+    _refuse_now(lambda scores, **h: loss(Pair(scores, scores), **h), hyperparameters)
 
-    def arguments(logps: Any, _: Preferences) -> tuple[Pair]:
-        checks.pair("the policy's log-probabilities", logps)
-        return (Pair(*logps),)
+    def arguments(scores: Any, _: Preferences) -> tuple[Pair]:
+        checks.pair("the rewards" if of_rewards else "the policy's log-probabilities", scores)
+        return (Pair(*scores),)
 
-    def metrics(logps: Any, *_: Any) -> Metrics:
-        return _comparison("logp", *logps)
+    def metrics(scores: Any, *_: Any) -> Metrics:
+        return _comparison("reward" if of_rewards else "logp", *scores)
 
-    return _objective(log_prob, loss, Preferences, arguments, metrics, hyperparameters)
-
-
-def reward_objective(
-    reward: LogProbFn, loss: Callable[..., Array] = bradley_terry_loss, **hyperparameters: Hyperparameter
-) -> Objective:
-    """The mean loss of a reward model on comparisons.
-
-    Args:
-      reward: the rewards of responses, `(params, prompts, responses) -> rewards` (`toy.score_fn`).
-      loss: of a pair of rewards.
-      **hyperparameters: what the loss takes: `margin` and `centring`.
-
-    Returns:
-      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted where it has weights:
-      `chosen_reward` and `rejected_reward`; `reward_margin`, their difference; and `accuracy`, the share of
-      comparisons whose chosen response has the higher reward (a tie counts as wrong).
-
-    Raises:
-      TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
-        hyperparameters (checked unless they are traced, or functions).
-    """
-    check_call(loss, ("rewards",), hyperparameters)
-    _refuse_now(lambda rewards, **h: loss(Pair(rewards, rewards), **h), hyperparameters)
-
-    def arguments(rewards: Any, _: Preferences) -> tuple[Pair]:
-        checks.pair("the rewards", rewards)
-        return (Pair(*rewards),)
-
-    def metrics(rewards: Any, *_: Any) -> Metrics:
-        return _comparison("reward", *rewards)
-
-    return _objective(reward, loss, Preferences, arguments, metrics, hyperparameters)
+    return _objective(score, loss, Preferences, arguments, metrics, hyperparameters)
 
 
 def unpaired_objective(
@@ -232,7 +203,7 @@ def policy_gradient_objective(
       loss: of log-probabilities now, log-probabilities when the policy responded, and advantages: for instance
         `losses.ppo_loss`.
       **hyperparameters: what else the loss takes. `losses.grpo_loss` wants
-        `reference=lambda params, batch, logps: batch.reference`.
+        `reference=lambda params, batch, logps: batch.reference_logps`.
 
     Returns:
       An objective on batches of `Rollouts`. Its metrics are means over the batch, weighted where it has weights:
@@ -252,36 +223,36 @@ def policy_gradient_objective(
     def metrics(logps: Any, batch: Rollouts, _: dict[str, Any]) -> Metrics:
         return {
             "sampled_reward": batch.rewards,
-            "sampled_kl": batch.logps - batch.reference,
+            "sampled_kl": batch.logps - batch.reference_logps,
             "ratio_change": jnp.abs(jnp.expm1(logps - batch.logps)),
         }
 
     return _objective(log_prob, loss, Rollouts, arguments, metrics, hyperparameters)
 
 
-def with_reference(log_prob: LogProbFn, reference: Params, data: Any) -> Any:
+def with_reference(log_prob: LogProbFn, reference_params: Params, data: Any) -> Any:
     """`Preferences` or `Labels` that carry the log-probabilities of their responses under a reference policy.
 
     Args:
       log_prob: scores responses.
-      reference: parameters of the reference policy; no gradient flows into them.
+      reference_params: parameters of the reference policy; no gradient flows into them.
       data: comparisons, rankings or labels; a reference they already carry is replaced.
 
     Raises:
       TypeError: `log_prob` did not return what it was given: a pair for a pair of responses.
       ValueError: `log_prob` did not return one number for each response; of tokens, for instance.
     """
-    logps = log_prob(reference, data.prompts, data.responses)
+    logps = log_prob(reference_params, data.prompts, data.responses)
     checks.same_structure("log_prob(params, prompts, responses)", logps, data.responses)
     checks.one_per_row("log_prob(params, prompts, responses)", logps, len(data.prompts))
-    return data._replace(reference=jax.lax.stop_gradient(logps))
+    return data._replace(reference_logps=jax.lax.stop_gradient(logps))
 
 
 def _refuse_now(loss: Callable[..., Array], hyperparameters: dict[str, Hyperparameter]) -> None:
     """Lets a loss refuse its hyperparameters when the objective is made, not in the first step of training."""
     beta = hyperparameters.get("beta", 1.0)
     if not callable(beta) and not isinstance(beta, Running):
-        checks.positive("beta", beta)
+        checks.interval("beta", beta, "(0, inf)")
     if any(callable(value) or isinstance(value, Running) for value in hyperparameters.values()):
         return
     shape = np.broadcast_shapes((1,), *(jnp.shape(value) for value in jax.tree.leaves(hyperparameters)))
@@ -352,9 +323,9 @@ def _check_noun(batch: Any, noun: type) -> None:
 
 def reference_of(batch: Any) -> Any:
     """The log-probabilities under the reference that a batch carries; an error if it carries none."""
-    if batch.reference is None:
+    if batch.reference_logps is None:
         raise ValueError("the data carry no reference log-probabilities: add them by train.with_reference")
-    return batch.reference
+    return batch.reference_logps
 
 
 def _comparison(noun: str, chosen: Float[Array, " batch"], rejected: Float[Array, " batch"]) -> Metrics:
@@ -382,5 +353,5 @@ def _mean(values: Float[Array, " batch"], weights: Array | None) -> Float[Array,
     if weights is None:
         return jnp.mean(values)
     checks.same_shape(losses=values, weights=weights)
-    checks.not_negative("weights", weights)
+    checks.interval("weights", weights, "[0, inf)")
     return jnp.where(jnp.any(weights < 0), jnp.nan, jnp.mean(times(weights, values)))

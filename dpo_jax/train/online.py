@@ -1,5 +1,7 @@
 """`fit_online`: one scan over rounds of collecting data with the current policy and training on them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -9,19 +11,18 @@ import optax
 from jaxtyping import Array, Key
 
 from dpo_jax import checks
-from dpo_jax.shuffle import permutation
+from dpo_jax.fast.shuffle import permutation
 from dpo_jax.train.fit import (
     NonFiniteError,
     TrainState,
-    check_learning_rate,
+    check_optimizer,
     init_state,
-    make_optimizer,
     memory_like,
     pass_over,
     pooled,
     run_epochs,
 )
-from dpo_jax.types import Learner, Metrics, Params, Scalar
+from dpo_jax.types import Learner, Metrics, Params
 
 
 def fit_online(
@@ -29,26 +30,24 @@ def fit_online(
     params: Params,
     learner: Learner,
     *,
-    learning_rate: Scalar | optax.Schedule,
+    optimizer: optax.GradientTransformation,
     num_epochs: int,
     rounds_per_epoch: int = 1,
     passes_per_round: int = 1,
     batch_size: int | None = None,
-    optimizer: Callable[[Any], optax.GradientTransformation] = optax.adam,
     evaluate: Callable[[Params], Metrics] | None = None,
     report: Callable[[int, Metrics], None] | None = None,
     epochs_per_report: int = 10,
 ) -> tuple[Params, Metrics]:
     """Trains a policy on what it does itself, in rounds: collect data, then pass over them, in one compiled scan.
 
-    A pure function, to be used inside `jit` and `vmap` or on its own, like `fit`. Whatever the learner closes over may
-    be traced (beta, clip, the world, a reward model), and so may `learning_rate`.
+    A pure function, like `fit`: use it inside `jit` and `vmap`, or on its own. Whatever learner and optimizer close
+    over may be traced (beta, clip, the world, a reward model, the learning rate).
 
     Args:
       key: typed PRNG key; each round has its own part of it.
       params: where to start.
       learner: how to collect, and what to minimise; `dpo_jax.rlhf` has them.
-      learning_rate: positive; a number, or an Optax schedule.
       num_epochs: how many entries the history shall have; static.
       rounds_per_epoch: rounds of collecting and training for each entry; static.
       passes_per_round: how often to pass over the data of a round, shuffled each time; static. PPO takes several.
@@ -70,7 +69,7 @@ def fit_online(
         "passes_per_round": passes_per_round,
     }.items():
         checks.size(name, size)
-    check_learning_rate(learning_rate)
+    check_optimizer(optimizer)
     memory = jax.tree.map(jnp.asarray, learner.memory)
     collected = jax.eval_shape(learner.collect, key, params, memory)
     if not isinstance(collected, tuple) or len(collected) != 2:
@@ -78,11 +77,10 @@ def fit_online(
     num_rows = checks.rows("collected data", collected[0])
     size = num_rows if batch_size is None else min(batch_size, num_rows)
     checks.size("batch_size", size)
-    transformation = make_optimizer(optimizer, learning_rate)
 
     def one_pass(state: TrainState, pass_key: Key[Array, ""], data: Any) -> tuple[TrainState, Metrics]:
         order = jnp.arange(num_rows) if size == num_rows else permutation(pass_key, num_rows)
-        return pass_over(state, data, order, objective=learner.objective, optimizer=transformation, batch_size=size)
+        return pass_over(state, data, order, objective=learner.objective, optimizer=optimizer, batch_size=size)
 
     def one_round(state: TrainState, round_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
         collect_key, train_key = jax.random.split(round_key)
@@ -101,7 +99,7 @@ def fit_online(
         state, metrics = jax.lax.scan(one_round, state, jax.random.split(epoch_key, rounds_per_epoch))
         return state, pooled(metrics)
 
-    state = init_state(params, objective=learner.objective, optimizer=transformation)
+    state = init_state(params, objective=learner.objective, optimizer=optimizer)
     state, history = run_epochs(
         key,
         epoch,

@@ -1,5 +1,7 @@
 """What depends on the batch: hyperparameters that are statistics of it, and a reference that moves with the policy."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +12,10 @@ from dpo_jax import checks
 from dpo_jax.losses import MarginMoments, Shift, kto_reference_point, log_ratios, update_margin_moments, update_shift
 from dpo_jax.losses.ratios import difference
 from dpo_jax.train.objectives import Batchwise, Running, reference_of, with_reference
-from dpo_jax.types import Labels, LogProbFn, Metrics, Objective, Params, Preferences, Scalar, StatefulObjective
+from dpo_jax.types import Labels, LogProbFn, Metrics, Numeric, Objective, Params, Preferences, StatefulObjective
 
 
-def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
+def batch_reference_point(log_prob: LogProbFn, reference_params: Params) -> Batchwise:
     """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
 
     Where neighbours happen to have the same prompt, the response is one to that prompt; in a batch of one it is the
@@ -22,7 +24,7 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
 
     Args:
       log_prob: scores responses.
-      reference: parameters of the reference policy.
+      reference_params: parameters of the reference policy.
 
     Returns:
       A value for `unpaired_objective(log_prob, losses.kto_loss, reference_point=...)`. Where the KL to the reference
@@ -31,7 +33,7 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
 
     def reference_point(params: Params, batch: Labels, _: Array) -> Float[Array, ""]:
         mismatched = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, axis=0), batch.responses)
-        scores = (log_prob(policy, batch.prompts, mismatched) for policy in (params, reference))
+        scores = (log_prob(policy, batch.prompts, mismatched) for policy in (params, reference_params))
         if batch.weights is None:
             return kto_reference_point(*scores)
         weights = batch.weights * jnp.roll(batch.weights, -1)
@@ -41,20 +43,20 @@ def batch_reference_point(log_prob: LogProbFn, reference: Params) -> Batchwise:
     return reference_point
 
 
-def running_shift(*, beta: Scalar) -> Running:
+def running_shift(*, beta: Numeric) -> Running:
     """BCO's shift (`losses.update_shift`): a value for `shift` of `losses.bco_pair_loss` and `losses.bco_loss`.
 
     Args:
       beta: that of the loss.
     """
-    checks.positive("beta", beta)
+    checks.interval("beta", beta, "(0, inf)")
 
     def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array, Shift]:
-        reference, weights = reference_of(batch), batch.weights
+        reference_logps, weights = reference_of(batch), batch.weights
         if isinstance(batch, Labels):
-            rewards, desirable = beta * difference(logps, reference), batch.desirable
+            rewards, desirable = beta * difference(logps, reference_logps), batch.desirable
         else:
-            rewards = beta * jnp.concatenate(log_ratios(logps, reference))
+            rewards = beta * jnp.concatenate(log_ratios(logps, reference_logps))
             desirable = jnp.arange(len(rewards)) < len(logps[0])
             weights = None if weights is None else jnp.tile(weights, 2)
         memory = update_shift(memory, rewards, desirable, weights)
@@ -63,7 +65,7 @@ def running_shift(*, beta: Scalar) -> Running:
     return Running(Shift(), update)
 
 
-def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Running:
+def running_margin_moments(key: Key[Array, ""], *, momentum: Numeric = 0.9) -> Running:
     """What beta-DPO remembers (`losses.update_margin_moments`): a value for `moments` of `losses.beta_dpo_loss`.
 
     Args:
@@ -71,7 +73,7 @@ def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Ru
       momentum: weight of the past; at least 0, below 1.
     """
     checks.key(key)
-    checks.between("momentum", momentum, 0.0, 1.0)
+    checks.interval("momentum", momentum, "[0, 1)")
 
     def update(memory: MarginMoments, _: Params, batch: Preferences, logps: Any) -> tuple[Any, MarginMoments]:
         ratios = log_ratios(logps, reference_of(batch))
@@ -82,7 +84,7 @@ def running_margin_moments(key: Key[Array, ""], *, momentum: Scalar = 0.9) -> Ru
 
 
 class _Moving(NamedTuple):
-    reference: Params
+    reference_params: Params
     step: Int[Array, ""]
     inner: Any
 
@@ -90,9 +92,9 @@ class _Moving(NamedTuple):
 def moving_reference(
     objective: Objective,
     log_prob: LogProbFn,
-    reference: Params,
+    reference_params: Params,
     *,
-    mix: Scalar = 0.6,
+    mix: Numeric = 0.6,
     steps_per_move: int = 512,
 ) -> StatefulObjective:
     r"""An objective whose reference moves towards the policy (TR-DPO).
@@ -106,23 +108,25 @@ def moving_reference(
     Args:
       objective: on data that carry a reference, for instance a `preference_objective`.
       log_prob: scores responses.
-      reference: parameters of the reference policy at the start.
+      reference_params: parameters of the reference policy at the start.
       mix: :math:`\alpha`, above 0, at most 1.
       steps_per_move: how many optimizer steps lie between two moves.
     """
-    checks.positive_fraction("mix", mix)
+    checks.interval("mix", mix, "(0, 1]")
     checks.size("steps_per_move", steps_per_move)
     memory = objective.memory if isinstance(objective, StatefulObjective) else None
 
     def apply(params: Params, batch: Any, memory: _Moving) -> tuple[Array, Metrics, _Moving]:
-        batch, inner = with_reference(log_prob, memory.reference, batch), memory.inner
+        batch, inner = with_reference(log_prob, memory.reference_params, batch), memory.inner
         if isinstance(objective, StatefulObjective):
             loss, metrics, inner = objective.apply(params, batch, inner)
         else:
             loss, metrics = objective(params, batch)
         step = memory.step + 1
         share = jnp.where(step % steps_per_move == 0, mix, 0.0)
-        moved = jax.tree.map(lambda old, new: (old + share * (new - old)).astype(old.dtype), memory.reference, params)
+        moved = jax.tree.map(
+            lambda old, new: (old + share * (new - old)).astype(old.dtype), memory.reference_params, params
+        )
         return loss, metrics, _Moving(jax.lax.stop_gradient(moved), step, inner)
 
-    return StatefulObjective(_Moving(reference, jnp.zeros((), jnp.int32), memory), apply)
+    return StatefulObjective(_Moving(reference_params, jnp.zeros((), jnp.int32), memory), apply)

@@ -222,7 +222,7 @@ def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version):
         stack.step(rows.long(), margins, 1)
         after = stack.log_probs().numpy()
     stepped = jax.vmap(benchmark.dpo_step)(starts.sft.params, starts)["state"].params
-    tables = jax.vmap(lambda world, params: toy.log_prob_table(POLICY, world)(params))(starts.world.embeddings, stepped)
+    tables = jax.vmap(lambda world, params: toy.table_fn(POLICY, world)(params))(starts.world.embeddings, stepped)
     np.testing.assert_allclose(after, tables, atol=1e-3)  # Adam's first step hangs on the sign of the tiniest gradient
     assert np.abs(after - starts.sft.log_probs).max() > 0.01
     np.testing.assert_allclose(margins, 0, atol=1e-4)

@@ -80,7 +80,7 @@ def test_nothing_foretells_new_pairs_better_than_the_true_rewards(finished):
     [
         ({"num_seeds": 0}, "--num-seeds must be at least 1, got 0"),
         ({"seed": -1}, "--seed must be at least 0, got -1"),
-        ({"betas": (0.1, -1.0)}, "--betas must be positive and finite, got -1.0 in row 1"),
+        ({"betas": (0.1, -1.0)}, "--betas must be in .0, inf., got -1.0 in row 1"),
         ({"betas": ()}, "--betas needs at least one value"),
     ],
 )

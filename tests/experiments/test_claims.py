@@ -76,7 +76,7 @@ def scene():
 
 
 def test_sharpened_networks_have_their_logits_scaled(scene):
-    logits = toy.score_table(contenders.POLICY, scene.world.embeddings)
+    logits = toy.score_table_fn(contenders.POLICY, scene.world.embeddings)
     for power in (0.0, -0.5, 2.0):
         scaled = logits(evidence.sharpened(scene.params, power))
         np.testing.assert_allclose(scaled, power * logits(scene.params), rtol=1e-5, atol=1e-5)

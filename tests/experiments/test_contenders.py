@@ -32,7 +32,7 @@ def test_the_scene_is_the_notebooks_with_a_reward_model(scene):
     error = scene.learned_rewards - scene.world.rewards
     np.testing.assert_allclose(scene.reward_model["error"], np.std(np.asarray(error), axis=-1).mean(), rtol=1e-5)
     assert len(scene.preferences.prompts) == 1800
-    assert scene.preferences.reference is not None
+    assert scene.preferences.reference_logps is not None
 
 
 @pytest.mark.parametrize("name", BY_NAME)
@@ -75,9 +75,10 @@ def test_samples_are_counted_as_they_are_drawn(scene):
     """By the shapes of what is collected."""
     embeddings = scene.world.embeddings
     log_prob = toy.log_prob_fn(contenders.POLICY, embeddings)
-    setup = contenders.Setup(jax.random.key(0), scene, log_prob, toy.log_prob_table(contenders.POLICY, embeddings))
+    setup = contenders.Setup(jax.random.key(0), scene, log_prob, toy.table_fn(contenders.POLICY, embeddings))
     for group_size, num in ((1, 64), (8, 64), (2, 64), (1, 256)):
-        ask, respond, _ = setup.exchange(group_size, num)
+        exchange = setup.exchange(group_size, num)
+        ask, respond = exchange["ask"], exchange["respond"]
         prompts = ask(jax.random.key(1))
         assert respond(jax.random.key(2), scene.params, prompts).responses.shape == (num // group_size, group_size)
     assert contenders.SAMPLES == 64 * 1450

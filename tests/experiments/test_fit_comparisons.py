@@ -152,9 +152,9 @@ def test_divergence_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "--beta must be positive and finite, got 0.0"),
-        ({"learning_rate": -1.0}, "--learning-rate must be positive and finite, got -1.0"),
-        ({"label_smoothing": 0.5}, "--label-smoothing must be at least 0.0 and below 0.5, got 0.5"),
+        ({"beta": 0.0}, "--beta must be in .0, inf., got 0.0"),
+        ({"learning_rate": -1.0}, "--learning-rate must be in .0, inf., got -1.0"),
+        ({"label_smoothing": 0.5}, "--label-smoothing must be in .0, 0.5., got 0.5"),
         ({"held_out": 1.0}, "--held-out must lie between 0 and 1, got 1.0"),
         ({"held_out": 1e-9}, "--held-out 1e-09 of 600 comparisons leaves none"),
         ({"num_epochs": 0}, "--num-epochs must be at least 1, got 0"),

@@ -144,7 +144,7 @@ def test_figures_keep_conditions_apart_and_choose_only_the_learning_rate():
     [
         ({"loss": ("dop",)}, "did you mean 'dpo'"),
         ({"loss": ("dpo", "dpo")}, "--loss names a loss twice"),
-        ({"beta": (-1.0,)}, "--beta must be positive"),
+        ({"beta": (-1.0,)}, "--beta must be in .0, inf."),
         ({"beta": ()}, "axis beta has no values"),
         ({"label_noise": (2.0,)}, "--label-noise"),
         ({"fixed": {"gama": 1.0}}, "no loss has 'gama'"),
@@ -153,7 +153,7 @@ def test_figures_keep_conditions_apart_and_choose_only_the_learning_rate():
         ({"loss": ("nowhere.py:mine",)}, "there is no file nowhere.py"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"fixed": {"gamma": float("nan")}}, "--fixed gamma must be finite"),
-        ({"log_every": 0.0}, "--log-every must be positive"),
+        ({"log_every": 0.0}, "--log-every must be in .0, inf."),
     ],
 )
 def test_bad_options_end_with_one_line(tmp_path, change, message):

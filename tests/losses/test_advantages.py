@@ -93,7 +93,7 @@ def test_without_any_weight_there_is_no_advantage_and_weights_are_up_to_any_fact
     np.testing.assert_allclose(of(rewards, 1e-30 * weights), of(rewards, weights), rtol=1e-5)
     np.testing.assert_allclose(of(rewards, 1e36 * weights), of(rewards, weights), rtol=1e-5)
     assert of(jnp.asarray(rewards, jnp.bfloat16), weights).dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="weights must be zero or positive"):
+    with pytest.raises(ValueError, match="weights must be in .0, inf."):
         of(rewards, -weights)
 
 
@@ -199,7 +199,7 @@ def test_a_group_of_one_is_refused(of):
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, np.inf, np.nan])
 def test_epsilon_is_positive(epsilon):
-    with pytest.raises(ValueError, match="epsilon must be positive and finite"):
+    with pytest.raises(ValueError, match="epsilon must be in .0, inf."):
         grpo_advantages(jnp.ones((1, 2)), epsilon=epsilon)
 
 

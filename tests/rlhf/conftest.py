@@ -34,7 +34,9 @@ class Bandit(NamedTuple):
     def learner(self, make, *exchange, **hyperparameters):
         if make is rlhf.ppo:
             hyperparameters = {"value": self.value, **hyperparameters}
-        return make(*self.exchange(*exchange), self.log_prob, self.reward, reference=self.reference, **hyperparameters)
+        ask, respond = self.exchange(*exchange)
+        shared = {"log_prob": self.log_prob, "reward": self.reward, "reference_params": self.reference}
+        return make(ask=ask, respond=respond, **shared, **hyperparameters)
 
     def start(self, make):
         if make is not rlhf.ppo:
@@ -65,7 +67,7 @@ def _make_bandit(dtype=jnp.float32):
     world = toy.make_world(jax.random.key(3), num_prompts=NUM_PROMPTS, num_responses=NUM_RESPONSES, embedding_dim=3)
     world = jax.tree.map(lambda leaf: leaf.astype(dtype), world)
     table = jax.nn.log_softmax(jax.random.normal(jax.random.key(4), (NUM_PROMPTS, NUM_RESPONSES), dtype))
-    read = (partial(f, POLICY) for f in (toy.log_prob_table, toy.log_prob_fn))
+    read = (partial(f, POLICY) for f in (toy.table_fn, toy.log_prob_fn))
     log_probs, log_prob = (f(world.embeddings) for f in read)
     value = toy.value_fn(VALUE, world.embeddings)
     return Bandit(world, {"params": {"logits": table}}, table, log_probs, log_prob, value, toy.reward_fn(world.rewards))

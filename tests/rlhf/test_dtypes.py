@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpo_jax import rlhf, toy, train
@@ -14,12 +15,16 @@ def learner(bandit, name, beta):
     if name == "adaptive":
         return bandit.learner(rlhf.ppo, 4, beta=rlhf.AdaptiveKL(beta, target=0.1))
     ask, respond = bandit.exchange({"nash_md": 4, "online_dpo": 2, "xpo": 1}[name])
-    prefer, shared = toy.preference_fn(bandit.world.rewards), {"reference": bandit.reference}
+    prefer, shared = toy.preference_fn(bandit.world.rewards), {"reference_params": bandit.reference}
     if name == "nash_md":
-        return rlhf.nash_md(ask, respond, respond, bandit.log_prob, prefer, tau=beta, **shared)
+        return rlhf.nash_md(
+            ask=ask, respond=respond, opponent=respond, log_prob=bandit.log_prob, prefer=prefer, tau=beta, **shared
+        )
     if name == "xpo":
-        return rlhf.xpo(ask, respond, bandit.log_prob, prefer, beta=beta, alpha=beta, **shared)
-    return rlhf.online_dpo(ask, respond, bandit.log_prob, prefer, beta=beta, **shared)
+        return rlhf.xpo(
+            ask=ask, respond=respond, log_prob=bandit.log_prob, prefer=prefer, beta=beta, alpha=beta, **shared
+        )
+    return rlhf.online_dpo(ask=ask, respond=respond, log_prob=bandit.log_prob, prefer=prefer, beta=beta, **shared)
 
 
 NARROW = [
@@ -37,7 +42,7 @@ def test_betas_of_any_dtype_keep_that_of_the_parameters(make_bandit, key, name, 
 
         def run(beta):
             made = learner(bandit, name, beta)
-            return train.fit_online(key, start, made, learning_rate=0.1, num_epochs=1, rounds_per_epoch=2)
+            return train.fit_online(key, start, made, optimizer=optax.adam(0.1), num_epochs=1, rounds_per_epoch=2)
 
         fixed = jax.eval_shape(lambda: run(np.float32(0.25)))
         traced = jax.eval_shape(jax.vmap(run), jnp.full(2, 0.25, jnp.float32))

@@ -8,23 +8,31 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax import rlhf, toy, train
+from dpo_jax import losses, rlhf, toy, train
 
 TAU = 0.05
 POLICY = toy.TablePolicy(3)
 WORLD = toy.World(jnp.eye(1), jnp.zeros((1, 3)))
 GAME = jnp.array([[[0.5, 0.1, 0.8], [0.9, 0.5, 0.3], [0.2, 0.7, 0.5]]])  # rock, paper, scissors, at unequal stakes
 SKEWED = {"params": {"logits": jnp.log(jnp.array([[0.8, 0.15, 0.05]]))}}
-LOG_PROB, TABLE = toy.log_prob_fn(POLICY, WORLD.embeddings), toy.log_prob_table(POLICY, WORLD.embeddings)
+LOG_PROB, TABLE = toy.log_prob_fn(POLICY, WORLD.embeddings), toy.table_fn(POLICY, WORLD.embeddings)
 
 
 def learned(respond, opponent, *, num, rounds, tau=TAU, reference=SKEWED):
     prefer = toy.general_preference_fn(GAME)
     ask = lambda key: jnp.zeros(num, jnp.int32)  # noqa: E731
-    learner = rlhf.nash_md(ask, respond, opponent, LOG_PROB, prefer, reference=reference, tau=tau)
+    learner = rlhf.nash_md(
+        ask=ask,
+        respond=respond,
+        opponent=opponent,
+        log_prob=LOG_PROB,
+        prefer=prefer,
+        reference_params=reference,
+        tau=tau,
+    )
     rate = optax.cosine_decay_schedule(0.01, rounds)
     params, _ = train.fit_online(
-        jax.random.key(0), reference, learner, learning_rate=rate, num_epochs=1, rounds_per_epoch=rounds
+        jax.random.key(0), reference, learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=rounds
     )
     return params
 
@@ -60,12 +68,12 @@ def test_no_reward_can_say_what_it_says():
     fair = jnp.array([[[0.5, 0.1, 0.9], [0.9, 0.5, 0.1], [0.1, 0.9, 0.5]]])
     prompts, chosen, rejected = (jnp.array(column) for column in ([0] * 6, [0, 0, 1, 1, 2, 2], [1, 2, 0, 2, 0, 1]))
     pairs = toy.preferences(WORLD, prompts, chosen, rejected, 2 * fair[0, chosen, rejected])
-    objective = train.reward_objective(toy.score_fn(POLICY, WORLD.embeddings))
+    objective = train.reference_free_objective(toy.score_fn(POLICY, WORLD.embeddings), losses.bradley_terry_loss)
     start = {"params": {"logits": jnp.array([[0.5, -1.0, 0.2]])}}
     model, _ = train.fit(
-        jax.random.key(0), start, pairs, objective=objective, learning_rate=0.1, num_epochs=1000, batch_size=6
+        jax.random.key(0), start, pairs, objective=objective, optimizer=optax.adam(0.1), num_epochs=1000, batch_size=6
     )
-    rewards = toy.score_table(POLICY, WORLD.embeddings)(model)
+    rewards = toy.score_table_fn(POLICY, WORLD.embeddings)(model)
     np.testing.assert_allclose(rewards, jnp.mean(rewards), atol=1e-4)
     best = toy.optimal_policy(TABLE(SKEWED), rewards, beta=0.05)
     assert toy.exploitability(best, fair)[0] > 0.2
@@ -76,7 +84,7 @@ def test_no_reward_can_say_what_it_says():
 
 def test_an_opponent_mixed_with_the_reference_shifts_the_resting_point():
     respond = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1)
-    mixed = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1, reference=TABLE(SKEWED), mix=0.5)
+    mixed = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1, reference_log_probs=TABLE(SKEWED), mix=0.5)
     found = TABLE(jax.jit(partial(learned, respond, mixed, num=512, rounds=4000, tau=0.2))())
 
     log_probs = np.float64(TABLE(SKEWED))[0]
@@ -91,5 +99,13 @@ def test_an_opponent_mixed_with_the_reference_shifts_the_resting_point():
 @pytest.mark.parametrize("tau", [-1.0, np.nan])
 def test_a_bad_price_is_refused(tau):
     respond, prefer = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1), toy.general_preference_fn(GAME)
-    with pytest.raises(ValueError, match="tau must be zero or positive"):
-        rlhf.nash_md(toy.ask_everything(WORLD), respond, respond, LOG_PROB, prefer, reference=SKEWED, tau=tau)
+    with pytest.raises(ValueError, match="tau must be in .0, inf."):
+        rlhf.nash_md(
+            ask=toy.ask_everything(WORLD),
+            respond=respond,
+            opponent=respond,
+            log_prob=LOG_PROB,
+            prefer=prefer,
+            reference_params=SKEWED,
+            tau=tau,
+        )

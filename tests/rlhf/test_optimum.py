@@ -28,7 +28,7 @@ def trained(bandit, make, *exchange, rounds, rate, **hyperparameters):
             key,
             bandit.start(make),
             learner,
-            learning_rate=optax.cosine_decay_schedule(rate, rounds * passes),
+            optimizer=optax.adam(optax.cosine_decay_schedule(rate, rounds * passes)),
             num_epochs=1,
             rounds_per_epoch=rounds,
             passes_per_round=passes,
@@ -72,11 +72,19 @@ def distance_at_a_constant_rate(bandit, make):
     hyperparameters = {"value": bandit.value, "value_weight": 1.0} if is_ppo else {}
     ask, respond = bandit.exchange(4)
     learner = make(
-        ask, respond, bandit.log_prob, bandit.reward, reference=bandit.reference, beta=BETA, **hyperparameters
+        ask=ask,
+        respond=respond,
+        log_prob=bandit.log_prob,
+        reward=bandit.reward,
+        reference_params=bandit.reference,
+        beta=BETA,
+        **hyperparameters,
     )
     start = bandit.start(rlhf.ppo if is_ppo else rlhf.rloo)
     run = jax.jit(
-        lambda key: train.fit_online(key, start, learner, learning_rate=0.02, num_epochs=1, rounds_per_epoch=3000)[0]
+        lambda key: train.fit_online(
+            key, start, learner, optimizer=optax.adam(0.02), num_epochs=1, rounds_per_epoch=3000
+        )[0]
     )
     return bandit.distance(run(jax.random.key(1)), optimum(bandit))
 
@@ -160,12 +168,22 @@ def test_optimism_pulls_away_from_what_the_reference_answers(bandit):
 def trained_on_preferences(bandit, make, group_size, **hyperparameters):
     ask, respond = bandit.exchange(group_size, 512)
     prefer = toy.preference_fn(bandit.world.rewards)
-    learner = make(ask, respond, bandit.log_prob, prefer, reference=bandit.reference, beta=BETA, **hyperparameters)
+    learner = make(
+        ask=ask,
+        respond=respond,
+        log_prob=bandit.log_prob,
+        prefer=prefer,
+        reference_params=bandit.reference,
+        beta=BETA,
+        **hyperparameters,
+    )
 
     @jax.jit
     def run(key):
         rate = optax.cosine_decay_schedule(0.02, 4000)
-        return train.fit_online(key, bandit.reference, learner, learning_rate=rate, num_epochs=1, rounds_per_epoch=4000)
+        return train.fit_online(
+            key, bandit.reference, learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=4000
+        )
 
     return run(jax.random.key(2))[0]
 

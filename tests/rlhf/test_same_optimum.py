@@ -26,10 +26,10 @@ def dpo(bandit, log_prob, params):
 
 
 def reward_model(bandit):
-    table = toy.score_table(POLICY, bandit.world.embeddings)
+    table = toy.score_table_fn(POLICY, bandit.world.embeddings)
     start = POLICY.init(jax.random.key(1), bandit.world.embeddings)
     pairs = toy.all_preferences(bandit.world)
-    objective = train.reward_objective(toy.score_fn(POLICY, bandit.world.embeddings))
+    objective = train.reference_free_objective(toy.score_fn(POLICY, bandit.world.embeddings), losses.bradley_terry_loss)
     fit = jax.jit(lambda key: train.fit(key, start, pairs, objective=objective, **EVERYTHING)[0])
     return table(fit(jax.random.key(0)))
 
@@ -39,7 +39,7 @@ def reinforced(bandit, make, rewards, log_prob):
     rate = optax.cosine_decay_schedule(0.05, NUM_ROUNDS)
     run = jax.jit(
         lambda key: train.fit_online(
-            key, bandit.start(make), learner, learning_rate=rate, num_epochs=1, rounds_per_epoch=NUM_ROUNDS
+            key, bandit.start(make), learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=NUM_ROUNDS
         )[0]
     )
     return policy_of(run(jax.random.key(1)))
@@ -80,10 +80,15 @@ def test_a_policy_that_cannot_tell_prompts_apart_ends_in_two_places():
         return Responses(jnp.broadcast_to(jnp.arange(2)[None], (2, 2)), 2 * probs[prompts])
 
     learner = rlhf.rloo(
-        toy.ask_everything(world), respond, log_prob, toy.reward_fn(rewards), reference=blind, beta=BETA
+        ask=toy.ask_everything(world),
+        respond=respond,
+        log_prob=log_prob,
+        reward=toy.reward_fn(rewards),
+        reference_params=blind,
+        beta=BETA,
     )
     by_rlhf, _ = train.fit_online(
-        jax.random.key(0), blind, learner, learning_rate=EVERYTHING["learning_rate"], num_epochs=NUM_ROUNDS
+        jax.random.key(0), blind, learner, optimizer=optax.adam(EVERYTHING["learning_rate"]), num_epochs=NUM_ROUNDS
     )
 
     def margin(params):

@@ -47,7 +47,7 @@ def training(key, *, beta, learning_rate):
     log_prob = toy.log_prob_fn(POLICY, made.embeddings)
     data = train.with_reference(log_prob, params, toy.sample_preferences(data_key, made, num=20))
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)
-    options = {"learning_rate": learning_rate, "num_epochs": 3, "batch_size": 10, "optimizer": optax.sgd}
+    options = {"optimizer": optax.sgd(learning_rate), "num_epochs": 3, "batch_size": 10}
     _, history = train.fit(fit_key, params, data, objective=objective, **options)
     return {name: history[name] for name in ("loss", "reward_margin", "step")}
 

@@ -299,7 +299,7 @@ def test_ranking_names_the_best_first():
 def write_policy(path, **changes):
     """A policy as older versions wrote it, compressed, perhaps with changes."""
     policy = make_policy()
-    arrays = {"names": json.dumps(policy.names), "log_probs": policy.log_probs, "reference": policy.reference}
+    arrays = {"names": json.dumps(policy.names), "log_probs": policy.log_probs, "reference": policy.reference_log_probs}
     np.savez_compressed(path, **{**arrays, **changes})
     return path
 
@@ -359,7 +359,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     for policy in (
         make_policy()._replace(log_probs=table_with(0, 1, np.nan)),
         make_policy()._replace(names=toy.Names(("q", "q"), NAMES.responses)),
-        make_policy()._replace(reference=np.zeros((3, 7), np.float32)),
+        make_policy()._replace(reference_log_probs=np.zeros((3, 7), np.float32)),
     ):
         with pytest.raises(ValueError, match="must"):
             toy.save_policy(tmp_path / "policy.npz", policy)

@@ -86,7 +86,7 @@ def test_responses_follow_the_policy_mixed_with_the_reference(key, mix):
 def test_reference_is_not_mixed_in_unless_told(key):
     prompts = jnp.arange(3)
     plain = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100)
-    mixed = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100, reference=jnp.log(jnp.asarray(REFERENCE)))
+    mixed = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100, reference_log_probs=jnp.log(jnp.asarray(REFERENCE)))
     plain, mixed = (jax.jit(respond)(key, PARAMS, prompts).responses for respond in (plain, mixed))
     assert np.mean(plain == mixed) > 0.99
 
@@ -97,7 +97,7 @@ def test_reference_is_not_mixed_in_unless_told(key):
 )
 def test_what_the_reference_never_says_is_said_only_if_it_has_no_share(key, mix, expected):
     reference = jnp.log(jnp.array([[0.5, 0.5, 0.0, 0.0]] * 3))
-    respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference=reference, mix=mix)
+    respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference_log_probs=reference, mix=mix)
     assert_distributed(jax.jit(respond)(key, PARAMS, jnp.array([0])).responses, expected)
 
 
@@ -112,7 +112,7 @@ def test_members_of_a_group_are_independent(key):
 @pytest.mark.parametrize(
     "respond",
     [
-        toy.respond_fn(POLICY, EMBEDDINGS, group_size=5, reference=jnp.log(jnp.asarray(REFERENCE)), mix=0.5),
+        toy.respond_fn(POLICY, EMBEDDINGS, group_size=5, reference_log_probs=jnp.log(jnp.asarray(REFERENCE)), mix=0.5),
         toy.enumerate_fn(POLICY, EMBEDDINGS),
     ],
     ids=["samples", "all"],
@@ -129,7 +129,7 @@ def test_responses_under_vmap_are_those_one_by_one(key, respond):
 def test_share_of_the_reference_can_be_swept(key):
     def respond(mix):
         reference = jnp.log(jnp.asarray(REFERENCE))
-        return toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference=reference, mix=mix)(
+        return toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference_log_probs=reference, mix=mix)(
             key, PARAMS, jnp.array([0])
         ).responses
 
@@ -151,8 +151,8 @@ def test_unknown_prompts_get_no_response(key):
     [
         ({"group_size": 0}, ValueError, "group_size must be at least 1, got 0"),
         ({"group_size": 1.5}, TypeError, "group_size must be a whole number"),
-        ({"group_size": 1, "mix": -0.1}, ValueError, "mix must be between 0 and 1, got -0.1"),
-        ({"group_size": 1, "mix": 1.5}, ValueError, "mix must be between 0 and 1, got 1.5"),
+        ({"group_size": 1, "mix": -0.1}, ValueError, "mix must be in .0, 1., got -0.1"),
+        ({"group_size": 1, "mix": 1.5}, ValueError, "mix must be in .0, 1., got 1.5"),
     ],
 )
 def test_group_size_and_share_are_checked(as_users_have_it, arguments, error, message):
@@ -189,7 +189,7 @@ def test_the_policy_gradient_of_all_responses_is_that_of_the_expected_reward(key
         return jnp.mean(weights * logps * toy.reward_fn(jnp.asarray(REWARDS))(repeated, responses))
 
     def expected(params):
-        log_probs = toy.log_prob_table(POLICY, EMBEDDINGS)(params)
+        log_probs = toy.table_fn(POLICY, EMBEDDINGS)(params)
         return jnp.mean(toy.expected_reward(log_probs, jnp.asarray(REWARDS))[prompts])
 
     chex.assert_trees_all_close(*(jax.jit(jax.grad(f))(PARAMS) for f in (surrogate, expected)), atol=1e-6)
@@ -278,9 +278,9 @@ def test_ids_that_do_not_match_are_refused(as_users_have_it):
     [
         ((0, 0, 0, 0.5001), "preference.* must be 1 for all i and j"),
         ((1, 0, 1, 0.4), "preference.* must be 1 for all i and j"),
-        ((2, 1, 0, 1.5), r"preference must be between 0 and 1, got 1.5 in row \(2, 1, 0\)"),
-        ((2, 1, 0, -0.5), r"preference must be between 0 and 1, got -0.5 in row \(2, 1, 0\)"),
-        ((0, 2, 2, np.nan), r"preference must be between 0 and 1, got nan in row \(0, 2, 2\)"),
+        ((2, 1, 0, 1.5), r"preference must be in .0, 1., got 1.5 in row \(2, 1, 0\)"),
+        ((2, 1, 0, -0.5), r"preference must be in .0, 1., got -0.5 in row \(2, 1, 0\)"),
+        ((0, 2, 2, np.nan), r"preference must be in .0, 1., got nan in row \(0, 2, 2\)"),
     ],
 )
 def test_what_is_no_preference_is_refused(entry, message):

@@ -338,8 +338,8 @@ def test_price_can_be_swept_and_the_game_known_while_tracing():
     [
         ({(0, 1): 0.4}, "preference.* must be 1 for all i and j"),
         ({(0, 0): 0.4999}, "preference.* must be 1 for all i and j"),
-        ({(0, 1): 1.5, (1, 0): -0.5}, r"preference must be between 0 and 1, got 1.5 in row \(0, 1\)"),
-        ({(2, 0): np.nan}, r"preference must be between 0 and 1, got nan in row \(2, 0\)"),
+        ({(0, 1): 1.5, (1, 0): -0.5}, r"preference must be in .0, 1., got 1.5 in row \(0, 1\)"),
+        ({(2, 0): np.nan}, r"preference must be in .0, 1., got nan in row \(2, 0\)"),
     ],
 )
 def test_what_is_no_preference_is_refused(change, message):
@@ -355,11 +355,11 @@ def test_what_is_no_preference_is_refused(change, message):
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
-        (lambda p, r: toy.regularized_exploitability(r, r, p, tau=0.0), ValueError, "tau must be positive"),
+        (lambda p, r: toy.regularized_exploitability(r, r, p, tau=0.0), ValueError, "tau must be in .0, inf."),
         (
             lambda p, r: solved(r, p, tau=-1.0, num_steps=1),
             ValueError,
-            "tau must be positive and finite, got -1",
+            "tau must be in .0, inf., got -1",
         ),
         (
             lambda p, r: solved(r, p, tau=1.0, num_steps=0),
@@ -371,8 +371,12 @@ def test_what_is_no_preference_is_refused(change, message):
             TypeError,
             "num_steps must be a whole number",
         ),
-        (lambda p, r: toy.nash_md_step(r, r, p, tau=1.0, learning_rate=0.0), ValueError, "learning_rate must be posit"),
-        (lambda p, r: toy.nash_md_step(r, r, p, tau=-1.0, learning_rate=0.1), ValueError, "tau must be positive"),
+        (
+            lambda p, r: toy.nash_md_step(r, r, p, tau=1.0, learning_rate=0.0),
+            ValueError,
+            "learning_rate must be in .0, i",
+        ),
+        (lambda p, r: toy.nash_md_step(r, r, p, tau=-1.0, learning_rate=0.1), ValueError, "tau must be in .0, inf."),
         (lambda p, r: toy.nash_md_step(r, r, p, tau=2.0, learning_rate=0.6), ValueError, "learning_rate"),
     ],
 )

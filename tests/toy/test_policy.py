@@ -35,20 +35,20 @@ def test_network_matches_the_formula(key, world):
     hidden = np.maximum(np.float64(world.embeddings) @ first["kernel"] + first["bias"], 0)
     logits = hidden @ second["weight"].T + second["bias"]
     expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    log_probs = toy.log_prob_table(toy.ToyLM(num_responses=10), world.embeddings)(variables)
+    log_probs = toy.table_fn(toy.ToyLM(num_responses=10), world.embeddings)(variables)
     np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_table_policy_starts_uniform(key, world):
     policy = toy.TablePolicy(num_responses=10)
-    log_probs = toy.log_prob_table(policy, world.embeddings)(policy.init(key, world.embeddings))
+    log_probs = toy.table_fn(policy, world.embeddings)(policy.init(key, world.embeddings))
     np.testing.assert_allclose(log_probs, -np.log(10), rtol=1e-6)
 
 
 def test_log_prob_scores_any_structure_of_responses(key, world):
     policy = toy.ToyLM(num_responses=10)
     params = policy.init(key, world.embeddings)
-    table = toy.log_prob_table(policy, world.embeddings)(params)
+    table = toy.table_fn(policy, world.embeddings)(params)
     prompts, responses = jnp.array([0, 3, 3]), Pair(jnp.array([1, 2, 9]), jnp.array([0, 0, 0]))
     logps = toy.log_prob_fn(policy, world.embeddings)(params, prompts, responses)
     assert isinstance(logps, Pair)
@@ -113,7 +113,7 @@ def test_scores_are_the_outputs_of_the_network(key, world):
     network = toy.ToyLM(num_responses=10)
     params = network.init(key, world.embeddings)
     table = network.apply(params, world.embeddings)
-    chex.assert_trees_all_equal(toy.score_table(network, world.embeddings)(params), table)
+    chex.assert_trees_all_equal(toy.score_table_fn(network, world.embeddings)(params), table)
     score = toy.score_fn(network, world.embeddings)
     prompts, responses = jnp.array([0, 3, 3]), Pair(jnp.array([1, 2, 9]), jnp.array([0, 0, 0]))
     scores = score(params, prompts, responses)

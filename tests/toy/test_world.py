@@ -214,17 +214,17 @@ def test_worlds_of_your_own_are_checked(key, world):
             "num_responses must be at least 2, got 1",
         ),
         (lambda key, world: toy.make_world(key, num_prompts=2.5), TypeError, "num_prompts must be a whole number"),
-        (lambda key, world: toy.make_world(key, sharpness=-1.0), ValueError, "sharpness must be zero or positive"),
+        (lambda key, world: toy.make_world(key, sharpness=-1.0), ValueError, "sharpness must be in .0, inf."),
         (lambda key, world: toy.sample_demonstrations(key, world, num=0), ValueError, "num must be at least 1, got 0"),
         (
             lambda key, world: toy.sample_preferences(key, world, num=3, temperature=-1.0),
             ValueError,
-            "temperature must be zero or positive, and finite, got -1.0",
+            "temperature must be in .0, inf., got -1.0",
         ),
         (
             lambda key, world: toy.sample_preferences(key, world, num=3, flip_probability=1.5),
             ValueError,
-            "flip_probability must be between 0 and 1, got 1.5",
+            "flip_probability must be in .0, 1., got 1.5",
         ),
         (
             lambda key, world: toy.sample_preferences(key, world, num=3, log_probs=jnp.zeros((5, 9))),

@@ -12,10 +12,11 @@ from dpo_jax import losses, toy, train
 from dpo_jax.types import Demonstrations, Pair, Preferences, Ratio, StatefulObjective
 
 POLICY = toy.ToyLM(num_responses=10)
+ADAM = optax.adam(1e-2)
 GOLDEN = Path(__file__).parents[1] / "golden" / "torch_epochs.npz"
 
 
-def fit_dpo(key, start, *, beta=0.1, learning_rate=1e-2, num_epochs=3, batch_size=32, **options):
+def fit_dpo(key, start, *, beta=0.1, optimizer=ADAM, num_epochs=3, batch_size=32, **options):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)
     return train.fit(
@@ -23,7 +24,7 @@ def fit_dpo(key, start, *, beta=0.1, learning_rate=1e-2, num_epochs=3, batch_siz
         params,
         preferences,
         objective=objective,
-        learning_rate=learning_rate,
+        optimizer=optimizer,
         num_epochs=num_epochs,
         batch_size=batch_size,
         **options,
@@ -102,7 +103,7 @@ def test_history_is_the_mean_of_batch_means_with_a_short_last_batch(start):
 
 def test_history_has_a_value_for_each_epoch(start, key):
     world = start[0]
-    table = toy.log_prob_table(POLICY, world.embeddings)
+    table = toy.table_fn(POLICY, world.embeddings)
     reference = table(start[2])
     params, history = fit_dpo(key, start, evaluate=lambda params: toy.evaluate(table(params), reference, world.rewards))
     names = {"loss", "accuracy", "reward_margin", "chosen_reward", "rejected_reward", "step"}
@@ -125,7 +126,7 @@ def test_every_row_is_used_once_in_every_epoch(key):
             jnp.float32(0.0),
             jnp.arange(num),
             objective=objective,
-            learning_rate=0.1,
+            optimizer=optax.adam(0.1),
             num_epochs=4,
             batch_size=batch_size,
         )
@@ -139,7 +140,13 @@ def test_epochs_are_shuffled_differently(key):
         return params * 0.0, {"first": batch[0].astype(jnp.float32)}
 
     _, history = train.fit(
-        key, jnp.float32(0.0), jnp.arange(1000), objective=objective, learning_rate=0.1, num_epochs=20, batch_size=1000
+        key,
+        jnp.float32(0.0),
+        jnp.arange(1000),
+        objective=objective,
+        optimizer=optax.adam(0.1),
+        num_epochs=20,
+        batch_size=1000,
     )
     assert len(set(history["first"].tolist())) > 15
 
@@ -157,10 +164,24 @@ def test_one_trace_serves_a_grid_of_betas_and_learning_rates(start, key):
     @jax.jit
     @chex.assert_max_traces(n=1)
     def run(beta, learning_rate):
-        return fit_dpo(key, start, beta=beta, learning_rate=learning_rate)[1]["reward_margin"][-1]
+        return fit_dpo(key, start, beta=beta, optimizer=optax.adam(learning_rate))[1]["reward_margin"][-1]
 
     margins = {float(run(beta, rate)) for beta in (0.01, 0.1, 2.0) for rate in (1e-3, 1e-2)}
     assert len(margins) == 6
+
+
+def test_vmap_over_learning_rates_equals_a_loop(make_start, key):
+    with jax.enable_x64(True):
+        start, rates = make_start(), jnp.array([1e-3, 1e-2])
+        together, _ = jax.vmap(lambda rate: fit_dpo(key, start, optimizer=optax.adam(rate)))(rates)
+        for i, rate in enumerate(rates.tolist()):
+            alone, _ = fit_dpo(key, start, optimizer=optax.adam(rate))
+            chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-9, atol=1e-12)
+
+
+def test_the_learning_rate_may_be_part_of_the_optimizers_state(start, key):
+    injected = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+    chex.assert_trees_all_close(fit_dpo(key, start, optimizer=injected), fit_dpo(key, start), rtol=1e-5, atol=1e-6)
 
 
 def test_vmap_over_betas_and_seeds_equals_a_loop(make_start):
@@ -192,12 +213,8 @@ def test_reports_come_between_pieces_and_change_nothing(start, key):
 
 
 def test_schedules_and_other_optimizers_are_welcome(start, key):
-    def optimizer(rate):
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
-
-    _, history = fit_dpo(
-        key, start, learning_rate=optax.cosine_decay_schedule(1.0, 30), optimizer=optimizer, num_epochs=10
-    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(optax.cosine_decay_schedule(1.0, 30)))
+    _, history = fit_dpo(key, start, optimizer=optimizer, num_epochs=10)
     assert history["loss"][-1] < history["loss"][0]
 
 
@@ -213,11 +230,11 @@ def test_table_policy_converges_to_the_closed_form_optimum(key, world):
         reference,
         data,
         objective=train.preference_objective(log_prob, losses.dpo_loss, beta=beta),
-        learning_rate=optax.cosine_decay_schedule(0.1, 3000),
+        optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 3000)),
         num_epochs=3000,
         batch_size=len(data.prompts),
     )
-    learnt = toy.log_prob_table(policy, world.embeddings)(params)
+    learnt = toy.table_fn(policy, world.embeddings)(params)
     optimum = toy.optimal_policy(reference_table, world.rewards, beta=beta)
     total_variation = 0.5 * jnp.abs(jnp.exp(learnt) - jnp.exp(optimum)).sum(-1)
     assert jnp.max(total_variation) < 1e-3, total_variation
@@ -254,10 +271,9 @@ def test_large_finite_updates_are_taken(key):
         jnp.zeros(9),
         jnp.arange(4),
         objective=objective,
-        learning_rate=1.0,
+        optimizer=optax.sgd(1.0),
         num_epochs=1,
         batch_size=4,
-        optimizer=optax.sgd,
     )
     assert jnp.all(params == -1e38)
 
@@ -271,7 +287,7 @@ def test_ids_out_of_range_stop_training_and_are_never_clamped(start, key):
             params,
             wrong,
             objective=train.sft_objective(log_prob),
-            learning_rate=1e-2,
+            optimizer=optax.adam(1e-2),
             num_epochs=1,
             batch_size=50,
         )
@@ -289,7 +305,7 @@ def nan_from(step):
 
 @pytest.mark.parametrize("bad_step", [0, 5])
 def test_nan_stops_training_with_the_step_and_the_last_good_parameters(key, bad_step):
-    options = {"learning_rate": 1.0, "num_epochs": 4, "batch_size": 4, "optimizer": optax.sgd}
+    options = {"num_epochs": 4, "batch_size": 4, "optimizer": optax.sgd(1.0)}
     run = lambda: train.fit(key, jnp.float32(0.0), jnp.arange(10), objective=nan_from(bad_step - 1), **options)  # noqa: E731
     with pytest.raises(train.NonFiniteError, match=f"not finite in step {bad_step} ") as caught:
         run()
@@ -308,7 +324,9 @@ def test_an_infinite_update_is_not_taken(key):
         return jnp.sqrt(jnp.abs(params)).sum(), {}  # finite at 0, but not its slope
 
     with pytest.raises(train.NonFiniteError, match="in step 0 ") as caught:
-        train.fit(key, jnp.zeros(2), jnp.arange(4), objective=objective, learning_rate=1.0, num_epochs=1, batch_size=4)
+        train.fit(
+            key, jnp.zeros(2), jnp.arange(4), objective=objective, optimizer=optax.adam(1.0), num_epochs=1, batch_size=4
+        )
     assert caught.value.params.tolist() == [0.0, 0.0]
 
 
@@ -316,9 +334,9 @@ def test_one_diverging_run_leaves_its_neighbours_alone(make_start, key):
     with jax.enable_x64(True):
         start = make_start()
         rates = jnp.array([1e-2, jnp.inf])
-        params, history = jax.vmap(lambda rate: fit_dpo(key, start, learning_rate=rate))(rates)
+        params, history = jax.vmap(lambda rate: fit_dpo(key, start, optimizer=optax.adam(rate)))(rates)
         chex.assert_tree_all_finite(params)
-        alone, _ = fit_dpo(key, start, learning_rate=1e-2)
+        alone, _ = fit_dpo(key, start)
         chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], params), alone, rtol=1e-9, atol=1e-12)
         assert history["step"][:, -1].tolist() == [9, 0]
 
@@ -338,10 +356,9 @@ def test_nan_is_reported_between_pieces_too(key):
             jnp.float32(0.0),
             jnp.arange(10),
             objective=nan_from(4),
-            learning_rate=1.0,
+            optimizer=optax.sgd(1.0),
             num_epochs=9,
             batch_size=4,
-            optimizer=optax.sgd,
             report=lambda *_: None,
             epochs_per_report=3,
         )
@@ -352,13 +369,7 @@ def test_nan_is_reported_between_pieces_too(key):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive and finite, got 0.0"),
-        ({"learning_rate": float("inf")}, ValueError, "learning_rate must be positive and finite, got inf"),
-        (
-            {"learning_rate": jnp.ones(3)},
-            ValueError,
-            r"learning_rate must broadcast to the shape \(\), got shape \(3,\)",
-        ),
+        ({"optimizer": optax.adam}, TypeError, r"got the function adam: write optimizer=optax.adam\(1e-3\)"),
         ({"num_epochs": 0}, ValueError, "num_epochs must be at least 1, got 0"),
         ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
         ({"data": jnp.zeros((0,))}, ValueError, "data has no rows"),
@@ -370,7 +381,7 @@ def test_nan_is_reported_between_pieces_too(key):
 )
 def test_bad_arguments_are_refused(changes, error, message):
     arguments = {"key": jax.random.key(0), "params": jnp.float32(0.0), "data": jnp.arange(4)}
-    arguments |= {"learning_rate": 0.1, "num_epochs": 1, "batch_size": 2, **changes}
+    arguments |= {"optimizer": optax.adam(0.1), "num_epochs": 1, "batch_size": 2, **changes}
     with pytest.raises(error, match=message):
         inspect.unwrap(train.fit)(objective=nan_from(0), **arguments)
 
@@ -382,7 +393,7 @@ def fit_parabola(changes=lambda loss, batch: (loss, {}), **options):
     def objective(params, batch):
         return changes(params**2, batch)
 
-    arguments = {"objective": objective, "learning_rate": 0.1, "num_epochs": 1, "batch_size": 4, **options}
+    arguments = {"objective": objective, "optimizer": optax.adam(0.1), "num_epochs": 1, "batch_size": 4, **options}
     return train.fit(jax.random.key(0), jnp.float32(1.0), jnp.arange(6.0), **arguments)
 
 
@@ -448,8 +459,8 @@ def test_a_ratio_is_a_number_in_history_reports_and_evaluations():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (jnp.ones(70).at[2].set(-1.0), "data.weights must be zero or positive, and finite, got -1.0 in row 2"),
-        (jnp.ones(70).at[2].set(jnp.nan), "data.weights must be zero or positive, and finite, got nan in row 2"),
+        (jnp.ones(70).at[2].set(-1.0), "data.weights must be in .0, inf., got -1.0 in row 2"),
+        (jnp.ones(70).at[2].set(jnp.nan), "data.weights must be in .0, inf., got nan in row 2"),
         (jnp.zeros(70), "data.weights must not all be zero"),
     ],
 )
@@ -475,7 +486,7 @@ def counting(params, batch, memory):
 
 def test_memory_goes_from_batch_to_batch_and_from_epoch_to_epoch(key):
     objective = StatefulObjective({"rows": jnp.int32(10)}, counting)
-    options = {"objective": objective, "learning_rate": 0.1, "num_epochs": 3, "batch_size": 3}
+    options = {"objective": objective, "optimizer": optax.adam(0.1), "num_epochs": 3, "batch_size": 3}
     _, history = train.fit(key, jnp.float32(1.0), jnp.arange(5), **options)
     seen = np.cumsum([3, 2] * 3) + 10  # batches of three and of two rows
     np.testing.assert_allclose(history["rows"], seen.reshape(3, 2).mean(axis=1))
@@ -501,7 +512,7 @@ def test_memory_stops_with_training(key):
 def test_runs_under_vmap_have_memories_of_their_own(key):
     def last(start):
         objective = StatefulObjective({"rows": start}, counting)
-        options = {"objective": objective, "learning_rate": 0.1, "num_epochs": 1, "batch_size": 5}
+        options = {"objective": objective, "optimizer": optax.adam(0.1), "num_epochs": 1, "batch_size": 5}
         return train.fit(key, jnp.float32(1.0), jnp.arange(5), **options)[1]["rows"][0]
 
     np.testing.assert_allclose(jax.vmap(last)(jnp.array([0, 7])), [5, 12])

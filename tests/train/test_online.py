@@ -12,7 +12,7 @@ from dpo_jax import train
 from dpo_jax.types import Learner, Ratio, StatefulObjective
 
 START = {"x": jnp.array([2.0, -1.0])}
-OPTIONS = {"learning_rate": 0.1, "num_epochs": 3}
+OPTIONS = {"optimizer": optax.adam(0.1), "num_epochs": 3}
 
 
 def squared_error(params, batch):
@@ -58,7 +58,7 @@ def test_a_round_sees_the_parameters_of_its_time(key):
     def collect(_, params, memory):
         return {"target": params["x"][None] + 1}, memory
 
-    _, history = fit(key, learner=Learner(collect, squared_error), optimizer=optax.sgd)
+    _, history = fit(key, learner=Learner(collect, squared_error), optimizer=optax.sgd(0.1))
     np.testing.assert_allclose(history["loss"], 1.0, rtol=1e-6)
 
 
@@ -66,12 +66,12 @@ def test_no_gradient_flows_through_what_was_collected(key):
     def collect(_, params, memory):
         return {"target": 3 * params["x"][None]}, memory
 
-    params, _ = fit(key, learner=Learner(collect, squared_error), optimizer=optax.sgd, num_epochs=1)
+    params, _ = fit(key, learner=Learner(collect, squared_error), optimizer=optax.sgd(0.1), num_epochs=1)
     np.testing.assert_allclose(params["x"], START["x"] - 0.1 * (START["x"] - 3 * START["x"]), rtol=1e-6)
 
 
 def test_it_is_what_a_loop_by_hand_does(key):
-    params, _ = fit(key, optimizer=optax.sgd, rounds_per_epoch=2)
+    params, _ = fit(key, optimizer=optax.sgd(0.1), rounds_per_epoch=2)
     by_hand = START
     for epoch_key in jax.random.split(key, 3):
         for round_key in jax.random.split(epoch_key, 2):
@@ -113,7 +113,7 @@ def test_the_same_key_gives_the_same_whether_jitted_mapped_or_reported(key):
 
 
 def test_hyperparameters_are_traced():
-    run = jax.jit(lambda rate: fit(jax.random.key(0), learning_rate=rate)[0]["x"])
+    run = jax.jit(lambda rate: fit(jax.random.key(0), optimizer=optax.adam(rate))[0]["x"])
     run(0.1)
     run(0.2)
     assert run._cache_size() == 1
@@ -175,8 +175,6 @@ def test_under_jit_it_freezes(key):
         ({"rounds_per_epoch": 0}, ValueError, "rounds_per_epoch must be at least 1"),
         ({"passes_per_round": 1.5}, TypeError, "passes_per_round must be a whole number"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"learning_rate": 0.0}, ValueError, "learning_rate must be positive"),
-        ({"learning_rate": np.array([0.1, 0.2])}, ValueError, "learning_rate must broadcast"),
         ({"key": 7}, TypeError, "key must be a typed key"),
         ({"learner": Learner(lambda *_: ({}, None), squared_error)}, ValueError, "collected data holds no arrays"),
         ({"learner": Learner(lambda *_: START, squared_error)}, TypeError, r"must return \(data, memory\), got dict"),
@@ -185,7 +183,7 @@ def test_under_jit_it_freezes(key):
             TypeError,
             "learner.collect must return a memory",
         ),
-        ({"optimizer": optax.adam(0.1)}, TypeError, "write optimizer=optax.adam, learning_rate=1e-3"),
+        ({"optimizer": optax.adam}, TypeError, r"write optimizer=optax.adam\(1e-3\)"),
         ({"evaluate": lambda params: {"loss": 0.0}}, ValueError, "evaluate must not return loss"),
     ],
 )

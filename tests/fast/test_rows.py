@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import rows
+from dpo_jax.fast import rows
 
 
 def plain_take(array, index):
@@ -104,7 +104,7 @@ def test_rows_of_any_kind(key):
 
 SPREAD = """
 import jax, jax.numpy as jnp, numpy as np
-from dpo_jax import rows
+from dpo_jax.fast import rows
 
 jax.config.update("jax_num_cpu_devices", 2)
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("devices",))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dpo_jax.shuffle import _grid, permutation
+from dpo_jax.fast.shuffle import _grid, permutation
 
 
 def permutations(num, count, seed=0):

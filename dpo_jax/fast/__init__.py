@@ -1,0 +1,1 @@
+"""Shuffles, row lookups, layers and compiler options that make stacked runs fast. README.md says why."""
