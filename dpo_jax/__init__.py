@@ -1,25 +1,23 @@
-"""Preference optimization in functional JAX: exact losses, an exact world, RLHF, and sweeps of whole experiments.
+"""Direct Preference Optimization in JAX: pure functions, a world with an exact ground truth, vectorised experiments.
 
-Submodules are imported when they are first used, so `import dpo_jax` loads nothing else.
+Subpackages are imported on first use: `import dpo_jax; dpo_jax.losses.dpo_loss(...)`.
 """
 
-from importlib import import_module
+import importlib
 from typing import Any
 
-SUBMODULES = ("figures", "losses", "rlhf", "sweep", "toy", "train", "types")
-
-__all__ = ["__version__", *SUBMODULES]
+_SUBMODULES = ("checks", "fast", "figures", "intervals", "losses", "rlhf", "sweep", "toy", "train", "types")
 
 
 def __getattr__(name: str) -> Any:
-    if name in SUBMODULES:
-        return import_module(f"dpo_jax.{name}")
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import version  # slow to import, and seldom needed
 
-        return version("dpo_jax")
-    raise AttributeError(f"module 'dpo_jax' has no attribute {name!r}")
+        return version(__name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *_SUBMODULES, "__version__"})

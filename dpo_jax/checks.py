@@ -27,20 +27,33 @@ def key(value: Any, name: str = "key") -> None:
         raise ValueError(f"{name} must be a single key, got an array of keys of shape {value.shape}")
 
 
-def interval(name: str, value: Any, within: str) -> None:
+def interval(name: str, value: Any, bounds: str) -> None:
     """`value` lies in an interval, in every entry.
 
-    >>> interval("label_smoothing", 0.1, "[0, 0.5)")
+    >>> interval("label_smoothing", 0.7, "[0, 0.5)")
+    Traceback (most recent call last):
+    ValueError: label_smoothing must be in [0, 0.5), got 0.7
 
     Args:
-      name: of the argument.
-      value: a number or an array of numbers.
-      within: the interval, as mathematicians write it: `[0, 0.5)` includes 0 and excludes 0.5.
+      name: of the argument, for the message.
+      value: a number or an array.
+      bounds: the interval as in mathematics: "(0, inf)" is positive and finite, "(0, inf]" also allows infinity.
     """
-    low, high, closed_below, closed_above = _bounds(within)
-    above = np.greater_equal if closed_below else np.greater
-    below = np.less_equal if closed_above else np.less
-    _require(name, value, lambda x: above(x, low) & below(x, high), f"in {within}")
+    low, high, low_included, high_included = _parse(bounds)
+
+    def holds(x: Any) -> Any:
+        return (x >= low if low_included else x > low) & (x <= high if high_included else x < high)
+
+    _require(name, value, holds, f"in {bounds}")
+
+
+@lru_cache
+def _parse(bounds: str) -> tuple[float, float, bool, bool]:
+    """Lower and upper bound of an interval, and whether each belongs to it."""
+    low, high = bounds[1:-1].split(",")
+    if bounds[0] not in "([" or bounds[-1] not in ")]":
+        raise ValueError(f'an interval must be written like "[0, 1)", got {bounds!r}')
+    return float(low), float(high), bounds[0] == "[", bounds[-1] == "]"
 
 
 def zero_or_within(name: str, value: Any, low: float, high: float) -> None:
@@ -92,7 +105,7 @@ def ids(name: str, value: Any, num: int) -> None:
 
 def choices(name: str, weights: Any, *, at_least: int = 1) -> None:
     """Each row of `weights` leaves a choice: nothing negative or NaN, and enough entries that are positive."""
-    _require(name, weights, lambda x: (x >= 0) & (x < np.inf), "zero or positive, and finite")
+    interval(name, weights, "[0, inf)")
     if is_traced(weights):
         return
     num_possible = np.sum(np.asarray(weights) > 0, axis=-1)
@@ -181,7 +194,7 @@ def lengths(value: Any, shape: tuple[int, ...]) -> None:
         _dtype(name, side)
         if jnp.shape(side) != shape:
             raise ValueError(f"{name} must have the shape {shape} of the log-probabilities, got {jnp.shape(side)}")
-        _require(name, side, lambda x: (x >= 1) & np.isfinite(x), "1 or more")
+        interval(name, side, "[1, inf)")
 
 
 def rankings(policy: Any, reference: Any) -> None:
@@ -284,13 +297,6 @@ def distinct(name: str, first: Any, second: Any) -> None:
         raise ValueError(
             f"{name}: chosen and rejected must differ, but both are {np.asarray(first).flat[row]} in row {row}"
         )
-
-
-@lru_cache
-def _bounds(within: str) -> tuple[float, float, bool, bool]:
-    """Both ends of an interval, and whether each belongs to it."""
-    low, high = within[1:-1].split(",")
-    return float(low), float(high), within[0] == "[", within[-1] == "]"
 
 
 def _not_above(high: float, x: Any) -> Any:

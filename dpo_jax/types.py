@@ -188,7 +188,8 @@ PreferenceLoss: TypeAlias = Callable[..., Array]
 log-probabilities."""
 
 ReferenceFreeLoss: TypeAlias = Callable[..., Array]
-"""An elementwise loss `(policy, *, ...) -> [batch]` of one (chosen, rejected) pair of log-probabilities."""
+"""An elementwise loss `(policy, *, ...) -> [batch]` of one (chosen, rejected) pair of log-probabilities, or
+`(rewards, *, ...) -> [batch]` of one pair of rewards."""
 
 UnpairedLoss: TypeAlias = Callable[..., Array]
 """An elementwise loss `(policy, reference, desirable, *, beta, ...) -> [batch]` of single responses."""

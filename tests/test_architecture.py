@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,7 @@ ROOT = Path(dpo_jax.__file__).parent
 FLOORS = {
     "types": 0,
     "checks": 0,
-    "shuffle": 1,
-    "rows": 1,
+    "fast": 1,
     "intervals": 1,
     "toy": 2,
     "losses": 2,
@@ -67,6 +67,16 @@ def test_some_rooms_have_never_heard_of_some_libraries(where, stranger):
     names = [name.split(".")[0] for path in MODULES if room(path) == where for name in imported(path)]
     assert names
     assert stranger not in names
+
+
+def test_subpackages_and_version_come_with_the_package():
+    names = (
+        "print(dpo_jax.losses.dpo_loss.__name__, dpo_jax.__version__, 'train' in dir(dpo_jax), hasattr(dpo_jax, 'x'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"import dpo_jax; {names}"], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["dpo_loss", version("dpo_jax"), "True", "False"]
 
 
 def test_the_package_imports_fast():

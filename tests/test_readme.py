@@ -87,7 +87,7 @@ def test_the_quickstart_is_short_and_all_code_runs():
     assert scope["history"]["loss"][-1] < scope["history"]["loss"][0]
     assert scope["rewards"].shape == (20,)
     assert jax.numpy.isfinite(scope["loss"])
-    ramp, _ = scope["ramp"](scope["reference"], scope["pairs"])
+    ramp, _ = scope["ramp"](scope["start"], scope["pairs"])
     assert ramp == 0.5  # no log-ratio yet
 
 
@@ -181,9 +181,9 @@ def test_what_it_says_of_costs_is_what_was_measured():
     assert f"PyTorch {summary['torch']['version']}" in words
 
 
-def test_what_the_page_of_sweeps_says_of_a_gpu_is_what_was_reckoned():
+def test_what_the_page_of_fast_parts_says_of_a_gpu_is_what_was_estimated():
     summary = json.loads((ROOT / "experiments/reported/described_devices/h200/summary.json").read_text())
-    words = " ".join((ROOT / "dpo_jax/sweep/README.md").read_text(encoding="utf-8").split())
+    words = " ".join((ROOT / "dpo_jax/fast/README.md").read_text(encoding="utf-8").split())
     assert f"{summary['kernels_per_step']:.0f} kernels a step" in words
     assert f"move {summary['bytes_per_step_and_run']:,.0f} bytes per step and run" in words
     least = summary["bytes_per_step_and_run"] / summary["least_bytes_per_step_and_run"]

@@ -1,1 +1,1 @@
-"""What makes stacked runs fast: shuffles without sorting, rows without gathers, dense layers, compiler options."""
+"""Shuffles, row lookups, layers and compiler options that make stacked runs fast. README.md says why."""

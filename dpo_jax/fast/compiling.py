@@ -1,4 +1,6 @@
-"""Compiler options for many small runs."""
+"""Compiler options: code for the widest vectors of the processor, compiled quickly."""
+
+from __future__ import annotations
 
 import jax
 

@@ -1,4 +1,6 @@
-"""Dense layers that are fast where many small networks are stacked, from PyTorch's initial distribution."""
+"""Dense layers that are fast where many runs are stacked: initial distribution and results as in PyTorch."""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +16,7 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform in +-1/sqrt(fan_in): how PyTorch initialises the weights of a linear layer."""
 
 FEW_PROMPTS = 16
-"""Up to how many prompts a network's gradient is a sum of outer products (`matrix_product`)."""
+"""The largest number of prompts for which a layer's gradient is computed as a sum of outer products."""
 
 
 class DenseByRows(nn.Module):
@@ -58,10 +60,10 @@ def _uniform_bias(fan_in: int) -> Callable[..., Array]:
 
 
 def _product_for(inputs: Array) -> Callable[..., Array]:
-    return matrix_product if inputs.ndim == 2 and len(inputs) <= FEW_PROMPTS else jax.lax.dot_general
+    return _matrix_product if inputs.ndim == 2 and len(inputs) <= FEW_PROMPTS else jax.lax.dot_general
 
 
-def matrix_product(
+def _matrix_product(
     inputs: Float[Array, "prompts fan_in"],
     kernel: Float[Array, "fan_in features"],
     dimension_numbers: Any,

@@ -9,6 +9,8 @@ Runs are best split over devices by `jax.shard_map`, as sweeps do. `jit` with sh
 have nothing to do with each other, and makes the devices exchange rows.
 """
 
+from __future__ import annotations
+
 from functools import partial
 
 import jax

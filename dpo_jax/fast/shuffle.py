@@ -4,6 +4,8 @@
 needs only integer arithmetic, elementwise.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

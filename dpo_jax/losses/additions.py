@@ -1,5 +1,7 @@
 """What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any

@@ -7,6 +7,8 @@ Equal rewards have advantages of exactly 0, and so has a group without any weigh
 the dtype of the result is that of the rewards.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 

@@ -5,6 +5,8 @@ its end. Where all responses have one token the three are the same. What `values
 but log-probabilities there must be finite, or their own gradients are NaN.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 

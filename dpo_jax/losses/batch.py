@@ -4,6 +4,8 @@ Their hyperparameters are scalars, and their comparisons cannot have weights: a 
 What must be remembered from batch to batch is a state that goes in and comes out: `state = update(state, ...)`.
 """
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

@@ -10,6 +10,8 @@ Constraints", arXiv 2309.16240, Table 1. Exponentials go on along their tangent 
 (177 in float64), to stay finite.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from functools import partial, reduce
@@ -20,40 +22,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
-from dpo_jax.losses.margin import (
-    discopop_loss,
-    dpo_loss,
-    exo_loss,
-    exponential_loss,
-    hinge_loss,
-    ipo_loss,
-    length_regularized_dpo_loss,
-    offset_dpo_loss,
-    robust_dpo_loss,
-    savage_loss,
-    squared_loss,
-    truncated_quadratic_loss,
-)
+from dpo_jax.losses import margin
 from dpo_jax.losses.ratios import bounded_exp, difference, fitted, power_score
 from dpo_jax.types import Numeric, PreferenceLoss
 
 Divergence: TypeAlias = Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]
 """From the log-ratio u of policy to reference to f'(exp(u)), elementwise; it must increase."""
 
-LOSSES_OF_THE_MARGIN = (
-    dpo_loss,
-    robust_dpo_loss,
-    ipo_loss,
-    hinge_loss,
-    squared_loss,
-    truncated_quadratic_loss,
-    exponential_loss,
-    savage_loss,
-    exo_loss,
-    discopop_loss,
-    offset_dpo_loss,
-    length_regularized_dpo_loss,
-)
+LOSSES_OF_THE_MARGIN = tuple(f for f in vars(margin).values() if getattr(f, "__module__", "") == margin.__name__)
 """Losses of a pair that see nothing but the difference of its log-ratios."""
 
 _LIBRARY = __name__.split(".")[0]
@@ -65,7 +41,7 @@ def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceL
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
-    >>> print(with_divergence(dpo_loss, forward_kl)(policy, reference, beta=0.5))  # margin e - 1/e
+    >>> print(with_divergence(margin.dpo_loss, forward_kl)(policy, reference, beta=0.5))  # margin e - 1/e
     [0.2691]
 
     Args:

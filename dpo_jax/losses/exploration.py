@@ -1,5 +1,7 @@
 """Losses of fresh comparisons, of what the policy itself has just answered."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 

@@ -12,6 +12,8 @@ Every loss returns one number per comparison, in the dtype of the log-probabilit
 have one value per comparison. All raise what `dpo_loss` does.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Real

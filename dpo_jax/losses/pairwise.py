@@ -13,6 +13,8 @@ one number per comparison. Hyperparameters are scalars, or have one value per co
 does.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -8,6 +8,8 @@ responses (sums over tokens), or tokens, and take the mean that you want (`dpo_j
 should flow through anything but `logps`. All raise what `reinforce_loss` does.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, TypeAlias
 

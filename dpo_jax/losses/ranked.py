@@ -1,5 +1,7 @@
 """Losses of rankings: K responses to one prompt, from best to worst."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import jax

@@ -6,6 +6,8 @@ a response that policy and reference both rule out has a log-ratio of 0, and a c
 policy rules out a margin of 0. Nothing is learnt from either.
 """
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 

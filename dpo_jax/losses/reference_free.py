@@ -8,6 +8,8 @@ was given no loss can tell, nor whether an axis is one of tokens: it is elementw
 comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Losses of a reward model: what RLHF fits to comparisons before it starts to reinforce."""
 
+from __future__ import annotations
+
 import jax
 from jaxtyping import Array, Float
 

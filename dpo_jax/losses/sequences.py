@@ -1,5 +1,7 @@
 """From a language model's logits to what losses eat: one log-probability for each response."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,7 @@
 """What can be told of a loss from the function itself: whether its rows depend on each other, and its name."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -7,6 +7,8 @@ Every loss takes `policy` and `reference`, arrays of log-probabilities in nats, 
 Hyperparameters are scalars, or have one value per response. All raise what `kto_loss` does.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Policy-gradient estimates on a table: their exact mean and variance, by counting every group that may be drawn."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,7 @@
 """What every on-policy learner does first: ask, let the policy respond, and score the responses."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -49,14 +51,14 @@ def collect_groups(
     """
     ask_key, respond_key = jax.random.split(key)
     return score_groups(
-        ask(ask_key), respond_key, params, respond=respond, log_prob=log_prob, reference_params=reference_params
+        respond_key, params, ask(ask_key), respond=respond, log_prob=log_prob, reference_params=reference_params
     )
 
 
 def score_groups(
-    prompts: Array,
     key: Key[Array, ""],
     params: Params,
+    prompts: Array,
     *,
     respond: RespondFn,
     log_prob: LogProbFn,

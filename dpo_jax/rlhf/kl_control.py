@@ -1,5 +1,7 @@
 """A price of KL that finds itself: it rises where the policy strays too far, and falls where it stays too near."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax.numpy as jnp

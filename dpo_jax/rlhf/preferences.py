@@ -7,8 +7,10 @@ Each function returns a `Learner` for `train.fit_online`. What they have in comm
 - `prefer`: says how probable it is that the first of two responses is preferred: people (`toy.preference_fn` of the
   world's rewards), a reward model (the same of its rewards), or any other preference, be it cyclic
   (`toy.general_preference_fn`).
-- `reference`: parameters of the policy that is not to be strayed from, usually those that training starts with.
+- `reference_params`: parameters of the policy that is not to be strayed from, usually those that training starts with.
 """
+
+from __future__ import annotations
 
 from functools import partial
 from typing import Any
@@ -93,7 +95,7 @@ def xpo(
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
         ask_key, own_key, other_key, label_key = jax.random.split(key, 4)
         prompts = ask(ask_key)
-        score = partial(_answer, prompts, respond=respond, log_prob=log_prob, reference_params=reference_params)
+        score = partial(_answer, prompts=prompts, respond=respond, log_prob=log_prob, reference_params=reference_params)
         own, other = score(own_key, params), score(other_key, reference_params)
         preferences, own_won = compare(label_key, prefer, own, other)
         return preferences._replace(columns={"reference_won": ~own_won}), memory
@@ -183,15 +185,15 @@ def compare(
         return Pair(winner(first_won, one, other), winner(~first_won, one, other))
 
     responses = ordered(first.responses, second.responses)
-    reference = ordered(
+    reference_logps = ordered(
         *(jnp.where(possible, logps, jnp.nan) for logps in (first.reference_logps, second.reference_logps))
     )
-    return Preferences(first.prompts, responses, reference_logps=reference), first_won
+    return Preferences(first.prompts, responses, reference_logps=reference_logps), first_won
 
 
-def _answer(prompts: Array, key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
+def _answer(key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
     """One answer of a policy to each prompt."""
-    groups = score_groups(prompts, key, policy, **scoring)
+    groups = score_groups(key, policy, **scoring)
     _check_samples(groups, size=1)
     return jax.tree.map(lambda leaf: leaf[:, 0], groups)
 

@@ -14,6 +14,8 @@ reward is compared with, in where the KL enters, and in how far one batch may ca
 All raise TypeError or ValueError where an argument is not as described (values that are traced are not looked at).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -294,6 +296,4 @@ def _at_least_float32(value: Numeric) -> Any:
 def _refuse_actor_critic(reference_params: Params) -> None:
     """The reference is a policy; where training starts from an `ActorCritic`, that is its part `policy`."""
     if isinstance(reference_params, ActorCritic):
-        raise TypeError(
-            "reference_params must be the parameters of a policy, got an ActorCritic: use its attribute policy"
-        )
+        raise TypeError("reference_params must be those of a policy, got an ActorCritic: use its attribute policy")

@@ -4,6 +4,8 @@ Each prompt has its own responses, those that were compared for it. Their ids co
 with fewer responses than another one has rows of its tables filled with log-probability -inf.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -82,7 +84,7 @@ class NamedPolicy(NamedTuple):
     Attributes:
       names: what rows and columns of the tables stand for.
       log_probs: the policy (nats); -inf where there is no response.
-      reference_log_probs: that of the reference policy, likewise.
+      reference_log_probs: the reference policy, likewise.
     """
 
     names: Names

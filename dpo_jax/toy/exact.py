@@ -4,6 +4,8 @@ Tables have a row for each prompt and a column for each response. Policies are t
 Every function works on the last axis (responses) and keeps the axes before it.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,7 @@
 """Other feedback than comparisons of two: labels (good or bad) and rankings, from the same rewards."""
 
+from __future__ import annotations
+
 import math
 from itertools import permutations
 

@@ -1,5 +1,7 @@
 """What a learner needs that tries things out: prompts to ask, policies that respond, people who judge."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ def respond_fn(
     checks.size("group_size", group_size)
     checks.interval("mix", mix, "[0, 1]")
     if reference_log_probs is None and (checks.is_traced(mix) or mix):
-        raise ValueError("mix needs reference_log_probs to mix in")
+        raise ValueError("mix needs a reference to mix in")
     table = table_fn(policy, embeddings)
 
     def respond(key: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:

@@ -6,6 +6,8 @@ policy is the one that no other is preferred to: the Nash equilibrium of the gam
 `nash_equilibrium` works on the last axes and keeps those before them.
 """
 
+from __future__ import annotations
+
 from functools import partial
 
 import jax

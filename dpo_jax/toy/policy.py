@@ -1,5 +1,7 @@
 """Policies of the one-token world: a table of log-probabilities, and the networks that produce one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, cast
 

@@ -1,5 +1,7 @@
 """The one-token world: prompts, responses, true rewards, and the people who demonstrate and compare."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 

@@ -1,5 +1,7 @@
 """Large batches in little memory: scoring chunk by chunk."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

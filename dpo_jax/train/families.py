@@ -1,5 +1,7 @@
 """Which objective calls which loss: told from a loss's signature when the objective is made."""
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,19 +26,13 @@ _BY_NUMBER = {
 }
 
 
-def check_call(
-    loss: Callable[..., Array], wanted: tuple[str, ...], hyperparameters: dict[str, Any], *, also: tuple[str, ...] = ()
-) -> tuple[str, ...]:
+def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparameters: dict[str, Any]) -> None:
     """The loss can be called with the arrays that an objective has, and with these hyperparameters.
 
     Args:
       loss: a loss, perhaps a partial or a wrapper.
       wanted: names of the arrays that the objective passes by position.
       hyperparameters: passed by name.
-      also: other names of these arrays that fit.
-
-    Returns:
-      The names that the loss gives to the arrays.
 
     Raises:
       TypeError: it is a loss of another family (the message names the objective that fits), needs a hyperparameter
@@ -46,11 +42,10 @@ def check_call(
         raise TypeError(f"loss must be a function, such as losses.dpo_loss, got {loss!r}")
     name, parameters = name_of(loss), inspect.signature(loss).parameters.values()
     free = [p for p in parameters if p.name not in hyperparameters]
-    by_position = [p for p in free if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = tuple(p.name for p in by_position if p.default is p.empty)
+    by_position, required = _by_position(free), arrays_of(loss, hyperparameters)
     any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     possible = len(required) <= len(wanted) and (any_number or len(wanted) <= len(by_position))
-    if not possible or (required not in (wanted, also) and required in _FITTING and not any_number):
+    if not possible or (required != wanted and required in _FITTING and not any_number):
         fitting = _FITTING.get(required) or _BY_NUMBER.get(len(required))
         raise TypeError(
             f"{name} is called with ({', '.join(wanted)}) by this objective, but takes ({', '.join(required)})"
@@ -65,4 +60,13 @@ def check_call(
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters):
         taken = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         raise TypeError(f"{name} has no hyperparameter {', '.join(unknown)}; it takes {', '.join(taken) or 'none'}")
-    return required
+
+
+def arrays_of(loss: Callable[..., Array], hyperparameters: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the arrays that a loss needs by position."""
+    free = [p for p in inspect.signature(loss).parameters.values() if p.name not in hyperparameters]
+    return tuple(p.name for p in _by_position(free) if p.default is p.empty)
+
+
+def _by_position(parameters: list[inspect.Parameter]) -> list[inspect.Parameter]:
+    return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -3,6 +3,8 @@
 An objective may remember something from batch to batch (`StatefulObjective`); that, too, is carried by the scan.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -182,23 +184,19 @@ def fit(
 ) -> tuple[Params, Metrics]:
     """Minimises an objective over a data set by shuffled minibatches: one compiled scan.
 
-    A pure function, to be used inside `jit` and `vmap` or on its own. Whatever the objective and the optimizer close
-    over may be traced (beta, label smoothing, the world, the learning rate): one compiled program serves all their
-    values.
-
-        @jax.jit
-        def train_by(learning_rate):
-            return train.fit(key, params, data, objective=objective, optimizer=optax.adam(learning_rate), ...)
+    A pure function: use it inside `jit` and `vmap`, or on its own. Whatever objective and optimizer close over may be
+    traced (beta, label smoothing, the world, the learning rate), so that one compiled program serves all values:
+    `jax.vmap(lambda rate: fit(..., optimizer=optax.adam(rate)))(rates)`.
 
     Args:
       key: typed PRNG key; each epoch is shuffled by its own part of it.
       params: where to start.
       data: pytree of arrays that share their leading axis, for instance `Demonstrations` or `Preferences`.
       objective: `(params, batch) -> (loss, metrics)`, or a `StatefulObjective`.
-      optimizer: an Optax optimizer, for instance `optax.adam(1e-3)`, whose learning rate may be traced or a schedule,
-        or `optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))`. With `optax.inject_hyperparameters` the
-        learning rate becomes part of the optimizer's state. If a batch does not fit into memory, wrap `log_prob` in
-        `in_chunks` instead of gathering gradients by `optax.MultiSteps`.
+      optimizer: an Optax optimizer, for instance `optax.adam(1e-3)`, `optax.adam(optax.cosine_decay_schedule(...))` or
+        `optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))`. Make it inside the function that is jitted or
+        vmapped if its learning rate is traced; `optax.inject_hyperparams` keeps rates in the optimizer's state.
+        If a batch does not fit into memory, wrap `log_prob` in `in_chunks` instead of using `optax.MultiSteps`.
       num_epochs: passes over the data; static.
       batch_size: rows per optimizer step; static. An epoch's last batch is short where this does not divide the data.
       evaluate: from parameters to further entries of the history, computed after each epoch.
@@ -243,14 +241,15 @@ def fit(
     return state.params, history
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raises TypeError unless this is an Optax optimizer."""
+def check_optimizer(optimizer: optax.GradientTransformation) -> None:
+    """It is an Optax optimizer, with its learning rate.
+
+    Raises:
+      TypeError: it is something else, such as the function `optax.adam` itself.
+    """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        name = f"optax.{optimizer.__name__}" if callable(optimizer) and hasattr(optimizer, "__name__") else "optax.adam"
-        raise TypeError(
-            f"optimizer must be an Optax optimizer with its learning rate, got {optimizer!r}: write, for instance, "
-            f"optimizer={name}(1e-3)"
-        )
+        what = f"the function {optimizer.__name__}" if hasattr(optimizer, "__name__") else repr(optimizer)
+        raise TypeError(f"optimizer must be an Optax optimizer, got {what}: write optimizer=optax.adam(1e-3)")
 
 
 def _asked_for(optimizer: optax.GradientTransformation, known: dict[str, Any]) -> dict[str, Any]:

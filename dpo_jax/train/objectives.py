@@ -15,6 +15,8 @@ Metrics are means over the batch. Where their denominator differs from batch to 
 whose sum it is, and for the good or the bad ones of `Labels`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,7 +28,7 @@ from jaxtyping import Array, Bool, Float
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, times
 from dpo_jax.losses.structure import refuse_weights_if_rows_mix
-from dpo_jax.train.families import check_call
+from dpo_jax.train.families import arrays_of, check_call
 from dpo_jax.types import (
     Demonstrations,
     Labels,
@@ -121,35 +123,35 @@ def preference_objective(
 
 
 def reference_free_objective(score: LogProbFn, loss: ReferenceFreeLoss, **hyperparameters: Hyperparameter) -> Objective:
-    """The mean of a loss of one pair of scores: log-probabilities without a reference, or the rewards of a model.
+    """The mean of a loss of one pair of scores: a preference loss without a reference, or a loss of a reward model.
 
     Args:
-      score: scores responses, `(params, prompts, responses) -> scores`: `toy.log_prob_fn`, or `toy.score_fn` for a
-        reward model. Some losses take means over tokens; their docstrings say so.
-      loss: of a pair of log-probabilities, for instance `losses.simpo_loss`, or of a pair of rewards,
+      score: scores responses: log-probabilities, as sums or means over tokens as the loss says; or the rewards of a
+        reward model (`toy.score_fn`).
+      loss: `(policy, *, ...)`, for instance `losses.simpo_loss`, or `(rewards, *, ...)`, such as
         `losses.bradley_terry_loss`.
-      **hyperparameters: what else the loss takes.
+      **hyperparameters: what the loss takes.
 
     Returns:
-      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted if it has weights:
-      `chosen_logp` and `rejected_logp` (nats); `logp_margin`, their difference; and `accuracy`, the share of
-      comparisons whose chosen response has the higher score (a tie counts as wrong). If the first argument of the loss
-      is called `rewards`, they are `chosen_reward`, `rejected_reward` and `reward_margin`.
+      An objective on batches of `Preferences`. Its metrics are means over the batch, weighted if the batch has weights,
+      and are named after the loss's parameter. For `policy`: `chosen_logp` and `rejected_logp` (nats), and
+      `logp_margin`, their difference. For `rewards`: `chosen_reward`, `rejected_reward` and `reward_margin`. For both
+      `accuracy`, the share of comparisons whose chosen response has the higher score (a tie counts as wrong).
 
     Raises:
       TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
         hyperparameters (checked unless they are traced, or functions).
     """
-    quantity = check_call(loss, ("policy",), hyperparameters, also=("rewards",))
+    of_rewards = callable(loss) and arrays_of(loss, hyperparameters) == ("rewards",)
+    check_call(loss, ("rewards",) if of_rewards else ("policy",), hyperparameters)
     _refuse_now(lambda scores, **h: loss(Pair(scores, scores), **h), hyperparameters)
-    name, what = ("reward", "the rewards") if quantity == ("rewards",) else ("logp", "the policy's log-probabilities")
 
     def arguments(scores: Any, _: Preferences) -> tuple[Pair]:
-        checks.pair(what, scores)
+        checks.pair("the rewards" if of_rewards else "the policy's log-probabilities", scores)
         return (Pair(*scores),)
 
     def metrics(scores: Any, *_: Any) -> Metrics:
-        return _comparison(name, *scores)
+        return _comparison("reward" if of_rewards else "logp", *scores)
 
     return _objective(score, loss, Preferences, arguments, metrics, hyperparameters)
 
@@ -326,11 +328,11 @@ def reference_of(batch: Any) -> Any:
     return batch.reference_logps
 
 
-def _comparison(name: str, chosen: Float[Array, " batch"], rejected: Float[Array, " batch"]) -> Metrics:
+def _comparison(noun: str, chosen: Float[Array, " batch"], rejected: Float[Array, " batch"]) -> Metrics:
     """The notebook's metrics, row by row."""
     margin = chosen - rejected
     accuracy = (margin > 0).astype(margin.dtype)
-    return {f"chosen_{name}": chosen, f"rejected_{name}": rejected, f"{name}_margin": margin, "accuracy": accuracy}
+    return {f"chosen_{noun}": chosen, f"rejected_{noun}": rejected, f"{noun}_margin": margin, "accuracy": accuracy}
 
 
 def _average(values: Float[Array, " batch"], weights: Array | None) -> Array | Ratio:

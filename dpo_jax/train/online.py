@@ -1,5 +1,7 @@
 """`fit_online`: one scan over rounds of collecting data with the current policy and training on them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 
@@ -39,19 +41,18 @@ def fit_online(
 ) -> tuple[Params, Metrics]:
     """Trains a policy on what it does itself, in rounds: collect data, then pass over them, in one compiled scan.
 
-    A pure function, to be used inside `jit` and `vmap` or on its own, like `fit`. Whatever the learner closes over may
-    be traced (beta, clip, the world, a reward model), and so may the optimizer's learning rate.
+    A pure function, like `fit`: use it inside `jit` and `vmap`, or on its own. Whatever learner and optimizer close
+    over may be traced (beta, clip, the world, a reward model, the learning rate).
 
     Args:
       key: typed PRNG key; each round has its own part of it.
       params: where to start.
       learner: how to collect, and what to minimise; `dpo_jax.rlhf` has them.
-      optimizer: an Optax optimizer, see `fit`.
-      num_epochs: how many entries the history has; static.
+      num_epochs: how many entries the history shall have; static.
       rounds_per_epoch: rounds of collecting and training for each entry; static.
       passes_per_round: how often to pass over the data of a round, shuffled each time; static. PPO takes several.
       batch_size: rows per optimizer step; static. `None` takes all data of a round at once.
-      evaluate, report, epochs_per_report: see `fit`.
+      optimizer, evaluate, report, epochs_per_report: see `fit`.
 
     Returns:
       The trained parameters, and the history: for each metric an array `[num_epochs]`, see `fit`; an epoch is all of

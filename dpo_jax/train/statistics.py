@@ -1,5 +1,7 @@
 """What depends on the batch: hyperparameters that are statistics of it, and a reference that moves with the policy."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax
@@ -50,11 +52,11 @@ def running_shift(*, beta: Numeric) -> Running:
     checks.interval("beta", beta, "(0, inf)")
 
     def update(memory: Shift, _: Params, batch: Any, logps: Any) -> tuple[Array, Shift]:
-        reference, weights = reference_of(batch), batch.weights
+        reference_logps, weights = reference_of(batch), batch.weights
         if isinstance(batch, Labels):
-            rewards, desirable = beta * difference(logps, reference), batch.desirable
+            rewards, desirable = beta * difference(logps, reference_logps), batch.desirable
         else:
-            rewards = beta * jnp.concatenate(log_ratios(logps, reference))
+            rewards = beta * jnp.concatenate(log_ratios(logps, reference_logps))
             desirable = jnp.arange(len(rewards)) < len(logps[0])
             weights = None if weights is None else jnp.tile(weights, 2)
         memory = update_shift(memory, rewards, desirable, weights)

@@ -1,4 +1,4 @@
-"""The policy gradients of TRL (`tests/golden/rollouts_in_*.py`): composed of our functions, or named as not ours."""
+"""TRL's policy gradients (`tests/golden/scripts/rollouts_in_*.py`): composed of our functions, or named as not ours."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""The same losses and gradients as independent implementations (`tests/golden/losses_in_*.py`)."""
+"""The same losses and gradients as independent implementations (`tests/golden/scripts/losses_in_*.py`)."""
 
 from collections import Counter
 

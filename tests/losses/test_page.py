@@ -74,9 +74,9 @@ def test_all_code_runs_and_every_training_earns_reward():
     exec(BLOCKS[0], scope)
 
     def reward(params):
-        return toy.expected_reward(scope["log_probs"](params), scope["world"].rewards).mean()
+        return toy.expected_reward(scope["table"](params), scope["world"].rewards).mean()
 
-    before, num = reward(scope["reference"]), 0
+    before, num = reward(scope["reference_params"]), 0
     training = scope["trained"]
 
     def watched(objective, data):

@@ -1,4 +1,4 @@
-"""Values and gradients are those of TRL's trainers (`tests/golden/rollouts_in_*.py`)."""
+"""Values and gradients are those of TRL's trainers (`tests/golden/scripts/rollouts_in_*.py`)."""
 
 from collections import Counter
 

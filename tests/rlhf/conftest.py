@@ -24,17 +24,19 @@ class Bandit(NamedTuple):
     reward: RewardFn
 
     def exchange(self, group_size=None, num_prompts=None):
-        """What all learners take: all responses to all prompts, or samples; how to score; the reference."""
+        """Ask and respond: all responses to all prompts, or samples."""
         embeddings = self.world.embeddings
+        if group_size is None:
+            return toy.ask_everything(self.world), toy.enumerate_fn(POLICY, embeddings)
         ask = toy.ask_uniformly(self.world, num=num_prompts) if num_prompts else toy.ask_everything(self.world)
-        everything, sample = toy.enumerate_fn(POLICY, embeddings), partial(toy.respond_fn, POLICY, embeddings)
-        respond = everything if group_size is None else sample(group_size=group_size)
-        return {"ask": ask, "respond": respond, "log_prob": self.log_prob, "reference_params": self.reference}
+        return ask, toy.respond_fn(POLICY, embeddings, group_size=group_size)
 
     def learner(self, make, *exchange, **hyperparameters):
         if make is rlhf.ppo:
             hyperparameters = {"value": self.value, **hyperparameters}
-        return make(**self.exchange(*exchange), reward=self.reward, **hyperparameters)
+        ask, respond = self.exchange(*exchange)
+        shared = {"log_prob": self.log_prob, "reward": self.reward, "reference_params": self.reference}
+        return make(ask=ask, respond=respond, **shared, **hyperparameters)
 
     def start(self, make):
         if make is not rlhf.ppo:

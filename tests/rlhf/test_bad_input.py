@@ -37,7 +37,7 @@ def test_bad_hyperparameters_are_refused_when_the_learner_is_made(bandit, as_use
 @pytest.mark.parametrize("make", [rlhf.reinforce, rlhf.rloo, rlhf.grpo, rlhf.ppo])
 def test_an_actor_critic_is_no_reference(bandit, make):
     wrong = bandit._replace(reference=bandit.start(rlhf.ppo))
-    with pytest.raises(TypeError, match="reference must be the parameters of a policy"):
+    with pytest.raises(TypeError, match="reference_params must be those of a policy, got an ActorCritic"):
         wrong.learner(make, 4, beta=0.1)
 
 
@@ -55,15 +55,23 @@ def test_groups_of_one_have_nothing_to_compare_with(bandit, make):
 
 
 def preference_learner(bandit, make, respond, prefer, **hyperparameters):
-    asked = bandit.exchange() | {"respond": respond}
-    return make(**asked, prefer=prefer, beta=0.1, **hyperparameters)
+    ask = toy.ask_everything(bandit.world)
+    return make(
+        ask=ask,
+        respond=respond,
+        log_prob=bandit.log_prob,
+        prefer=prefer,
+        reference_params=bandit.reference,
+        beta=0.1,
+        **hyperparameters,
+    )
 
 
 @pytest.mark.parametrize(
     ("make", "options", "size"), [(rlhf.online_dpo, {}, 3), (rlhf.xpo, {"alpha": 0.1}, 2), (rlhf.online_dpo, {}, None)]
 )
 def test_comparisons_are_of_as_many_answers_as_they_should(bandit, make, options, size):
-    respond = bandit.exchange(size)["respond"]
+    _, respond = bandit.exchange(size)
     prefer = toy.preference_fn(bandit.world.rewards)
     learner = preference_learner(bandit, make, respond, prefer, **options)
     with pytest.raises(ValueError, match="respond must"):
@@ -73,7 +81,7 @@ def test_comparisons_are_of_as_many_answers_as_they_should(bandit, make, options
 @pytest.mark.parametrize(("make", "options", "size"), [(rlhf.online_dpo, {}, 2), (rlhf.xpo, {"alpha": 0.1}, 1)])
 @pytest.mark.parametrize("bad", [np.nan, 1.5, -0.1])
 def test_preferences_that_are_no_probabilities_stop_training(bandit, make, options, size, bad):
-    respond = bandit.exchange(size)["respond"]
+    _, respond = bandit.exchange(size)
 
     def prefer(prompts, responses, others):
         return jnp.full(prompts.shape, bad) + 0.0 * toy.lookup(bandit.world.rewards, prompts, responses)
@@ -92,14 +100,14 @@ def test_a_reward_that_is_nan_stops_training_with_the_last_good_parameters(bandi
 
 
 def test_the_best_of_all_responses_is_not_a_best_of_n(bandit, key):
-    everything = bandit.exchange()["respond"]
+    _, everything = bandit.exchange()
     with pytest.raises(ValueError, match="respond must sample"):
         rlhf.best_of_n(key, bandit.reference, jnp.arange(2), respond=everything, reward=bandit.reward)
 
 
 def test_the_best_of_n_is_never_one_whose_reward_is_nan(bandit, key):
     """An error, or, where rewards have no values yet, the best of the others."""
-    respond = bandit.exchange(4)["respond"]
+    _, respond = bandit.exchange(4)
 
     def best(key, reward):
         return rlhf.best_of_n(key, bandit.reference, jnp.arange(2), respond=respond, reward=reward)

@@ -14,13 +14,17 @@ def learner(bandit, name, beta):
         return bandit.learner(getattr(rlhf, name), 4, beta=beta)
     if name == "adaptive":
         return bandit.learner(rlhf.ppo, 4, beta=rlhf.AdaptiveKL(beta, target=0.1))
-    asked = bandit.exchange({"nash_md": 4, "online_dpo": 2, "xpo": 1}[name])
-    prefer = toy.preference_fn(bandit.world.rewards)
+    ask, respond = bandit.exchange({"nash_md": 4, "online_dpo": 2, "xpo": 1}[name])
+    prefer, shared = toy.preference_fn(bandit.world.rewards), {"reference_params": bandit.reference}
     if name == "nash_md":
-        return rlhf.nash_md(**asked, opponent=asked["respond"], prefer=prefer, tau=beta)
+        return rlhf.nash_md(
+            ask=ask, respond=respond, opponent=respond, log_prob=bandit.log_prob, prefer=prefer, tau=beta, **shared
+        )
     if name == "xpo":
-        return rlhf.xpo(**asked, prefer=prefer, beta=beta, alpha=beta)
-    return rlhf.online_dpo(**asked, prefer=prefer, beta=beta)
+        return rlhf.xpo(
+            ask=ask, respond=respond, log_prob=bandit.log_prob, prefer=prefer, beta=beta, alpha=beta, **shared
+        )
+    return rlhf.online_dpo(ask=ask, respond=respond, log_prob=bandit.log_prob, prefer=prefer, beta=beta, **shared)
 
 
 NARROW = [

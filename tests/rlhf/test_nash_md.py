@@ -18,7 +18,7 @@ SKEWED = {"params": {"logits": jnp.log(jnp.array([[0.8, 0.15, 0.05]]))}}
 LOG_PROB, TABLE = toy.log_prob_fn(POLICY, WORLD.embeddings), toy.table_fn(POLICY, WORLD.embeddings)
 
 
-def learned(respond, opponent, *, num, rounds, tau=TAU, reference_params=SKEWED):
+def learned(respond, opponent, *, num, rounds, tau=TAU, reference=SKEWED):
     prefer = toy.general_preference_fn(GAME)
     ask = lambda key: jnp.zeros(num, jnp.int32)  # noqa: E731
     learner = rlhf.nash_md(
@@ -27,12 +27,12 @@ def learned(respond, opponent, *, num, rounds, tau=TAU, reference_params=SKEWED)
         opponent=opponent,
         log_prob=LOG_PROB,
         prefer=prefer,
-        reference_params=reference_params,
+        reference_params=reference,
         tau=tau,
     )
     rate = optax.cosine_decay_schedule(0.01, rounds)
     params, _ = train.fit_online(
-        jax.random.key(0), reference_params, learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=rounds
+        jax.random.key(0), reference, learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=rounds
     )
     return params
 
@@ -58,7 +58,7 @@ def test_with_a_reference_that_follows_it_finds_the_equilibrium_of_the_game():
     """Each time from the equilibrium that was found before, whose price then vanishes."""
     everything = toy.enumerate_fn(POLICY, WORLD.embeddings)
     once = partial(learned, everything, everything, num=1, rounds=1000, tau=0.2)
-    params = jax.jit(lambda: jax.lax.fori_loop(0, 60, lambda _, params: once(reference_params=params), SKEWED))()
+    params = jax.jit(lambda: jax.lax.fori_loop(0, 60, lambda _, params: once(reference=params), SKEWED))()
     assert distance(TABLE(params), jnp.log(toy.nash_equilibrium(np.float64(GAME[0])))[None]) < 1e-4
     assert toy.exploitability(TABLE(params), GAME)[0] < 1e-4
 
@@ -100,4 +100,12 @@ def test_an_opponent_mixed_with_the_reference_shifts_the_resting_point():
 def test_a_bad_price_is_refused(tau):
     respond, prefer = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1), toy.general_preference_fn(GAME)
     with pytest.raises(ValueError, match="tau must be in .0, inf."):
-        learned(respond, respond, num=1, rounds=1, tau=tau)
+        rlhf.nash_md(
+            ask=toy.ask_everything(WORLD),
+            respond=respond,
+            opponent=respond,
+            log_prob=LOG_PROB,
+            prefer=prefer,
+            reference_params=SKEWED,
+            tau=tau,
+        )

@@ -70,7 +70,16 @@ def test_whitening_keeps_the_noise_alive(bandit):
 def distance_at_a_constant_rate(bandit, make):
     is_ppo = make is not rlhf.rloo
     hyperparameters = {"value": bandit.value, "value_weight": 1.0} if is_ppo else {}
-    learner = make(**bandit.exchange(4), reward=bandit.reward, beta=BETA, **hyperparameters)
+    ask, respond = bandit.exchange(4)
+    learner = make(
+        ask=ask,
+        respond=respond,
+        log_prob=bandit.log_prob,
+        reward=bandit.reward,
+        reference_params=bandit.reference,
+        beta=BETA,
+        **hyperparameters,
+    )
     start = bandit.start(rlhf.ppo if is_ppo else rlhf.rloo)
     run = jax.jit(
         lambda key: train.fit_online(
@@ -157,8 +166,17 @@ def test_optimism_pulls_away_from_what_the_reference_answers(bandit):
 
 
 def trained_on_preferences(bandit, make, group_size, **hyperparameters):
+    ask, respond = bandit.exchange(group_size, 512)
     prefer = toy.preference_fn(bandit.world.rewards)
-    learner = make(**bandit.exchange(group_size, 512), prefer=prefer, beta=BETA, **hyperparameters)
+    learner = make(
+        ask=ask,
+        respond=respond,
+        log_prob=bandit.log_prob,
+        prefer=prefer,
+        reference_params=bandit.reference,
+        beta=BETA,
+        **hyperparameters,
+    )
 
     @jax.jit
     def run(key):
@@ -173,7 +191,7 @@ def trained_on_preferences(bandit, make, group_size, **hyperparameters):
 def test_best_of_n_chooses_as_its_closed_form_says(bandit, key):
     num, size = 20_000, 3
     prompts = jnp.arange(num) % 2
-    respond = bandit.exchange(size)["respond"]
+    _, respond = bandit.exchange(size)
     chosen = rlhf.best_of_n(key, bandit.reference, prompts, respond=respond, reward=bandit.reward)
     exact = np.exp(toy.best_of_n_policy(bandit.table, bandit.world.rewards, num=size))
     for prompt in (0, 1):

@@ -31,10 +31,10 @@ def test_all_code_runs_and_every_training_earns_reward():
         exec(block, scope)
         if "tuned" in scope:
             params = scope.pop("tuned")
-            log_probs = scope["log_probs"](getattr(params, "policy", params))
+            log_probs = scope["table"](getattr(params, "policy", params))
             before, after = (
                 toy.expected_reward(table, scope["world"].rewards).mean()
-                for table in (scope["log_probs"](scope["reference"]), log_probs)
+                for table in (scope["table"](scope["reference_params"]), log_probs)
             )
             assert jnp.isfinite(after)
             assert after > before, block

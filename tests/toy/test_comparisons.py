@@ -112,7 +112,7 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.jsonl", b"[" * 200_000, "line 1: not JSON"),
         ("a.jsonl", b'{"prompt": NaN, "chosen": "b", "rejected": "c"}', "line 1: prompt is blank"),
         ("a.jsonl", b'{"prompt": "\\ud83d", "chosen": "b", "rejected": "c"}', "line 1: prompt has half a character"),
-        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": true}', "weight must be in .0, inf."),
+        ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", "weight": true}', "weight must be positive"),
         ("a.jsonl", b'{"prompt": "a", "chosen": 1, "rejected": 1.0}', "line 1: chosen and rejected are the same, '1'"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}', "'chosen' is given twice"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "c", " Chosen": "d"}', "line 1: two columns have the"),
@@ -151,7 +151,7 @@ HEADER = "prompt,chosen,rejected\n"
             ),
             "line 2: weight is given in some lines only",
         ),
-        ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,1e999\n", "line 2: weight must be in .0, inf."),
+        ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,1e999\n", "line 2: weight must be positive"),
         ("a.jsonl", b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}', "line 1: prompt must be text"),
         ("a.jsonl", b'{"prompt": null, "chosen": "b", "rejected": "c"}', "line 1: prompt is blank"),
         ("a.parquet", b"PAR1 and then nothing", "not a Parquet file"),
@@ -299,7 +299,7 @@ def test_ranking_names_the_best_first():
 def write_policy(path, **changes):
     """A policy as older versions wrote it, compressed, perhaps with changes."""
     policy = make_policy()
-    arrays = {"names": json.dumps(policy.names), "log_probs": policy.log_probs, "reference": policy.reference}
+    arrays = {"names": json.dumps(policy.names), "log_probs": policy.log_probs, "reference": policy.reference_log_probs}
     np.savez_compressed(path, **{**arrays, **changes})
     return path
 
@@ -359,7 +359,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     for policy in (
         make_policy()._replace(log_probs=table_with(0, 1, np.nan)),
         make_policy()._replace(names=toy.Names(("q", "q"), NAMES.responses)),
-        make_policy()._replace(reference=np.zeros((3, 7), np.float32)),
+        make_policy()._replace(reference_log_probs=np.zeros((3, 7), np.float32)),
     ):
         with pytest.raises(ValueError, match="must"):
             toy.save_policy(tmp_path / "policy.npz", policy)

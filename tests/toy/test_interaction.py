@@ -86,7 +86,7 @@ def test_responses_follow_the_policy_mixed_with_the_reference(key, mix):
 def test_reference_is_not_mixed_in_unless_told(key):
     prompts = jnp.arange(3)
     plain = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100)
-    mixed = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100, reference=jnp.log(jnp.asarray(REFERENCE)))
+    mixed = toy.respond_fn(POLICY, EMBEDDINGS, group_size=100, reference_log_probs=jnp.log(jnp.asarray(REFERENCE)))
     plain, mixed = (jax.jit(respond)(key, PARAMS, prompts).responses for respond in (plain, mixed))
     assert np.mean(plain == mixed) > 0.99
 
@@ -97,7 +97,7 @@ def test_reference_is_not_mixed_in_unless_told(key):
 )
 def test_what_the_reference_never_says_is_said_only_if_it_has_no_share(key, mix, expected):
     reference = jnp.log(jnp.array([[0.5, 0.5, 0.0, 0.0]] * 3))
-    respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference=reference, mix=mix)
+    respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference_log_probs=reference, mix=mix)
     assert_distributed(jax.jit(respond)(key, PARAMS, jnp.array([0])).responses, expected)
 
 
@@ -112,7 +112,7 @@ def test_members_of_a_group_are_independent(key):
 @pytest.mark.parametrize(
     "respond",
     [
-        toy.respond_fn(POLICY, EMBEDDINGS, group_size=5, reference=jnp.log(jnp.asarray(REFERENCE)), mix=0.5),
+        toy.respond_fn(POLICY, EMBEDDINGS, group_size=5, reference_log_probs=jnp.log(jnp.asarray(REFERENCE)), mix=0.5),
         toy.enumerate_fn(POLICY, EMBEDDINGS),
     ],
     ids=["samples", "all"],
@@ -129,7 +129,7 @@ def test_responses_under_vmap_are_those_one_by_one(key, respond):
 def test_share_of_the_reference_can_be_swept(key):
     def respond(mix):
         reference = jnp.log(jnp.asarray(REFERENCE))
-        return toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference=reference, mix=mix)(
+        return toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, reference_log_probs=reference, mix=mix)(
             key, PARAMS, jnp.array([0])
         ).responses
 

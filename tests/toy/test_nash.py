@@ -374,7 +374,7 @@ def test_what_is_no_preference_is_refused(change, message):
         (
             lambda p, r: toy.nash_md_step(r, r, p, tau=1.0, learning_rate=0.0),
             ValueError,
-            "learning_rate must be in .0, inf.",
+            "learning_rate must be in .0, i",
         ),
         (lambda p, r: toy.nash_md_step(r, r, p, tau=-1.0, learning_rate=0.1), ValueError, "tau must be in .0, inf."),
         (lambda p, r: toy.nash_md_step(r, r, p, tau=2.0, learning_rate=0.6), ValueError, "learning_rate"),

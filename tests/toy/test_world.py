@@ -161,7 +161,7 @@ def test_your_own_ids_are_checked(world):
         (([0, 1], [1], [3, 4]), ValueError, "ragged"),
         (([0, 1], np.array(["a", "b"]), [3, 4]), TypeError, "chosen must hold integers"),
         (([], [], []), ValueError, "no rows"),
-        (([0, 1], [1, 2], [3, 4], [1.0, -1.0]), ValueError, r"weights must be in .0, inf..* got -1.0 in row 1"),
+        (([0, 1], [1, 2], [3, 4], [1.0, -1.0]), ValueError, r"weights must be zero or positive.* got -1.0 in row 1"),
         (([0, 1], [1, 2], [3, 4], [1.0, 1e-60]), ValueError, "weights must be .*between 1e-30 and 1e.30, got 1e-60 in"),
         (([0, 1], [1, 2], [3, 4], [1.0, 1e60]), ValueError, "weights must be .*between 1e-30 and 1e.30, got 1e.60 in"),
         (([0, 1], [1, 2], [3, 4], [0.0, 0.0]), ValueError, "weights must not all be 0"),

@@ -23,7 +23,7 @@ def test_batches_in_chunks_train_as_whole_batches_do(key):
             data = train.with_reference(log_prob, reference, Preferences(prompts, Pair(chosen, rejected)))
             objective = train.preference_objective(log_prob, mixed, beta=0.5, shift=train.running_shift(beta=0.5))
             objective = train.moving_reference(objective, log_prob, reference, mix=0.5, steps_per_move=2)
-            options = {"objective": objective, "learning_rate": 0.1, "num_epochs": 2, "batch_size": 8}
+            options = {"objective": objective, "optimizer": optax.adam(0.1), "num_epochs": 2, "batch_size": 8}
             return train.fit(key, start, data, **options)
 
         def mixed(policy, reference, *, beta, shift):
@@ -63,8 +63,9 @@ def gathering(rate):
         (optax.MultiSteps(optax.adam(0.1), 2), ValueError, "log_prob = train.in_chunks"),
         (gathering(0.1), ValueError, "each part for a batch.*log_prob = train.in_chunks"),
         (optax.chain(optax.apply_every(2), optax.sgd(0.1)), ValueError, "log_prob = train.in_chunks"),
-        (optax.adam, TypeError, r"write, for instance, optimizer=optax\.adam\(1e-3\)"),
-        ("adam", TypeError, "optimizer must be an Optax optimizer with its learning rate, got 'adam'"),
+        (optax.adam, TypeError, r"got the function adam: write optimizer=optax.adam\(1e-3\)"),
+        ("adam", TypeError, "optimizer must be an Optax optimizer, got 'adam'"),
+        (0.1, TypeError, "optimizer must be an Optax optimizer, got 0.1"),
     ],
 )
 def test_optimizers_that_cannot_be_used_are_refused(as_users_have_it, key, optimizer, error, message):
@@ -76,9 +77,9 @@ def sharpness_aware(rate):
     return optax.contrib.sam(optax.sgd(rate), optax.sgd(0.01))
 
 
-@pytest.mark.parametrize("optimizer", [optax.lbfgs(0.1), optax.polyak_sgd(0.1), sharpness_aware(0.1)])
-def test_optimizers_are_given_what_they_ask_for(key, optimizer):
-    params, history = minimise(key, optimizer)
+@pytest.mark.parametrize("make", [optax.lbfgs, optax.polyak_sgd, sharpness_aware])
+def test_optimizers_are_given_what_they_ask_for(key, make):
+    params, history = minimise(key, make(0.1))
     assert abs(params) < 1
     assert history["loss"][-1] < history["loss"][0]
 

@@ -12,10 +12,11 @@ from dpo_jax import losses, toy, train
 from dpo_jax.types import Demonstrations, Pair, Preferences, Ratio, StatefulObjective
 
 POLICY = toy.ToyLM(num_responses=10)
+ADAM = optax.adam(1e-2)
 GOLDEN = Path(__file__).parents[1] / "golden" / "torch_epochs.npz"
 
 
-def fit_dpo(key, start, *, beta=0.1, optimizer=optax.adam(1e-2), num_epochs=3, batch_size=32, **options):
+def fit_dpo(key, start, *, beta=0.1, optimizer=ADAM, num_epochs=3, batch_size=32, **options):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)
     return train.fit(
@@ -169,6 +170,20 @@ def test_one_trace_serves_a_grid_of_betas_and_learning_rates(start, key):
     assert len(margins) == 6
 
 
+def test_vmap_over_learning_rates_equals_a_loop(make_start, key):
+    with jax.enable_x64(True):
+        start, rates = make_start(), jnp.array([1e-3, 1e-2])
+        together, _ = jax.vmap(lambda rate: fit_dpo(key, start, optimizer=optax.adam(rate)))(rates)
+        for i, rate in enumerate(rates.tolist()):
+            alone, _ = fit_dpo(key, start, optimizer=optax.adam(rate))
+            chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-9, atol=1e-12)
+
+
+def test_the_learning_rate_may_be_part_of_the_optimizers_state(start, key):
+    injected = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+    chex.assert_trees_all_close(fit_dpo(key, start, optimizer=injected), fit_dpo(key, start), rtol=1e-5, atol=1e-6)
+
+
 def test_vmap_over_betas_and_seeds_equals_a_loop(make_start):
     """In float64: in float32 Adam's first steps turn a rounding error of a gradient near zero into a whole step."""
     with jax.enable_x64(True):
@@ -198,10 +213,8 @@ def test_reports_come_between_pieces_and_change_nothing(start, key):
 
 
 def test_schedules_and_other_optimizers_are_welcome(start, key):
-    def optimizer(rate):
-        return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(rate))
-
-    _, history = fit_dpo(key, start, optimizer=optimizer(optax.cosine_decay_schedule(1.0, 30)), num_epochs=10)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(optax.cosine_decay_schedule(1.0, 30)))
+    _, history = fit_dpo(key, start, optimizer=optimizer, num_epochs=10)
     assert history["loss"][-1] < history["loss"][0]
 
 
@@ -292,7 +305,7 @@ def nan_from(step):
 
 @pytest.mark.parametrize("bad_step", [0, 5])
 def test_nan_stops_training_with_the_step_and_the_last_good_parameters(key, bad_step):
-    options = {"optimizer": optax.sgd(1.0), "num_epochs": 4, "batch_size": 4}
+    options = {"num_epochs": 4, "batch_size": 4, "optimizer": optax.sgd(1.0)}
     run = lambda: train.fit(key, jnp.float32(0.0), jnp.arange(10), objective=nan_from(bad_step - 1), **options)  # noqa: E731
     with pytest.raises(train.NonFiniteError, match=f"not finite in step {bad_step} ") as caught:
         run()
@@ -323,7 +336,7 @@ def test_one_diverging_run_leaves_its_neighbours_alone(make_start, key):
         rates = jnp.array([1e-2, jnp.inf])
         params, history = jax.vmap(lambda rate: fit_dpo(key, start, optimizer=optax.adam(rate)))(rates)
         chex.assert_tree_all_finite(params)
-        alone, _ = fit_dpo(key, start, optimizer=optax.adam(1e-2))
+        alone, _ = fit_dpo(key, start)
         chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], params), alone, rtol=1e-9, atol=1e-12)
         assert history["step"][:, -1].tolist() == [9, 0]
 
@@ -356,7 +369,7 @@ def test_nan_is_reported_between_pieces_too(key):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"optimizer": optax.adam}, TypeError, r"write, for instance, optimizer=optax\.adam\(1e-3\)"),
+        ({"optimizer": optax.adam}, TypeError, r"got the function adam: write optimizer=optax.adam\(1e-3\)"),
         ({"num_epochs": 0}, ValueError, "num_epochs must be at least 1, got 0"),
         ({"batch_size": -3}, ValueError, "batch_size must be at least 1, got -3"),
         ({"data": jnp.zeros((0,))}, ValueError, "data has no rows"),

@@ -187,10 +187,10 @@ def test_functions_of_the_batch_are_hyperparameters_without_gradient(start):
 def test_no_gradient_flows_through_a_function_of_the_parameters(start, labels):
     """KTO's exact KL, say."""
     world, log_prob, params, _, _ = start
-    log_probs = toy.table_fn(POLICY, world.embeddings)
+    table = toy.table_fn(POLICY, world.embeddings)
 
     def exact_kl(params, *_):
-        return jnp.mean(toy.kl_to_reference(log_probs(params), jnp.full((5, 10), -jnp.log(10.0))))
+        return jnp.mean(toy.kl_to_reference(table(params), jnp.full((5, 10), -jnp.log(10.0))))
 
     moving = train.unpaired_objective(log_prob, losses.kto_loss, beta=0.5, reference_point=exact_kl)
     still = train.unpaired_objective(log_prob, losses.kto_loss, beta=0.5, reference_point=exact_kl(params))
@@ -238,8 +238,14 @@ def test_pairs_are_rankings_of_two(start):
 @pytest.mark.parametrize(
     ("make", "loss", "hyperparameters", "error", "message"),
     [
-        ("preference", losses.robust_dpo_loss, {"beta": 0.1, "label_smoothing": 0.5}, ValueError, "below 0.5, got 0.5"),
-        ("preference", losses.exo_loss, {"beta": 0.1, "label_smoothing": 0.0}, ValueError, "above 0.0 and below 0.5"),
+        (
+            "preference",
+            losses.robust_dpo_loss,
+            {"beta": 0.1, "label_smoothing": 0.5},
+            ValueError,
+            "in .0, 0.5., got 0.5",
+        ),
+        ("preference", losses.exo_loss, {"beta": 0.1, "label_smoothing": 0.0}, ValueError, "in .0, 0.5."),
         (
             "preference",
             losses.dpo_loss,
@@ -261,7 +267,7 @@ def test_pairs_are_rankings_of_two(start):
             losses.kto_loss,
             {"beta": 0.1, "reference_point": -1.0},
             ValueError,
-            "reference_point must be zero",
+            "reference_point must be in .0, inf.",
         ),
     ],
 )
@@ -397,6 +403,17 @@ def test_metrics_with_a_denominator_of_their_own_do_not_depend_on_the_batch_size
         np.testing.assert_allclose(weighted["loss"], np.log1p(np.exp(-0.5)), rtol=1e-5)
 
 
+def test_the_metrics_of_one_pair_of_scores_are_named_after_what_the_loss_takes(start):
+    _, log_prob, params, _, preferences = start
+    chosen, rejected = log_prob(params, preferences.prompts, preferences.responses)
+    means = jnp.mean(chosen), jnp.mean(rejected), jnp.mean(chosen - rejected), jnp.mean(chosen > rejected)
+    for loss, noun in ((losses.sft_loss, "logp"), (partial(losses.bradley_terry_loss, margin=0.5), "reward")):
+        value, metrics = train.reference_free_objective(log_prob, loss)(params, preferences)
+        names = f"chosen_{noun}", f"rejected_{noun}", f"{noun}_margin", "accuracy"
+        chex.assert_trees_all_close(metrics, dict(zip(names, means, strict=True)), rtol=1e-5)
+        np.testing.assert_allclose(value, jnp.mean(loss(Pair(chosen, rejected))), rtol=1e-6)
+
+
 def test_a_tie_counts_as_wrong_as_in_the_notebook(start):
     _, log_prob, params, _, preferences = start
     _, metrics = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)(params, preferences)
@@ -417,10 +434,10 @@ def test_a_tie_counts_as_wrong_as_in_the_notebook(start):
             r"with_sft\(orpo_loss\).*reference_free",
         ),
         ("reference_free", losses.dpo_loss, "use train.preference_objective"),
+        ("preference", losses.bradley_terry_loss, "use train.reference_free_objective"),
         ("unpaired", losses.ppo_loss, "use train.policy_gradient_objective"),
         ("policy_gradient", losses.value_loss, "loss of a value function"),
         ("policy_gradient", lambda mine, yours: mine, r"takes \(mine, yours\): use train.preference_objective"),
-        ("reward", losses.sft_loss, "use train.reference_free_objective"),
         ("preference", losses.xpo_loss, "xpo_loss needs alpha, reference_won"),
         (
             "unpaired",

@@ -183,7 +183,7 @@ def test_under_jit_it_freezes(key):
             TypeError,
             "learner.collect must return a memory",
         ),
-        ({"optimizer": optax.sgd}, TypeError, r"write, for instance, optimizer=optax\.sgd\(1e-3\)"),
+        ({"optimizer": optax.adam}, TypeError, r"write optimizer=optax.adam\(1e-3\)"),
         ({"evaluate": lambda params: {"loss": 0.0}}, ValueError, "evaluate must not return loss"),
     ],
 )

@@ -14,11 +14,11 @@ POLICY = toy.ToyLM(num_responses=10)
 def test_ktos_reference_point_is_that_of_responses_to_the_next_prompt(start, labels):
     world, log_prob, params, _, _ = start
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
-    log_probs = toy.table_fn(POLICY, world.embeddings)
+    table = toy.table_fn(POLICY, world.embeddings)
     prompts, responses = np.asarray(labels.prompts), np.asarray(labels.responses)
     points = []
     for policy, reference in ((moved, params), (params, moved)):
-        ratios = np.float64(log_probs(policy) - log_probs(reference))
+        ratios = np.float64(table(policy) - table(reference))
         mismatched = [ratios[prompts[i], responses[(i + 1) % 40]] for i in range(40)]
         points.append(train.batch_reference_point(log_prob, reference)(policy, labels, labels.reference_logps))
         np.testing.assert_allclose(points[-1], max(0, np.mean(mismatched)), rtol=1e-4, atol=1e-6)
@@ -104,7 +104,7 @@ def test_the_reference_follows_the_policy(start, mix, steps_per_move):
         if step % steps_per_move == 0:
             reference = jax.tree.map(lambda r, p: (1 - mix) * r + mix * p, reference, old)
     chex.assert_trees_all_close(state.params, policy, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(state.memory.reference_params, reference, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(state.memory.reference, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_a_moving_reference_carries_what_its_objective_remembers(start, key):

@@ -2,7 +2,7 @@
 
 Needs PyTorch; the tests do not: they read `torch_epochs.npz`, which was made by
 
-    python tests/golden/torch_epochs.py
+    python tests/golden/scripts/torch_epochs.py
 """
 
 import copy
@@ -48,7 +48,7 @@ def main() -> None:
     arrays |= run_epoch("dpo", network, dpo_loss, preferences[:, dpo_order], batch_size=64, learning_rate=1e-3)
     arrays |= {"embeddings": embeddings, "demos": demos, "preferences": preferences, "beta": torch.tensor(BETA)}
     arrays |= {"sft_order": sft_order, "dpo_order": dpo_order}
-    path = Path(__file__).with_suffix(".npz")
+    path = Path(__file__).parents[1] / "torch_epochs.npz"
     np.savez_compressed(path, torch=torch.__version__, **{name: np.asarray(array) for name, array in arrays.items()})
 
 

@@ -63,8 +63,9 @@ def as_lists(pair: tuple[np.ndarray, np.ndarray]) -> dict[str, list]:
     return {"chosen": pair[0].tolist(), "rejected": pair[1].tolist()}
 
 
-def write_golden(path: Path, oracle: str, torch_version: str, entries: list[dict]) -> None:
-    """A JSON file with one entry per line. Numbers that are not finite become null."""
+def write_golden(script: str, oracle: str, torch_version: str, entries: list[dict]) -> None:
+    """Writes the JSON file of a script, one entry per line. Numbers that are not finite become null."""
+    path = Path(script).parents[1] / f"{Path(script).stem}.json"
     lines = ",\n".join(json.dumps(_finite_or_null(entry), allow_nan=False) for entry in entries)
     path.write_text(f'{{"oracle": "{oracle}", "torch": "{torch_version}", "entries": [\n{lines}\n]}}\n')
 
@@ -88,4 +89,4 @@ if __name__ == "__main__":
         "policy_tokens": as_lists(tokens(POLICY)),
         "reference_tokens": as_lists(tokens(REFERENCE)),
     }
-    Path(__file__).with_suffix(".json").write_text(json.dumps(inputs) + "\n")
+    (Path(__file__).parents[1] / "loss_inputs.json").write_text(json.dumps(inputs) + "\n")

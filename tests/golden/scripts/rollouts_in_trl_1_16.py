@@ -4,13 +4,12 @@ The trainers' `_compute_loss` is called unbound, with a namespace of the attribu
 log-probabilities of tokens. Advantages are computed in the middle of `_generate_and_score_completions`: its statements
 run as they stand in TRL's source (`excerpts`). Needs TRL; the tests do not: they read the JSON file, made by
 
-    python tests/golden/rollouts_in_trl_1_16.py
+    python tests/golden/scripts/rollouts_in_trl_1_16.py
 """
 
 from collections import defaultdict
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import loss_inputs
@@ -43,7 +42,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     entries = [*clipped_entries(), *kl_entries(), *other_surrogate_entries(), *accumulation_entries()]
     entries += [*on_policy_entries(), *grpo_advantage_entries(), *rloo_entries(), *rloo_advantage_entries()]
-    loss_inputs.write_golden(Path(__file__).with_suffix(".json"), f"TRL {VERSION}", torch.__version__, entries)
+    loss_inputs.write_golden(__file__, f"TRL {VERSION}", torch.__version__, entries)
 
 
 def clipped_entries():

@@ -4,12 +4,11 @@ PPO's computations are in the middle of `PPOTrainer.train`: its statements run a
 (`excerpts`). The other two have methods, called unbound. Needs TRL (with transformers before 5); the tests do not: they
 read the JSON file, made by
 
-    python tests/golden/rollouts_in_trl_0_28.py
+    python tests/golden/scripts/rollouts_in_trl_0_28.py
 """
 
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import loss_inputs
@@ -33,7 +32,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     entries = [*ppo_loss_entries(), *gae_entries(), *whitening_entries(), *kl_entries(), *ppo_rollout_entries()]
     entries += [*xpo_entries(), *nash_md_entries()]
-    loss_inputs.write_golden(Path(__file__).with_suffix(".json"), f"TRL {VERSION}", torch.__version__, entries)
+    loss_inputs.write_golden(__file__, f"TRL {VERSION}", torch.__version__, entries)
 
 
 def ppo_loss_entries():

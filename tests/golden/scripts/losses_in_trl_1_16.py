@@ -4,14 +4,13 @@ The trainers' methods are called unbound, with a namespace of the attributes tha
 the wanted log-probabilities of tokens. They return means over the batch: elementwise losses are asked for one row at a
 time. Needs TRL; the tests do not: they read the JSON file, made by
 
-    python tests/golden/losses_in_trl_1_16.py
+    python tests/golden/scripts/losses_in_trl_1_16.py
 """
 
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import loss_inputs
@@ -35,7 +34,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     entries = [*dpo_entries(), *batch_entries(), *divergence_entries(), *composed_entries(), *ld_dpo_entries()]
     entries += [*reference_free_entries(), *kto_entries()]
-    loss_inputs.write_golden(Path(__file__).with_suffix(".json"), f"TRL {VERSION}", torch.__version__, entries)
+    loss_inputs.write_golden(__file__, f"TRL {VERSION}", torch.__version__, entries)
 
 
 def dpo_entries():

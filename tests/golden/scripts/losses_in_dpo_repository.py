@@ -3,7 +3,7 @@
 The code is that of github.com/eric-mitchell/direct-preference-optimization, at commit 8a4023f. It is no package, and
 imports more than its loss needs, so only the function `preference_loss` is taken from a file of it:
 
-    python tests/golden/losses_in_dpo_repository.py path/to/direct-preference-optimization/trainers.py
+    python tests/golden/scripts/losses_in_dpo_repository.py path/to/direct-preference-optimization/trainers.py
 
 The tests do not need it: they read the JSON file that this script makes.
 """
@@ -30,7 +30,7 @@ def main(source: Path) -> None:
             entries.append(entry("dpo_loss", hyperparameters, preference_loss, **hyperparameters))
         entries.append(entry("ipo_loss", {"beta": beta}, preference_loss, beta=beta, ipo=True))
     oracle = "direct-preference-optimization 8a4023f"
-    loss_inputs.write_golden(Path(__file__).with_suffix(".json"), oracle, torch.__version__, entries)
+    loss_inputs.write_golden(__file__, oracle, torch.__version__, entries)
 
 
 def function_from(source: Path, name: str) -> Callable:

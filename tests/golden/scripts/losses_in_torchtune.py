@@ -2,12 +2,11 @@
 
 Needs torchtune (with a torchao that it can import); the tests do not: they read the JSON file, made by
 
-    python tests/golden/losses_in_torchtune.py
+    python tests/golden/scripts/losses_in_torchtune.py
 """
 
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 
 import loss_inputs
 import torch
@@ -24,8 +23,7 @@ def main() -> None:
         for beta, label_smoothing in product(BETAS, (0.0, 0.1))
     ]
     entries += [entry("hinge_loss", RSOLoss(gamma=beta), {"beta": beta}, "RSOLoss") for beta in BETAS]
-    path = Path(__file__).with_suffix(".json")
-    loss_inputs.write_golden(path, f"torchtune {VERSION}", torch.__version__, entries)
+    loss_inputs.write_golden(__file__, f"torchtune {VERSION}", torch.__version__, entries)
 
 
 def entry(name: str, loss: torch.nn.Module, hyperparameters: dict, note: str) -> dict:

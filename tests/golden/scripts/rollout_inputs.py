@@ -87,4 +87,4 @@ if __name__ == "__main__":
         "token_advantages": TOKEN_ADVANTAGES,
     }
     lists = {"group_size": GROUP_SIZE} | {name: array.tolist() for name, array in inputs.items()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(lists) + "\n")
+    (Path(__file__).parents[1] / "rollout_inputs.json").write_text(json.dumps(lists) + "\n")

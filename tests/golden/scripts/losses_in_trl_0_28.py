@@ -3,13 +3,12 @@
 The trainers' loss functions are called unbound, with a namespace of the attributes that they read. Needs TRL (with
 transformers before 5); the tests do not: they read the JSON file, made by
 
-    python tests/golden/losses_in_trl_0_28.py
+    python tests/golden/scripts/losses_in_trl_0_28.py
 """
 
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import loss_inputs
@@ -36,7 +35,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     entries = [*dpo_entries(), *bco_pair_entries(), *divergence_entries(), *reference_free_entries()]
     entries += [*kto_entries(), *bco_entries()]
-    loss_inputs.write_golden(Path(__file__).with_suffix(".json"), f"TRL {VERSION}", torch.__version__, entries)
+    loss_inputs.write_golden(__file__, f"TRL {VERSION}", torch.__version__, entries)
 
 
 def dpo_entries():

@@ -5,7 +5,7 @@ PyTorch and NumPy in the notebook's order, so that a seed here is a seed there. 
 read `notebook_in_torch.jsonl`, a line for each seed, which was made by the command below. It takes some seconds a seed,
 and goes on where it stopped.
 
-    python tests/golden/notebook_in_torch.py --num-seeds 500
+    python tests/golden/scripts/notebook_in_torch.py --num-seeds 500
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=500)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    path = Path(__file__).with_suffix(".jsonl")
+    path = Path(__file__).parents[1] / "notebook_in_torch.jsonl"
     path.touch()
     for seed in range(len(path.read_text().splitlines()), arguments.num_seeds):
         run = {name: np.round(figures, 6).tolist() for name, figures in run_notebook(seed).items()}
