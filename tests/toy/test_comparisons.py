@@ -236,9 +236,6 @@ def test_text_in_a_csv_that_looks_like_a_number_stays_text_beside_other_text(tmp
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.string_view()])
 @pytest.mark.parametrize("encoded", [False, True])
 def test_text_of_a_parquet_file_may_be_of_any_type(tmp_path, kind, encoded):
-    if encoded and kind == pyarrow.string_view():
-        pytest.skip("Arrow does not encode it")
-
     def write(rejected):
         cells = [["q", "q"], ["a", "\u00fc"], rejected]
         columns = [pyarrow.array([x if isinstance(x, bytes) else x.encode() for x in column]) for column in cells]
@@ -250,7 +247,10 @@ def test_text_of_a_parquet_file_may_be_of_any_type(tmp_path, kind, encoded):
         columns = [column.dictionary_encode() if encoded else column for column in columns]
         pyarrow.parquet.write_table(pyarrow.table(columns, ["prompt", "chosen", "rejected"]), tmp_path / "a.parquet")
 
-    write(["b", "b"])
+    try:
+        write(["b", "b"])
+    except pyarrow.ArrowNotImplementedError:
+        pytest.skip("this version of Arrow does not write it")
     assert toy.read_comparisons(tmp_path / "a.parquet").names.responses == (("a", "b", "\u00fc"),)
     write(["b", b"caf\xe9"])
     with pytest.raises(ValueError, match=r"a\.parquet, column rejected, row 2: not UTF-8 text .byte 0xe9"):
