@@ -65,9 +65,9 @@ class Options:
 class Trials(NamedTuple):
     """An axis of a sweep: in each row a strength and a learning rate. `place` tells rows apart that are equal."""
 
-    place: np.ndarray
-    strength: np.ndarray
-    learning_rate: np.ndarray
+    place: Any
+    strength: Any
+    learning_rate: Any
 
     @classmethod
     def of(cls, rows: Sequence[tuple[float, float]]) -> "Trials":
@@ -172,8 +172,9 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
         def sweep_of(methods: Sequence[str], trials: Trials, where: range) -> Any:
             num_seeds = min(BLOCK[0], -(-len(seeds.tuning) // jax.local_device_count()))
             shape = num_seeds, BLOCK[1]
-            options = {"seeds": where, "runs_at_once": shape, "report": report}
-            return seconds.count(sweep.grid(run, scenes, **options, method=methods, trial=trials))
+            return seconds.count(
+                sweep.grid(run, scenes, seeds=where, runs_at_once=shape, report=report, method=methods, trial=trials)
+            )
 
         run = runner(pipeline)
         return [tune_and_run(sweep_of, seeds, contender) for contender in CONTENDERS]

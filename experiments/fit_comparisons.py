@@ -144,7 +144,7 @@ def fit(
         uniform,
         training,
         objective=objective,
-        learning_rate=optax.cosine_decay_schedule(options.learning_rate, steps),
+        optimizer=optax.adam(optax.cosine_decay_schedule(options.learning_rate, steps)),
         num_epochs=options.num_epochs,
         batch_size=options.batch_size,
         evaluate=metrics_after_epoch,
@@ -219,7 +219,7 @@ def rank(policy: toy.NamedPolicy, training: Preferences, beta: float) -> list[Ra
                 rank=place,
                 response=responses[column],
                 probability=float(np.exp(policy.log_probs[row, column])),
-                implicit_reward=float(beta * (policy.log_probs[row, column] - policy.reference[row, column])),
+                implicit_reward=float(beta * (policy.log_probs[row, column] - policy.reference_log_probs[row, column])),
                 wins=float(wins[row, column]),
                 losses=float(losses[row, column]),
             )

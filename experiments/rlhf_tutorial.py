@@ -28,6 +28,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if "ipykernel" in sys.modules:
     sys.path.append("..")  # a notebook starts in its own folder, a script in the one above
@@ -162,7 +163,7 @@ def evaluate(params: Params) -> Metrics:
     return {**toy.evaluate(log_probs, sft_log_probs, world.rewards), "learned_reward": score}
 
 
-def respond_to(num: int, group_size: int) -> dict[str, object]:
+def respond_to(num: int, group_size: int) -> dict[str, Any]:
     """What every learner needs: how to ask, how to respond, how to score, and the reference."""
     return {
         "ask": toy.ask_uniformly(world, num=num // group_size),
@@ -288,11 +289,12 @@ course = {
     )
     for beta in (BETA, 0.0)
 }
-files.save_figure(figures.overoptimisation(course), out / "overoptimisation.png")
-for name, points in course.items():
+files.save_figure(figures.overoptimisation(course, largest_kl=1.5), out / "overoptimisation.png")
+for beta in (BETA, 0.0):
+    true, score = (courses[name].sel(beta=beta).values for name in ("expected_reward", "learned_reward"))
     console.say(
-        f"{name}, mean of {options.num_seeds} worlds: the score ends {points.learned_gain[-1]:+.4f} above SFT, the "
-        f"true reward {points.gain[-1]:+.4f}; its highest was {points.gain.max():+.4f}."
+        f"PPO, β = {beta:g}, mean of {options.num_seeds} worlds: the score ends {score[-1]:+.4f} above SFT, the true "
+        f"reward {true[-1]:+.4f}; its highest was {true.max():+.4f}."
     )
 
 # %% [markdown]

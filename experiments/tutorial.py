@@ -187,9 +187,10 @@ rewards = {
     )
 }
 columns = [(name, how) for how in ("sampled", "exact") for name in rewards]
+table_of_rewards = np.array([[*rewards[name][how], rewards[name][how].mean()] for name, how in columns]).T
 rows = [
-    [prompt, *(f"{values(rewards[name][how]):.4f}" for name, how in columns)]
-    for prompt, values in [*((str(i), lambda row, i=i: row[i]) for i in range(world.num_prompts)), ("all", np.mean)]
+    [prompt, *(f"{value:.4f}" for value in row)]
+    for prompt, row in zip([*map(str, range(world.num_prompts)), "all"], table_of_rewards, strict=True)
 ]
 console.print_table("True reward", ["prompt", *(f"{name}, {how}" for name, how in columns)], rows)
 

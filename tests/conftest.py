@@ -4,8 +4,12 @@ Warnings are errors too: see `filterwarnings` in pyproject.toml.
 """
 
 import os
+from importlib.metadata import version
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # compiles faster
+FLAGS = ["--xla_backend_optimization_level=0"]  # most programs run for milliseconds: compile them fast
+if version("jaxlib") < "0.11":
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time; newer versions do not know it
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import jax
 import jaxtyping
@@ -16,6 +20,9 @@ jaxtyping.install_import_hook("dpo_jax", "beartype.beartype")
 import pytest  # noqa: E402
 
 from dpo_jax import toy  # noqa: E402
+from dpo_jax.fast import compiling  # noqa: E402
+
+compiling.CPU_OPTIONS.clear()  # sweeps compile as fast as all else
 
 
 @pytest.fixture

@@ -1,22 +1,18 @@
-"""Compiler options: code for the widest vectors of the processor, compiled quickly."""
+"""Compiler options for many small runs."""
 
 from __future__ import annotations
 
 import jax
 
+CPU_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
+"""The widest vectors, and not the optimisations that only cost time here."""
 
-def compile_fast(lowered: jax.stages.Lowered, *, optimise: bool = True) -> jax.stages.Compiled:
-    """Compiles; on a CPU, for its widest vectors, and without the optimisations that only cost time here.
 
-    Args:
-      lowered: the program.
-      optimise: whether XLA shall spend time on fast code. A program that runs for milliseconds is not worth it.
-    """
+def compile_fast(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles; on a CPU, with `CPU_OPTIONS` if XLA knows them."""
     if jax.default_backend() != "cpu":
         return lowered.compile()
-    quick: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-    usual: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
     try:
-        return lowered.compile(compiler_options=usual if optimise else quick)
-    except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
+        return lowered.compile(compiler_options=CPU_OPTIONS)
+    except jax.errors.JaxRuntimeError:  # another version of XLA
         return lowered.compile()

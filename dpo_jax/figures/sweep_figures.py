@@ -79,7 +79,7 @@ def frontiers(
             line = line.sortby(along)
             centre = {which: line[which].sel(statistic="mean") for which in (x, y)}
             bars = {which: centre[which] - line[which].sel(statistic="low") for which in (x, y)}
-            error = {"xerr": bars[x], "yerr": bars[y], "elinewidth": 0.8}
+            error: dict[str, Any] = {"xerr": bars[x], "yerr": bars[y], "elinewidth": 0.8}
             axes.errorbar(centre[x], centre[y], **error, marker="o", markersize=3.5, label=named(str(value)), **style)
         axes.axhline(0.0, color=GREY, linestyle="--", linewidth=1)
         axes.set(xlabel=labels[0], ylabel=labels[1])

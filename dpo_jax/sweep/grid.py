@@ -235,11 +235,13 @@ def _compute_in_folder(
             stack.enter_context(locked(path, lock))
         clock.compiled()
         forget_those_before(path, company)
-        work.folder.tidy()
+        folder = work.folder
+        assert folder is not None
+        folder.tidy()
         _compute(work, _share_of(work, share), results, report, clock, stop)
     if company:
         _wait_for_others(work, company, stop)
-    read_blocks(work.folder, work.boxes, results, work.result_shapes)  # what others have made in the meantime
+    read_blocks(folder, work.boxes, results, work.result_shapes)  # what others have made in the meantime
 
 
 def _wait_for_others(work: Plan, company: Others, stop: Stop) -> None:

@@ -244,7 +244,8 @@ def agreed(work: Plan, dims: Mapping[str, Sequence[str]]) -> Plan:
             folder.write_manifest(wanted)
             return replace(work, folder=folder)
         fixed = [name for name in wanted if name not in ("block", "programs", "boxes")]
-        refuse_other(folder.path, *({name: each.get(name) for name in fixed} for each in (folder.manifest, wanted)))
+        stored = {name: folder.manifest.get(name) for name in fixed}
+        refuse_other(folder.path, stored, {name: wanted[name] for name in fixed})
         check_same_programs(folder, work)
         grown = _grown(replace(work, folder=folder), folder, None)
         num_old = len(folder.manifest["boxes"])

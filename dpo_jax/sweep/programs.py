@@ -196,7 +196,7 @@ def compile_all(
         for each in todo:
             if id(each) in started:
                 each.programs[place] = started[id(each)].result()
-    return Programs(prepare and prepare.programs[place], [run.programs[place] for run in runs])
+    return Programs(prepare.programs[place] if prepare else None, [run.programs[place] for run in runs])
 
 
 @contextmanager
@@ -255,7 +255,7 @@ def is_key(dtype: Any) -> bool:
 
 def _remembered(function: Callable[..., Any], *args: Any) -> Any:
     """What a function of these arguments returned last time, if they can be told from others (as `jax.jit` does)."""
-    flags = jax.config.jax_enable_x64
+    flags = jax.config.read("jax_enable_x64")
     try:
         hash(args)
     except TypeError:

@@ -190,7 +190,7 @@ def _read_axis(name: str, names: list[Any], manifest: dict[str, Any]) -> Axis:
     if isinstance(names[0], dict):
         columns = {leaf: np.array([row[leaf] for row in names]) for leaf in names[0]}
         return Axis((), tuple(names), np.arange(len(names)), traced, columns)
-    values = np.array(names, manifest["dtypes"][name]) if traced else names
+    values: Any = np.array(names, manifest["dtypes"][name]) if traced else names
     return Axis((), tuple(names), coordinate(values, floats=traced and values.dtype.kind == "f"), traced)
 
 

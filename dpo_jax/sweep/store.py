@@ -140,10 +140,8 @@ class Folder:
         places = [{_key(name): i for i, name in enumerate(names)} for names in (combinations, points)]
         return [
             Box(
-                *(
-                    [known.get(_key(name), -1) for name in names]
-                    for known, names in zip(places, (box["combinations"], box["points"]), strict=True)
-                ),
+                [places[0].get(_key(name), -1) for name in box["combinations"]],
+                [places[1].get(_key(name), -1) for name in box["points"]],
                 _unpacked(box["seeds"]),
             )
             for box in self.manifest["boxes"]
@@ -156,7 +154,8 @@ class Folder:
 
     def write(self, block: Block, arrays: Arrays) -> None:
         """Stores a block; it counts as soon as its file has its name."""
-        _write_whole(self._file(block.number), lambda file: np.savez(file, **{f"_{k}": v for k, v in arrays.items()}))
+        named: dict[str, Any] = {f"_{name}": array for name, array in arrays.items()}
+        _write_whole(self._file(block.number), lambda file: np.savez(file, **named))
 
     def read(self, block: Block, shapes: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> Arrays:
         """A block that is complete.

@@ -123,7 +123,8 @@ def _statistics(values: "xarray.DataArray", *, over: str) -> "xarray.DataArray":
     spread = ((values - mean) ** 2).sum(over)
     stderr = np.sqrt(spread / (num - 1).where(num > 1) / num)
     half = half_width(stderr, num)
-    return xarray.concat([mean, stderr, mean - half, mean + half], "statistic")
+    statistics: Any = [mean, stderr, mean - half, mean + half]
+    return xarray.concat(statistics, "statistic")
 
 
 def _finished(results: "xarray.Dataset", over: str) -> "xarray.DataArray":

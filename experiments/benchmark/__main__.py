@@ -35,8 +35,7 @@ class Options:
     max_experiments: int | None = None
     """At most how many experiments at once; by default as many as `--max-seconds` allows."""
     runs_at_once: int | None = None
-    """How many runs a device trains at once; more are trained one block after another. By default what suits the device,
-    as in every sweep."""
+    """How many runs a device trains at once; more are trained block after block. By default what suits the device."""
     max_seconds: float = 30.0
     """Numbers of experiments, and of runs, that take longer than this are left out."""
     repeats: int = 3

@@ -162,7 +162,7 @@ def at_once(workload: Workload, numbers: Iterable[int], clock: Clock, max_second
         if seconds > max_seconds and i > 0:
             return
         again = partial(workload.run, num)
-        measure = (lambda: again().attrs["run_seconds"]) if seconds > LONG else partial(_median, again, clock.repeats)
+        measure = partial(_median, again, 1 if seconds > LONG else clock.repeats)
         times = clock.timed(measure, workload.work * num, runs=num, steps=num * workload.steps)
         plan = workload.plan(num)
         yield {

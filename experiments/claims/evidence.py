@@ -101,7 +101,7 @@ def gather(pipeline: Pipeline, seed: int, amounts: Amounts, seconds: Seconds) ->
                 trial=at_rates(HACKED_BETAS, [pipeline.learning_rate]),
             )
         )
-        found = {
+        found: dict[str, Any] = {
             "dpo": grid(dpo_by_beta, beta=MANY_BETAS),
             "dpo on policy": {name: rows[0] for name, rows in grid(dpo_on_policy, beta=[BETA]).items()},
             "dpo to the end": grid(dpo_to_the_end, beta=HACKED_BETAS),
@@ -319,7 +319,7 @@ def smoothing(
         chosen = {"learning_rate": learning_rate, "beta": beta, "label_smoothing": label_smoothing}
         return standard_run(pipeline, known[method], start, Setting(flip_probability=0.2), chosen)
 
-    axes = {"method": SMOOTHED, "learning_rate": [rate, 10 * rate], "label_smoothing": SMOOTHINGS}
+    axes: dict[str, Any] = {"method": SMOOTHED, "learning_rate": [rate, 10 * rate], "label_smoothing": SMOOTHINGS}
     with console.progress("Label smoothing") as report:
         found = seconds.count(sweep.grid(run, starts, report=report, **axes))
     return {"expected_reward": found.expected_reward.transpose(*axes, "seed").values}

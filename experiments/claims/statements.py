@@ -338,7 +338,8 @@ def ppo_sensitive_to_clip(evidence: dict[str, Any]) -> Claim:
     tuning, reported = (evidence["by_clip"][where] for where in ("tuning", "reported"))
     gains = reported - evidence["exact"]["sft_reward"]
     labels = [f"learning rate {factor * TUTORIAL.learning_rate:g}" for factor in FASTER]
-    spreads, chosen = {}, {}
+    spreads: dict[str, Estimate] = {}
+    chosen: dict[str, float] = {}
     for label, tried, gain in zip(labels, tuning.mean(axis=-1), gains, strict=True):
         best, worst = int(np.nanargmax(tried)), int(np.nanargmin(tried))
         spreads[label] = estimate(gain[best] - gain[worst])

@@ -131,7 +131,7 @@ def load_function(path: Path, name: str) -> Callable[..., Any]:
     if not callable(found.get(name)):
         names = ", ".join(known for known, value in found.items() if callable(value) and not known.startswith("_"))
         raise ValueError(f"{path} has no function {name!r}; it has: {names or 'none'}")
-    return found[name]  # type: ignore[no-any-return]
+    return found[name]
 
 
 def kto(setup: Setup, h: Hyperparameters) -> Objective:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from scipy.stats import qmc
 
 from dpo_jax import sweep
@@ -74,7 +74,7 @@ def candidates(num: int, num_dimensions: int) -> Float[np.ndarray, "num dimensio
     return qmc.Halton(num_dimensions, scramble=False).random(num + 1)[1:].astype(np.float32)  # the first is a corner
 
 
-def hyperparameters(ranges: Ranges, candidate: Float[Array, " dimensions"]) -> dict[str, Numeric]:
+def hyperparameters(ranges: Ranges, candidate: Any) -> dict[str, Numeric]:
     """The candidate in the ranges of a method."""
     return {name: limits.at(candidate[i]) for i, (name, limits) in enumerate(ranges.items())}
 
@@ -87,8 +87,8 @@ def at_edge(ranges: Ranges, candidate: Float[np.ndarray, " dimensions"]) -> list
 def trials(settings: Sequence[Setting], points: Float[np.ndarray, "settings candidates dimensions"]) -> Trials:
     """A row for each setting and each of its candidates."""
     num = points.shape[1]
-    columns = (np.repeat(np.array(column, np.float32), num) for column in zip(*settings, strict=True))
-    return Trials(np.arange(len(settings) * num), Setting(*columns), points.reshape(-1, points.shape[-1]))
+    repeated = Setting(*(np.repeat(np.array(column, np.float32), num) for column in zip(*settings, strict=True)))  # type: ignore[arg-type]
+    return Trials(np.arange(len(settings) * num), repeated, points.reshape(-1, points.shape[-1]))
 
 
 def num_runs(seeds: Seeds, num_methods: int, num_settings: int, num_candidates: int, *, reports: int = 1) -> int:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from experiments.least_work import DPO_PAIR, FLOAT, Network, Training, Work
+from experiments.notebook import POLICY
 
 from dpo_jax import toy
 from experiments import benchmark, measuring
-from experiments.least_work import DPO_PAIR, FLOAT, Network, Training, Work
-from experiments.notebook import POLICY
 from tests.experiments.walks import ROOT
 
 # Counts

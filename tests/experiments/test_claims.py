@@ -1,30 +1,46 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments.evidence import MANY_BETAS
 
 from dpo_jax import toy
-from experiments import claims, contenders, dpo_vs_rlhf, evidence, harness, loss_variants, tuning
-from experiments.claims import FAILS, HOLDS, OPEN, Estimate, estimate, verdict
+from experiments.claims import __main__ as script
+from experiments.claims import evidence, judging, statements
+from experiments.claims.evidence import MANY_BETAS
+from experiments.claims.judging import (
+    FAILS,
+    HOLDS,
+    NO_DIFFERENCE,
+    OPEN,
+    SLIGHT,
+    Estimate,
+    by_condition,
+    estimate,
+    verdict,
+)
+from experiments.lab import contenders, devices
+from tests.experiments.small import PIPELINE
 
 
 @pytest.mark.parametrize(
-    ("effect", "beyond", "expected"),
+    ("effect", "matters", "expected"),
     [
         (Estimate(0.1, 0.05), 0.0, HOLDS),
         (Estimate(0.1, 0.2), 0.0, OPEN),
         (Estimate(-0.1, 0.05), 0.0, FAILS),
-        (Estimate(0.002, 0.001), 0.01, FAILS),  # there, but nothing to speak of
-        (Estimate(0.006, 0.005), 0.01, OPEN),
         (Estimate(0.02, 0.005), 0.01, HOLDS),
+        (Estimate(0.002, 0.001), 0.01, SLIGHT),  # there, but it does not matter
+        (Estimate(0.006, 0.005), 0.01, OPEN),  # it may matter
+        (Estimate(0.001, 0.002), 0.01, NO_DIFFERENCE),
+        (Estimate(-0.002, 0.001), 0.01, NO_DIFFERENCE),
+        (Estimate(-0.01, 0.005), 0.01, FAILS),
+        (Estimate(0.0, 0.02), 0.01, OPEN),
         (Estimate(np.nan, np.nan), 0.0, OPEN),
     ],
 )
-def test_verdicts(effect, beyond, expected):
-    assert verdict(effect, beyond=beyond) == expected
+def test_verdicts(effect, matters, expected):
+    assert verdict(effect, matters=matters) == expected
 
 
 @pytest.mark.parametrize(
@@ -38,7 +54,7 @@ def test_verdicts(effect, beyond, expected):
     ],
 )
 def test_a_difference_that_should_be_nothing(effect, expected):
-    assert claims.equivalence(effect) == expected
+    assert judging.equivalence(effect) == expected
 
 
 def test_estimates_by_hand():
@@ -48,42 +64,53 @@ def test_estimates_by_hand():
 
 
 def test_conditions_that_disagree_are_named():
-    yes, no, perhaps = Estimate(0.1, 0.01), Estimate(-0.1, 0.01), Estimate(0.0, 0.1)
-    assert claims.by_condition({"clean": yes, "noisy": yes}) == HOLDS
-    assert claims.by_condition({"clean": no, "noisy": no}) == FAILS
-    assert claims.by_condition({"clean": no, "noisy": perhaps}) == "fails, but for noisy, where it is not shown"
-    assert claims.by_condition({"clean": yes, "noisy": no}) == "depends on the labels: clean holds, noisy fails"
+    yes, no = Estimate(0.1, 0.01), Estimate(-0.1, 0.01)
+    assert by_condition({"clean": yes, "noisy": yes}) == HOLDS
+    assert by_condition({"clean": yes, "noisy": no}) == "depends on the labels: clean holds, noisy fails"
 
 
 @pytest.mark.parametrize(
-    ("difference", "expected"), [(0.0, FAILS), (-0.1, FAILS), (0.1, HOLDS), (None, "depends on how well")]
+    ("difference", "expected"), [(0.0, NO_DIFFERENCE), (-0.1, FAILS), (0.1, HOLDS), (None, "depends on how well")]
 )
 def test_whether_exploration_helps_is_open_before(difference, expected):
     num = len(evidence.POWERS)
     offline = np.full((num, 4), 0.4) + 1e-4 * np.arange(4)
     gain = np.linspace(-0.1, 0.1, num)[:, None] if difference is None else difference
-    measured = {"regret": offline, "log_coverage": offline}
+    measured = {"regret": offline, "log_coverage": offline, "optimal_reward": offline}
     found = {
         name: {"expected_reward": offline + (gain if name == "online" else 0), **measured}
         for name in evidence.EXPLORERS
     }
-    assert claims.exploration_helps({"exploration": found}).verdict.startswith(expected)
+    rest = {"exact": {"sft_reward": offline[0]}, "dpo": {"gain": offline[: len(MANY_BETAS)]}}
+    assert statements.exploration_helps({"exploration": found, **rest}).verdict.startswith(expected)
+
+
+def test_clips_are_chosen_in_other_worlds():
+    """In the tuning worlds the third clip is best; in the reported ones the first, by chance."""
+    num = len(evidence.CLIPS)
+    tuning, reported = np.zeros((2, num, 3)), np.zeros((2, num, 4)) + np.arange(4) * 1e-4
+    tuning[:, 2], tuning[:, 1] = 1.0, -1.0
+    reported[:, 0], reported[:, 2] = 0.9 + np.arange(4) * 1e-4, 0.05 + np.arange(4) * 1e-4
+    found = {"by_clip": {"tuning": tuning, "reported": reported}, "exact": {"sft_reward": np.zeros(4)}}
+    claim = statements.ppo_sensitive_to_clip(found)
+    assert claim.effect.mean == pytest.approx(0.05)
+    assert claim.details["best clip, learning rate 0.001"] == evidence.CLIPS[2]
 
 
 @pytest.fixture(scope="module")
 def scene():
-    return jax.jit(contenders.prepare)(jnp.uint32(5))
+    return jax.jit(lambda key: contenders.scene(PIPELINE, key))(jax.random.key(5))
 
 
 def test_sharpened_networks_have_their_logits_scaled(scene):
-    logits = toy.score_table_fn(contenders.POLICY, scene.world.embeddings)
+    logits = toy.score_table_fn(PIPELINE.policy, scene.world.embeddings)
     for power in (0.0, -0.5, 2.0):
-        scaled = logits(evidence.sharpened(scene.params, power))
-        np.testing.assert_allclose(scaled, power * logits(scene.params), rtol=1e-5, atol=1e-5)
+        scaled = logits(evidence.sharpened(scene.start.params, power))
+        np.testing.assert_allclose(scaled, power * logits(scene.start.params), rtol=1e-5, atol=1e-5)
 
 
 def test_accuracy_on_new_comparisons_is_that_of_all_pairs(scene):
-    scores, rewards = np.asarray(scene.learned_rewards), np.float64(scene.world.rewards)
+    scores, rewards = np.asarray(scene.learned_rewards), np.float64(scene.true_rewards)
     total, num = 0.0, 0
     for prompt in range(5):
         for i in range(10):
@@ -92,21 +119,19 @@ def test_accuracy_on_new_comparisons_is_that_of_all_pairs(scene):
                     wins = 1 / (1 + np.exp(rewards[prompt, j] - rewards[prompt, i]))
                     total += wins if scores[prompt, i] > scores[prompt, j] else 1 - wins
                     num += 1
-    np.testing.assert_allclose(
-        evidence.new_accuracy(scene.learned_rewards, scene.world.rewards), total / num, rtol=1e-5
-    )
+    np.testing.assert_allclose(evidence.new_accuracy(scene.learned_rewards, scene.true_rewards), total / num, rtol=1e-5)
     assert (
-        evidence.new_accuracy(scene.world.rewards, scene.world.rewards)
-        == toy.bayes_prediction(scene.world.rewards)["accuracy"]
+        evidence.new_accuracy(scene.true_rewards, scene.true_rewards)
+        == toy.bayes_prediction(scene.true_rewards)["accuracy"]
     )
 
 
 def test_what_is_exact_is_that_of_the_closed_forms(scene):
     found = evidence.exact(scene)
     beta = MANY_BETAS.index(0.1)
-    best = np.exp(np.float64(toy.optimal_policy(scene.log_probs, scene.learned_rewards, beta=0.1)))
+    best = np.exp(np.float64(toy.optimal_policy(scene.start.log_probs, scene.learned_rewards, beta=0.1)))
     start, rewards, learned = (
-        np.float64(table) for table in (np.exp(scene.log_probs), scene.world.rewards, scene.learned_rewards)
+        np.float64(table) for table in (np.exp(scene.start.log_probs), scene.true_rewards, scene.learned_rewards)
     )
     gain = ((best - start) * rewards).sum(-1).mean()
     np.testing.assert_allclose(found["maximised"]["gain"][beta], gain, atol=1e-5)
@@ -114,27 +139,23 @@ def test_what_is_exact_is_that_of_the_closed_forms(scene):
     np.testing.assert_allclose(found["maximised"]["overestimate"][beta], excess, atol=1e-5)
 
 
-def test_the_script_judges_every_claim(as_users_have_it, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "enable_compilation_cache", lambda: None)
-    for module in (dpo_vs_rlhf, tuning, loss_variants):
-        monkeypatch.setattr(module, "RUNS_PER_CHUNK", 4)
-    for module in (contenders, evidence, loss_variants):
-        monkeypatch.setattr(module, "NUM_EPOCHS", 1)
-    monkeypatch.setattr(contenders, "STEPS_PER_EPOCH", 4)
-    monkeypatch.setattr(contenders, "PPO_ROUNDS", 3)
-    for name, value in (("NUM_STEPS", 4), ("LONG", 2), ("NUM_TIMES", 2)):
-        monkeypatch.setattr(evidence, name, value)
-    claims.main(claims.Options(num_seeds=3, num_tuning_seeds=1, num_candidates=1, out=tmp_path))
+@pytest.mark.usefixtures("as_users_have_it")
+def test_the_script_judges_every_claim(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(evidence, "NUM_TIMES", 2)
+    script.main(script.Options(num_seeds=3, num_tuning_seeds=1, num_candidates=1, out=tmp_path), PIPELINE)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert len(summary["claims"]) >= 15
+    assert len(summary["claims"]) >= 18
     for claim in summary["claims"]:
         assert {"id", "claim", "effect", "interval", "verdict"} <= claim.keys()
         low, high = claim["interval"]
         assert low <= claim["effect"] <= high
-        assert claim["verdict"].startswith((HOLDS, FAILS, OPEN, "depends on"))
+        assert claim["verdict"].startswith((HOLDS, FAILS, OPEN, NO_DIFFERENCE, "depends on"))
     assert {path.name for path in tmp_path.iterdir()} == {
         "summary.json",
         *(f"{claim['id']}.png" for claim in summary["claims"]),
     }
     assert len({claim["id"] for claim in summary["claims"]}) == len(summary["claims"])
-    assert "What the notebook claims, measured" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "The notebook's claims, measured" in said
+    assert "Beware: with 1 candidates in 1 tuning worlds" in said

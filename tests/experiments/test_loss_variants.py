@@ -20,9 +20,7 @@ def test_differences_are_paired():
         return {**told, "expected_reward": np.array(rewards), **measured}
 
     known = {"clean": {"sft": {"expected_reward": np.array([0.1, 0.5])}}}
-    summary = summarise(
-        {"clean": [result([0.2, 0.6]), result([0.3, 0.8])]}, known, [BY_NAME["dpo"], BY_NAME["ipo"]]
-    )
+    summary = summarise({"clean": [result([0.2, 0.6]), result([0.3, 0.8])]}, known, [BY_NAME["dpo"], BY_NAME["ipo"]])
     entry = summary["losses"][1]
     assert (entry["name"], entry["setting"], summary["num_seeds"]) == ("ipo", "clean", 2)
     np.testing.assert_allclose([entry["gain"]["mean"], entry["gain"]["stderr"]], [0.25, 0.05], atol=1e-12)

@@ -65,7 +65,9 @@ def test_samples_are_counted_as_they_are_drawn(scene):
         assert drawn.responses.shape == (num // group_size, group_size)
     assert BY_NAME["RLOO, reward model"].samples(TUTORIAL) == 64 * 1450
     assert BY_NAME["PPO, reward model"].samples(TUTORIAL) == 256 * 90
-    assert BY_NAME["online DPO, people"].labels(TUTORIAL) == BY_NAME["DPO, 46,400 comparisons"].labels(TUTORIAL) == 46400
+    assert (
+        BY_NAME["online DPO, people"].labels(TUTORIAL) == BY_NAME["DPO, 46,400 comparisons"].labels(TUTORIAL) == 46400
+    )
 
 
 def test_a_policy_that_never_changes_answers_for_another(scene):

@@ -27,9 +27,9 @@ def test_more_data_take_as_many_steps_in_larger_batches():
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
     for factor in (1, 2):
         pairs = PIPELINE.more(factor).comparisons(jax.random.key(1), start)
-        _, history = jax.jit(
-            lambda pairs: PIPELINE.fit(jax.random.key(2), start.params, pairs, objective=objective)
-        )(pairs)
+        _, history = jax.jit(lambda pairs: PIPELINE.fit(jax.random.key(2), start.params, pairs, objective=objective))(
+            pairs
+        )
         assert history["step"][-1] == PIPELINE.num_steps
         assert jnp.all(jnp.isfinite(history["loss"]))
 

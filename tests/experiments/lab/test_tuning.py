@@ -36,7 +36,7 @@ def test_trials_are_all_settings_with_all_their_candidates():
 
 @pytest.mark.parametrize("num", [1, 3, 6])
 def test_tuning_finds_the_best_where_it_may_look(num):
-    """With scores that are known: the first candidate diverges in the noisy setting, and the second is best elsewhere."""
+    """With known scores: the second candidate is the best, and the first diverges in the noisy setting."""
     asked, points, names = [], candidates(num, 2), ["dpo", "ipo"]
     best = points[min(1, num - 1)]
     settings = [SETTINGS["clean"], SETTINGS["noisy"]]
