@@ -6,11 +6,11 @@ import jax
 
 
 def compile_fast(lowered: jax.stages.Lowered, *, optimise: bool = True) -> jax.stages.Compiled:
-    """Compiles; on a CPU, for its widest vectors, and without the optimisations that only cost time here.
+    """Compiles a program; on a CPU, for its widest vectors, without optimisations that do not pay here.
 
     Args:
       lowered: the program.
-      optimise: whether XLA shall spend time on fast code. A program that runs for milliseconds is not worth it.
+      optimise: whether XLA optimises the code. It does not pay for a program that runs for milliseconds.
     """
     if jax.default_backend() != "cpu":
         return lowered.compile()
@@ -18,5 +18,5 @@ def compile_fast(lowered: jax.stages.Lowered, *, optimise: bool = True) -> jax.s
     usual: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
     try:
         return lowered.compile(compiler_options=usual if optimise else quick)
-    except jax.errors.JaxRuntimeError:  # another version of XLA, which does not know these options
+    except jax.errors.JaxRuntimeError:  # another version of XLA, without these options
         return lowered.compile()
