@@ -85,7 +85,7 @@ class Preferences(NamedTuple):
     """Comparisons of two or more responses to one prompt. Every leaf shares its leading axis.
 
     Attributes:
-      prompts: what was asked.
+      prompts: ids of prompts, or arrays of tokens.
       responses: a `Pair` (chosen, rejected), or a ranking of more than two responses, a tuple from best to worst.
       weights: how much each comparison counts, relative to 1; `None` means equally.
       reference_logps: log-probabilities of the responses under the reference policy, computed once per data set
@@ -104,8 +104,8 @@ class Labels(NamedTuple):
     """Single responses, labelled good or bad. Every leaf shares its leading axis.
 
     Attributes:
-      prompts: what was asked.
-      responses: what was answered.
+      prompts: ids of prompts, or arrays of tokens.
+      responses: ids of responses, or arrays of tokens.
       desirable: whether the response is good.
       weights: how much each label counts, relative to 1; `None` means equally.
       reference_logps: log-probabilities of the responses under the reference policy (`train.with_reference`); `None`
@@ -138,8 +138,8 @@ class Rollouts(NamedTuple):
     """Responses of a policy with their rewards. Every leaf shares its leading axis.
 
     Attributes:
-      prompts: what was asked.
-      responses: what was answered.
+      prompts: ids of prompts, or arrays of tokens.
+      responses: ids of responses, or arrays of tokens.
       logps: log-probabilities of the responses under the policy that sampled them.
       reference_logps: the same under the reference policy.
       rewards: of the responses.
@@ -197,7 +197,7 @@ PolicyGradientLoss: TypeAlias = Callable[..., Array]
 """An elementwise surrogate `(logps, old_logps, advantages, *, ...) -> [batch]` of single responses."""
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Array, Metrics]]
-"""What training minimises: `(params, batch) -> (scalar loss, metrics)`."""
+"""A function to minimise: `(params, batch) -> (scalar loss, metrics)`."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Learner(NamedTuple):
 
     Attributes:
       collect: collects data with the current parameters, of the same size each time.
-      objective: what training minimises on them.
+      objective: minimised on these data.
       memory: the initial memory of `collect`: any pytree of arrays, or `None`.
     """
 

@@ -150,7 +150,7 @@ class Shift(NamedTuple):
 
     @property
     def value(self) -> Array | float:
-        """What `bco_pair_loss` and `bco_loss` take."""
+        """The shift of `bco_pair_loss` and `bco_loss`."""
         both = jnp.minimum(self.desirable.num, self.undesirable.num) > 0
         return (self.desirable.mean + self.undesirable.mean) / jnp.where(both, 2.0, 1.0)
 

@@ -9,7 +9,7 @@ That is why these losses can take other divergences (`with_divergence`).
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
 tokens of a response unless its docstring says otherwise (`sequence_logps`); the reference is a constant to the caller.
 Every loss returns one number per comparison, in the dtype of the log-probabilities. Hyperparameters are scalars, or
-have one value per comparison. All raise what `dpo_loss` does.
+have one value per comparison. Errors are those of `dpo_loss`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ normalisation :math:`\log Z` does not cancel, so they cannot take other divergen
 
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
 tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns
-one number per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `dpo_loss`
-does.
+one number per comparison. Hyperparameters are scalars, or have one value per comparison. Errors are those of
+`dpo_loss`.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def apo_zero_loss(
 
     .. math:: 1 - \sigma(\beta C) + \sigma(\beta R)
 
-    For chosen responses that are better than what the policy writes. Source: D'Oosterlinck et al. 2024, "Anchored
-    Preference Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 7 (without the constant).
+    For chosen responses that are better than the policy's. Source: D'Oosterlinck et al. 2024, "Anchored Preference
+    Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 7 (without the constant).
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -136,8 +136,8 @@ def apo_down_loss(
 
     .. math:: \sigma(\beta C) + 1 - \sigma(\beta \Delta)
 
-    For chosen responses that are worse than what the policy writes. Source: D'Oosterlinck et al. 2024, "Anchored
-    Preference Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 8 (without the constant).
+    For chosen responses that are worse than the policy's. Source: D'Oosterlinck et al. 2024, "Anchored Preference
+    Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 8 (without the constant).
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))

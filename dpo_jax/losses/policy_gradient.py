@@ -5,7 +5,7 @@ r"""Surrogate losses whose gradients are policy gradients, and estimates of KL.
 The responses are samples of :math:`\pi_{old}`, the policy at sampling time, and :math:`A` is the advantage of a
 response. Every function is elementwise, and to be minimised: pass log-probabilities of whole responses (sums over
 tokens) or of tokens, and take a mean (`dpo_jax.losses.aggregation`). No gradient should flow through anything but
-`logps`. All raise what `reinforce_loss` does.
+`logps`. Errors are those of `reinforce_loss`.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ r"""Losses of the policy alone, without a reference.
 Every loss takes `policy`, a pair (chosen, rejected) of log-probabilities in nats. Some take sums over the tokens of a
 response and some take means, as their docstrings say; the caller divides by the length (`sequence_logps`). Losses are
 elementwise, so they can detect neither a wrong choice nor an axis of tokens. Every loss returns one number per
-comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
+comparison. Hyperparameters are scalars, or have one value per comparison. Errors are those of `simpo_loss`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ r"""Losses of single responses, labelled good or bad.
 
 Every loss takes `policy` and `reference`, arrays of log-probabilities in nats, summed over the tokens of a response
 (the reference is a constant to the caller), and `desirable`, the labels. Every loss returns one number per response.
-Hyperparameters are scalars, or have one value per response. All raise what `kto_loss` does.
+Hyperparameters are scalars, or have one value per response. Errors are those of `kto_loss`.
 """
 
 from __future__ import annotations

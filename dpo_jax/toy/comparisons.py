@@ -42,7 +42,7 @@ ROUNDING = 1e-3
 
 
 class Names(NamedTuple):
-    """What the ids stand for.
+    """The names behind the ids.
 
     Attributes:
       prompts: the prompts.
@@ -446,7 +446,7 @@ def _weight(cell: Any, place: str) -> float:
 
 
 def _relative(path: Path, weights: np.ndarray, places: list[str]) -> np.ndarray:
-    """Weights relative to the largest; an error if single precision could not hold one beside the others."""
+    """Weights relative to the largest; an error if the range is too large for single precision."""
     low, high = int(weights.argmin()), int(weights.argmax())
     relative = weights / weights[high]
     if relative[low] * LARGEST_WEIGHT_RATIO < 1:

@@ -21,7 +21,7 @@ def ask_uniformly(world: World, *, num: int) -> AskFn:
 
 
 def ask_everything(world: World) -> AskFn:
-    """The function `key -> [prompts]` that asks each prompt once, whatever the key."""
+    """The function `key -> [prompts]` that asks each prompt once, for any key."""
     return lambda _: jnp.arange(world.num_prompts)
 
 

@@ -22,7 +22,7 @@ class ToyLM(nn.Module):
     Its outputs can also be rewards (`score_fn`); with one output it is a value function (`value_fn`).
 
     Attributes:
-      num_responses: how many responses there are to choose from.
+      num_responses: number of possible responses.
       hidden_dim: width of the hidden layer.
     """
 
@@ -39,7 +39,7 @@ class TablePolicy(nn.Module):
     """One logit for each prompt and response: can represent any policy. It starts uniform.
 
     Attributes:
-      num_responses: how many responses there are to choose from.
+      num_responses: number of possible responses.
     """
 
     num_responses: int
@@ -60,7 +60,7 @@ def table_fn(
 def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> LogProbFn:
     """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives take.
 
-    The network runs once for each distinct prompt, however many comparisons there are.
+    The network runs once for each distinct prompt, for any number of comparisons.
     """
     table = table_fn(policy, embeddings)
     return lambda params, prompts, responses: lookup(table(params), prompts, responses)

@@ -96,7 +96,7 @@ def preference_objective(
       log_prob: scores responses.
       loss: of policy and reference, for instance `losses.dpo_loss`; for rankings, `losses.plackett_luce_loss`.
       beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
-      **hyperparameters: what else the loss takes.
+      **hyperparameters: further hyperparameters of the loss.
 
     Returns:
       An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are means over
@@ -130,7 +130,7 @@ def reference_free_objective(score: LogProbFn, loss: ReferenceFreeLoss, **hyperp
         reward model (`toy.score_fn`).
       loss: `(policy, *, ...)`, for instance `losses.simpo_loss`, or `(rewards, *, ...)`, such as
         `losses.bradley_terry_loss`.
-      **hyperparameters: what the loss takes.
+      **hyperparameters: of the loss.
 
     Returns:
       An objective on batches of `Preferences`. Its metrics are means over the batch, weighted if the batch has weights,
@@ -165,7 +165,7 @@ def unpaired_objective(
       log_prob: scores responses.
       loss: of policy, reference and labels, for instance `losses.kto_loss`.
       beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
-      **hyperparameters: what else the loss takes.
+      **hyperparameters: further hyperparameters of the loss.
 
     Returns:
       An objective on batches of `Labels` that carry their reference (`with_reference`). Its metrics are
@@ -202,7 +202,7 @@ def policy_gradient_objective(
       log_prob: scores responses.
       loss: of current log-probabilities, log-probabilities at sampling time, and advantages: for instance
         `losses.ppo_loss`.
-      **hyperparameters: what else the loss takes. `losses.grpo_loss` needs
+      **hyperparameters: further hyperparameters of the loss. `losses.grpo_loss` needs
         `reference=lambda params, batch, logps: batch.reference_logps`.
 
     Returns:
