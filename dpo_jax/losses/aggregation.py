@@ -1,7 +1,7 @@
 """From a loss per token to one number: where GRPO, DAPO and Dr. GRPO differ.
 
 `values` has a row for each response and a column for each token, and `mask` is 1 for the tokens of a response, 0 after
-its end. If all responses have one token, the three are the same. Values after the end are ignored, but log-probabilities
+its end. If all responses have one token, the three are the same. Values after the end are ignored. Log-probabilities
 there must be finite, because otherwise their gradients are NaN.
 """
 
