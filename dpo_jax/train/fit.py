@@ -68,7 +68,7 @@ def init_state(params: Params, *, objective: Objective, optimizer: optax.Gradien
     memory = objective.memory if isinstance(objective, StatefulObjective) else None
     memory = jax.tree.map(jnp.asarray, memory)
     opt_state = optimizer.init(params)
-    _refuse_gathering(opt_state)
+    _refuse_accumulation(opt_state)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool), memory)
 
 
@@ -259,16 +259,16 @@ def _asked_for(optimizer: optax.GradientTransformation, known: dict[str, Any]) -
     return known if takes_all else {name: value for name, value in known.items() if name in parameters}
 
 
-def _refuse_gathering(opt_state: Any) -> None:
+def _refuse_accumulation(opt_state: Any) -> None:
     """Rejects optimizers that accumulate gradients over batches."""
     kinds = (optax.MultiStepsState, optax.ApplyEvery)
     for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
         if isinstance(node, kinds):
             raise ValueError(
-                "optimizers that gather gradients over several batches (optax.MultiSteps, optax.apply_every) are not "
-                "supported: moving references, running shifts, losses of whole batches and history['step'] would take "
-                "each part for a batch. For exactly the numbers of the large batch in the memory of a small one, give "
-                "the large batch_size and score it in chunks: log_prob = train.in_chunks(log_prob, rows_per_chunk)"
+                "optimizers that accumulate gradients over batches (optax.MultiSteps, optax.apply_every) are not "
+                "supported: moving references, running shifts, losses of whole batches and history['step'] would treat "
+                "each part as a batch. To get the same numbers as with the large batch in the memory of a small one, "
+                "use the large batch_size and score it in chunks: log_prob = train.in_chunks(log_prob, rows_per_chunk)"
             )
 
 
