@@ -1,7 +1,7 @@
 """Checks at the eager borders.
 
-Each check raises an error that names the argument, its value and, for arrays, the row. A value that is being traced
-(under `jit`, `vmap` or `grad`) has no value yet: there, only shapes and dtypes are checked.
+Each check raises an error that names the argument, its value and, for arrays, the row. Traced values (under `jit`,
+`vmap` or `grad`) are unknown: only their shapes and dtypes are checked.
 """
 
 from functools import lru_cache, partial
@@ -15,7 +15,7 @@ from dpo_jax.types import Ratio
 
 
 def is_traced(tree: Any) -> bool:
-    """Whether any leaf of a pytree is being traced, so that its values are unknown."""
+    """Whether any leaf of a pytree is traced, so that its values are unknown."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
@@ -63,9 +63,9 @@ def zero_or_within(name: str, value: Any, low: float, high: float) -> None:
 
 
 def log_probabilities(**arrays: Any) -> None:
-    """No entry is positive, as no logarithm of a probability is, but for rounding; NaN passes, and shows in the loss.
+    """No entry is positive, except for rounding; NaN passes, and makes the loss NaN.
 
-    A sum over the tokens of a response that is all but certain may round to a little above 0. The square root of the
+    A sum over the tokens of a response with probability near 1 may round to a little above 0. The square root of the
     dtype's epsilon is allowed: 3e-4 in float32, 0.09 in bfloat16, 1.5e-8 in float64.
     """
     for name, value in arrays.items():
@@ -79,12 +79,12 @@ def finite(name: str, value: Any) -> None:
 
 
 def not_nan(name: str, value: Any) -> None:
-    """`value` is a number in every entry, perhaps an infinite one."""
+    """`value` is not NaN in any entry; infinity is allowed."""
     _require(name, value, lambda x: ~np.isnan(x), "a number, not NaN")
 
 
 def size(name: str, value: Any, *, at_least: int = 1) -> None:
-    """`value` is a whole number that can serve as a size: static, and not too small."""
+    """`value` is a static whole number, and not too small."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be a whole number known before tracing, got {_describe(value)}")
     if value < at_least:
@@ -98,13 +98,13 @@ def integers(name: str, value: Any) -> None:
 
 
 def ids(name: str, value: Any, num: int) -> None:
-    """`value` is an array of integers, each in `0 .. num - 1`. (JAX itself would clamp the others silently.)."""
+    """`value` is an array of integers, each in `0 .. num - 1`. JAX would clamp others silently."""
     integers(name, value)
     _require(name, value, lambda x: (x >= 0) & (x < num), f"between 0 and {num - 1}")
 
 
 def choices(name: str, weights: Any, *, at_least: int = 1) -> None:
-    """Each row of `weights` leaves a choice: nothing negative or NaN, and enough entries that are positive."""
+    """Each row of `weights` has no negative entry and no NaN, and enough positive entries."""
     interval(name, weights, "[0, inf)")
     if is_traced(weights):
         return
@@ -125,14 +125,14 @@ def floating(name: str, value: Any) -> None:
 
 
 def same_shape(**arrays: Any) -> None:
-    """All arrays have one and the same shape."""
+    """All arrays have the same shape."""
     shapes = {name: jnp.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
 def same_structure(name: str, value: Any, expected: Any) -> None:
-    """`value`, what a function returned, is a pytree of floating-point arrays with as many leaves as expected."""
+    """`value`, which a function returned, is a pytree of floating-point arrays with as many leaves as expected."""
     found, wanted = len(jax.tree.leaves(value)), len(jax.tree.leaves(expected))
     if found != wanted:
         raise TypeError(f"{name} must return {wanted} arrays, one for each of the responses, got {found}")
@@ -141,7 +141,7 @@ def same_structure(name: str, value: Any, expected: Any) -> None:
 
 
 def same_dtype(**arrays: Any) -> None:
-    """All arrays have one and the same dtype."""
+    """All arrays have the same dtype."""
     dtypes = {name: _dtype(name, array) for name, array in arrays.items()}
     if len(set(dtypes.values())) > 1:
         raise TypeError("dtypes must be equal, got " + ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items()))
@@ -166,7 +166,7 @@ def pair(name: str, value: Any) -> None:
 
 
 def reference(value: Any) -> None:
-    """There is a reference: it was not forgotten, or left for later."""
+    """The reference is not `None`."""
     if value is None:
         raise ValueError(
             "reference is missing: this loss compares with log-probabilities under a reference policy "
@@ -198,7 +198,7 @@ def lengths(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def rankings(policy: Any, reference: Any) -> None:
-    """Two sequences of equally many arrays of log-probabilities, two at least, that agree in shape and dtype."""
+    """Two sequences of the same number of arrays of log-probabilities, at least two, with equal shapes and dtypes."""
     for name, value in (("policy", policy), ("reference", reference)):
         if not isinstance(value, tuple | list) or len(value) < 2:
             raise TypeError(f"{name} must be a sequence of two or more arrays, best first, got {_describe(value)}")
@@ -236,7 +236,7 @@ def rows(name: str, data: Any) -> int:
 
 
 def one_per_row(name: str, value: Any, num_rows: int) -> None:
-    """Each leaf of `value` has one number for each row: a comparison's loss is no loss of its tokens."""
+    """Each leaf of `value` has one number for each row, and no axis of tokens."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if jnp.shape(leaf) != (num_rows,):
             raise ValueError(
@@ -252,11 +252,11 @@ def weights(data: Any) -> None:
         return
     interval("data.weights", value, "[0, inf)")
     if not np.any(np.asarray(value) > 0):
-        raise ValueError("data.weights must not all be zero: then no row counts, and nothing can be learnt")
+        raise ValueError("data.weights must not all be zero")
 
 
 def outcome(value: Any, *, parts: tuple[str, ...]) -> None:
-    """`value`, what an objective returned, is a tuple of a scalar loss, a dict of numbers, and perhaps a memory."""
+    """`value`, which an objective returned, is a tuple of a scalar loss, a dict of numbers, and possibly a memory."""
     wanted = f"objective must return ({', '.join(parts)})"
     if not isinstance(value, tuple) or len(value) != len(parts):
         hint = " (without metrics, an empty dict)" if hasattr(value, "shape") or isinstance(value, float) else ""
@@ -272,7 +272,7 @@ def outcome(value: Any, *, parts: tuple[str, ...]) -> None:
 
 
 def metric_names(function: str, metrics: Any, *, taken: Any) -> None:
-    """`metrics`, what a function returned, is a dict with names of its own."""
+    """`metrics`, which a function returned, is a dict without names that are taken."""
     if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
         raise TypeError(f"{function} must return metrics as a dict from names to numbers, got {_describe(metrics)}")
     if both := sorted(metrics.keys() & taken):
@@ -280,7 +280,7 @@ def metric_names(function: str, metrics: Any, *, taken: Any) -> None:
 
 
 def evaluation(metrics: Any, *, taken: Any) -> None:
-    """`metrics`, what `evaluate` returned, is a dict of arrays with names of its own."""
+    """`metrics`, which `evaluate` returned, is a dict of arrays without names that are taken."""
     metric_names("evaluate", metrics, taken=taken)
     for name, metric in metrics.items():
         if not (isinstance(metric, Ratio) or _is_numeric(metric)):

@@ -1,4 +1,4 @@
-"""The nouns of the library: what a comparison is, what a loss is, what an objective is."""
+"""The types of the library: data, losses, objectives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     Numeric: TypeAlias = Array | float
 else:
     Numeric = ArrayLike
-"""A hyperparameter: a number, or an array (traced, perhaps) that broadcasts against the batch."""
+"""A hyperparameter: a number, or an array (possibly traced) that broadcasts against the batch."""
 
 Params: TypeAlias = PyTree
 """Parameters of a policy: any pytree of arrays."""
 
 Metrics: TypeAlias = dict[str, Any]
-"""Named numbers, one per metric: arrays, or a `Ratio` where the denominator differs from batch to batch."""
+"""Named numbers, one per metric: arrays, or a `Ratio` if the denominator differs between batches."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Ratio:
-    """A metric whose denominator differs from batch to batch, such as a sum of weights.
+    """A metric whose denominator differs between batches, such as a sum of weights.
 
-    Over several batches, numerators and denominators are added up apart, so that the result does not depend on the
-    batch size. Used as an array or as a float, it is its value.
+    Over several batches, numerators and denominators are summed separately, so that the result does not depend on the
+    batch size. It converts to an array or a float.
 
     >>> import jax.numpy as jnp
     >>> print(float(Ratio(jnp.array(3.0), jnp.array(4.0))))
@@ -39,7 +39,7 @@ class Ratio:
     Attributes:
       numerator: a sum over the batch.
       denominator: the number of terms, or the sum of their weights; zero if the batch has none.
-      minus: another ratio that is subtracted; `None` if there is none.
+      minus: another ratio to subtract, or `None`.
     """
 
     numerator: Any
@@ -48,7 +48,7 @@ class Ratio:
 
     @property
     def value(self) -> Any:
-        """The quotient; NaN if there were no terms."""
+        """The quotient; NaN without terms."""
         quotient = jnp.asarray(self.numerator) / self.denominator
         return quotient if self.minus is None else quotient - self.minus.value
 
@@ -67,14 +67,14 @@ PairLike: TypeAlias = tuple[T, T]
 
 
 class Pair(NamedTuple):
-    """Something that exists for both sides of a comparison: responses, log-probabilities, rewards."""
+    """Values for both sides of a comparison: responses, log-probabilities, rewards."""
 
     chosen: Any
     rejected: Any
 
 
 class Demonstrations(NamedTuple):
-    """Responses worth imitating. Every leaf shares its leading axis."""
+    """Demonstrated responses. Every leaf shares its leading axis."""
 
     prompts: Int[Array, "n ..."]
     responses: Int[Array, "n ..."]
@@ -85,13 +85,12 @@ class Preferences(NamedTuple):
     """Comparisons of two or more responses to one prompt. Every leaf shares its leading axis.
 
     Attributes:
-      prompts: what was asked.
-      responses: what was preferred, and what it was preferred to: a `Pair`; or a ranking of more than two responses, a
-        tuple from best to worst.
+      prompts: ids of prompts, or arrays of tokens.
+      responses: a `Pair` (chosen, rejected), or a ranking of more than two responses, a tuple from best to worst.
       weights: how much each comparison counts, relative to 1; `None` means equally.
       reference_logps: log-probabilities of the responses under the reference policy, computed once per data set
         (`train.with_reference`); `None` until then.
-      columns: what else is known of each comparison, by name: lengths, scores, ...; `None` if nothing.
+      columns: further data of each comparison, by name: lengths, scores, ...; or `None`.
     """
 
     prompts: Int[Array, "n ..."]
@@ -102,16 +101,16 @@ class Preferences(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """Single responses that somebody called good or bad. Every leaf shares its leading axis.
+    """Single responses, labelled good or bad. Every leaf shares its leading axis.
 
     Attributes:
-      prompts: what was asked.
-      responses: what was answered.
-      desirable: whether that was good.
+      prompts: ids of prompts, or arrays of tokens.
+      responses: ids of responses, or arrays of tokens.
+      desirable: whether the response is good.
       weights: how much each label counts, relative to 1; `None` means equally.
       reference_logps: log-probabilities of the responses under the reference policy (`train.with_reference`); `None`
         until then.
-      columns: what else is known of each response, by name; `None` if nothing.
+      columns: further data of each response, by name; or `None`.
     """
 
     prompts: Int[Array, "n ..."]
@@ -127,8 +126,8 @@ class Responses(NamedTuple):
 
     Attributes:
       responses: a row for each prompt, a column for each response to it.
-      weights: how probable each one is, up to a factor for each prompt, if they are all that there are; `None` if they
-        are samples.
+      weights: probabilities of the responses, up to a factor for each prompt, if they are all possible responses;
+        `None` if they are samples.
     """
 
     responses: Int[Array, "prompts group ..."]
@@ -136,18 +135,18 @@ class Responses(NamedTuple):
 
 
 class Rollouts(NamedTuple):
-    """Responses that a policy gave, and what came of them. Every leaf shares its leading axis.
+    """Responses of a policy with their rewards. Every leaf shares its leading axis.
 
     Attributes:
-      prompts: what was asked.
-      responses: what was answered.
-      logps: log-probabilities of the responses under the policy that gave them.
+      prompts: ids of prompts, or arrays of tokens.
+      responses: ids of responses, or arrays of tokens.
+      logps: log-probabilities of the responses under the policy that sampled them.
       reference_logps: the same under the reference policy.
-      rewards: what the responses earned.
-      advantages: how much better than usual that was.
+      rewards: of the responses.
+      advantages: of the responses.
       weights: how much each response counts, relative to 1; `None` means equally.
-      values: what a value function expected, if there is one.
-      returns: what it should have expected.
+      values: predictions of a value function, or `None`.
+      returns: targets of the value function, or `None`.
     """
 
     prompts: Int[Array, "n ..."]
@@ -164,21 +163,21 @@ class Rollouts(NamedTuple):
 LogProbFn: TypeAlias = Callable[[Params, Array, Any], Any]
 """Scores responses: `log_prob(params, prompts, responses)`.
 
-`responses` is an array or any pytree of arrays (a `Pair`, say); the result has the same structure, with the
-log-probability of each response in place of the response.
+`responses` is an array or any pytree of arrays (a `Pair`, say); the result has the same structure, with a
+log-probability for each response.
 """
 
 AskFn: TypeAlias = Callable[[Any], Array]
-"""Draws prompts: `ask(key) -> prompts`, as many each time."""
+"""Draws prompts: `ask(key) -> prompts`, the same number each time."""
 
 RespondFn: TypeAlias = Callable[[Any, Params, Array], Responses]
-"""Responds to prompts: `respond(key, params, prompts) -> Responses`, to each prompt equally many times."""
+"""Responds to prompts: `respond(key, params, prompts) -> Responses`, the same number to each prompt."""
 
 RewardFn: TypeAlias = Callable[[Array, Any], Array]
-"""Rewards responses: `reward(prompts, responses) -> rewards`, by the truth or by a model of it."""
+"""Rewards responses: `reward(prompts, responses) -> rewards`, the true ones, or those of a reward model."""
 
 ValueFn: TypeAlias = Callable[[Params, Array], Array]
-"""Expects rewards: `value(params, prompts) -> values`."""
+"""Predicts rewards: `value(params, prompts) -> values`."""
 
 PreferenceFn: TypeAlias = Callable[[Array, Any, Any], Array]
 """Compares responses: `prefer(prompts, responses, others) -> probabilities` that the first is preferred."""
@@ -198,15 +197,15 @@ PolicyGradientLoss: TypeAlias = Callable[..., Array]
 """An elementwise surrogate `(logps, old_logps, advantages, *, ...) -> [batch]` of single responses."""
 
 Objective: TypeAlias = Callable[[Params, Any], tuple[Array, Metrics]]
-"""What training minimises: `(params, batch) -> (scalar loss, metrics)`."""
+"""A function to minimise: `(params, batch) -> (scalar loss, metrics)`."""
 
 
 @dataclass(frozen=True)
 class StatefulObjective:
-    """An objective that remembers something from batch to batch. Called as an `Objective`, it meets its first batch.
+    """An objective with a memory between batches. Calling it uses the initial memory.
 
     Attributes:
-      memory: what it remembers before the first batch: any pytree of arrays.
+      memory: the initial memory: any pytree of arrays.
       apply: `(params, batch, memory) -> (scalar loss, metrics, memory)`.
     """
 
@@ -219,16 +218,16 @@ class StatefulObjective:
 
 
 CollectFn: TypeAlias = Callable[[Any, Params, Any], tuple[Any, Any]]
-"""Makes training data by trying out the policy: `(key, params, memory) -> (data, memory)`."""
+"""Collects training data with the policy: `(key, params, memory) -> (data, memory)`."""
 
 
 class Learner(NamedTuple):
-    """A way to learn from what the policy itself does: collect data, minimise an objective on them, and again.
+    """An on-policy learner: in each round, it collects data and minimises an objective on them.
 
     Attributes:
-      collect: makes data of the current parameters, as many each time.
-      objective: what training minimises on them.
-      memory: what `collect` remembers before the first time: any pytree of arrays; `None` if nothing.
+      collect: collects data with the current parameters, of the same size each time.
+      objective: minimised on these data.
+      memory: the initial memory of `collect`: any pytree of arrays, or `None`.
     """
 
     collect: CollectFn

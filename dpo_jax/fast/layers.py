@@ -1,4 +1,4 @@
-"""Dense layers that are fast where many runs are stacked: initial distribution and results as in PyTorch."""
+"""Dense layers that are fast when many runs are stacked, with PyTorch's initial distribution."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FEW_PROMPTS = 16
 
 
 class DenseByRows(nn.Module):
-    """A dense layer for fewer features than inputs, with a row of weights for each feature, as PyTorch keeps them.
+    """A dense layer for fewer features than inputs, with a row of weights for each feature, as in PyTorch.
 
-    Where runs are stacked, long rows are worked on by whole vectors of the processor, short ones are not: Adam takes a
-    third of the time for 10 rows of 32 that it takes for 32 of 10.
+    When runs are stacked, long rows fill the vectors of the processor and short ones do not: Adam on 10 rows of 32
+    takes a third of the time of Adam on 32 rows of 10.
     """
 
     features: int
@@ -55,7 +55,7 @@ def dense(features: int, inputs: Float[Array, "*prompts fan_in"]) -> nn.Dense:
 
 
 def _uniform_bias(fan_in: int) -> Callable[..., Array]:
-    """Initialises biases uniformly in +-1/sqrt(fan_in); Flax does not tell a bias its fan-in."""
+    """Initialises biases uniformly in +-1/sqrt(fan_in); Flax does not pass the fan-in to a bias."""
     return lambda key, shape, dtype: uniform_fan_in(key, (fan_in, *shape), dtype)[0]
 
 
@@ -70,16 +70,16 @@ def _matrix_product(
     precision: Any = None,
     **_: Any,
 ) -> Float[Array, "prompts features"]:
-    """`jax.lax.dot_general` for few prompts, as a layer calls it; its gradient is fast where many runs are stacked.
+    """`jax.lax.dot_general` for few prompts, with a gradient that is fast when many runs are stacked.
 
-    The gradient with respect to the kernel is a sum of one outer product for each prompt. Written as that, it is
-    elementwise, and the compiler fuses it with the optimizer; as a product of stacked small matrices, it costs a call
-    each on a CPU, and was half the time of a run.
+    The gradient with respect to the kernel is a sum of one outer product for each prompt. In this form it is
+    elementwise, and the compiler fuses it with the optimizer. As a product of stacked small matrices, it needs a
+    library call for each run on a CPU, which was half the time of a run.
     """
 
     @jax.custom_jvp
     def product(inputs: Array, kernel: Array) -> Array:
-        kernel = jax.lax.optimization_barrier(kernel)  # if it was transposed, then once; not in each product, slowly
+        kernel = jax.lax.optimization_barrier(kernel)  # transpose it once, not in each product, which is slow
         return jax.lax.dot_general(inputs, kernel, dimension_numbers, precision)
 
     @partial(product.defjvp, symbolic_zeros=True)

@@ -1,12 +1,12 @@
-"""Rows of arrays by number, fast where runs are stacked: `take`, and its transpose `accumulate`.
+"""Array rows by index, fast when runs are stacked: `take`, and its transpose `accumulate`.
 
-`array[index]` under `vmap` is a gather whose indices name the run, too: XLA on a CPU writes these pairs to memory and
-reads them back, and the same for the gradient. Here stacked arrays become one long array, whose rows have one number
-each. Both functions are primitives of JAX: that is how to say what `vmap` makes of them, and still differentiate them
-forwards, backwards, and again.
+`array[index]` under `vmap` is a gather whose indices contain the run, too: XLA on a CPU writes these pairs to memory
+and reads them back, and the same for the gradient. Here stacked arrays become one long array, in which one number
+identifies a row. Both functions are JAX primitives, because only a primitive can define its behaviour under `vmap` and
+remain differentiable in both modes, to any order.
 
-Runs are best split over devices by `jax.shard_map`, as sweeps do. `jit` with shardings no longer sees that stacked runs
-have nothing to do with each other, and makes the devices exchange rows.
+Split runs over devices by `jax.shard_map`, as sweeps do. `jit` with shardings does not see that stacked runs are
+independent, and makes the devices exchange rows.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _take, _accumulate = Primitive("take_rows"), Primitive("accumulate_rows")
 
 
 def take(array: Shaped[Array, " n *row"], index: Int[Array, "*m"]) -> Shaped[Array, "..."]:
-    """`array[index]`, for numbers of rows known to be in range: the caller sees to that, and nobody checks it here."""
+    """`array[index]`, for indices in range. The caller must ensure that they are; they are not checked."""
     return _take.bind(*_varying_alike(array, index))
 
 
 def accumulate(values: Shaped[Array, "..."], index: Int[Array, "*m"], *, num_rows: int) -> Shaped[Array, " n *row"]:
-    """The sum of the values for each row, zero for rows without any: the transpose of `take`, likewise unchecked."""
+    """The sum of the values for each row, zero for rows without values; the transpose of `take`, also unchecked."""
     return _accumulate.bind(*_varying_alike(values, index), num_rows=num_rows)
 
 
@@ -70,7 +70,7 @@ def _accumulate_stacked(args: tuple[Array, Array], axes: Axes, *, num_rows: int)
 
 
 def _one_each(args: tuple[Array, Array], axes: Axes) -> list[Array]:
-    """Arguments with the axis of runs first; what has none is repeated."""
+    """Arguments with the axis of runs first; arguments without one are repeated."""
     num_runs = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
     return [
         jnp.broadcast_to(arg, (num_runs, *arg.shape)) if axis is None else jnp.moveaxis(arg, axis, 0)
@@ -79,12 +79,12 @@ def _one_each(args: tuple[Array, Array], axes: Axes) -> list[Array]:
 
 
 def _countable(num: int, index: Array) -> bool:
-    """Whether that many rows have numbers of the index's dtype."""
+    """Whether the dtype of the index can count that many rows."""
     return num <= jnp.iinfo(index.dtype).max
 
 
 def _counted_through(index: Array, num_rows: int) -> Array:
-    """Numbers of rows where the arrays of all runs are one long array."""
+    """Indices into one long array of the arrays of all runs."""
     return index + num_rows * jax.lax.broadcasted_iota(index.dtype, index.shape, 0)
 
 

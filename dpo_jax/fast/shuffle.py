@@ -18,9 +18,9 @@ from dpo_jax import checks
 def permutation(key: Key[Array, ""], num: int) -> Int[Array, " num"]:
     """A random permutation of `0 .. num - 1`, for shuffling data.
 
-    The indices are dealt into a grid. Each round rolls every column by a random amount, then every row: a generalised
-    Feistel network, hence a bijection whatever the amounts. Where the grid is larger than `num`, indices that leave
-    the range go round again until they are back in it (cycle walking), which keeps the bijection and its uniformity.
+    The indices fill a grid. Each round rolls every column by a random amount, then every row: a generalised Feistel
+    network, which is a bijection for all amounts. If the grid is larger than `num`, indices that leave the range are
+    shuffled again until they are back in it (cycle walking), which preserves bijection and uniformity.
 
     Args:
       key: typed PRNG key.
@@ -40,7 +40,7 @@ def permutation(key: Key[Array, ""], num: int) -> Int[Array, " num"]:
         return (row, _wrap(column + _amount(row, keys[1], columns), columns)), None
 
     def deal(index: UInt32[Array, " num"]) -> UInt32[Array, " num"]:
-        # a loop, so that XLA shuffles once, and not anew in everything that reads the order
+        # a loop, so that XLA shuffles once, not again in every operation that reads the order
         (row, column), _ = jax.lax.scan(roll, (index // columns, index % columns), round_keys)
         return row * columns + column
 
@@ -67,10 +67,10 @@ def _grid(num: int) -> tuple[int, int]:
 
 
 def _num_rounds(num: int) -> int:
-    """How often to roll. A small grid mixes slowly, each roll having few amounts to choose from.
+    """The number of rounds. A small grid mixes slowly, because each roll has few possible amounts.
 
     The uniformity tests of the suite fail with 2 rounds at 290 indices, and with 4 at 5 indices, where they count how
-    often each of the `num!` permutations comes.
+    often each of the `num!` permutations occurs.
     """
     return 16 if num < 256 else 4
 
@@ -78,7 +78,7 @@ def _num_rounds(num: int) -> int:
 def _amount(x: UInt32[Array, " num"], key: UInt32[Array, ""], below: int) -> UInt32[Array, " num"]:
     """A keyed hash of `x` in `0 .. below - 1`: as many leading bits as can be multiplied by `below` in 32 bits.
 
-    That the amounts are not quite equally probable costs no bijection, and less than a division would.
+    The amounts are not exactly uniform, which does not affect the bijection and is cheaper than a division.
     """
     bits = (below - 1).bit_length()
     return ((_hash(x, key) >> bits) * jnp.uint32(below)) >> (32 - bits)

@@ -1,4 +1,4 @@
-"""Preference losses: one pure function per paper, grouped by what they eat."""
+"""Preference losses: one pure function per paper, grouped by input."""
 
 from dpo_jax.losses.additions import length_desensitized_logps as length_desensitized_logps
 from dpo_jax.losses.additions import weighted_sum as weighted_sum

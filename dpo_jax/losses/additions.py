@@ -1,4 +1,4 @@
-"""What composes with losses: an SFT term, weighted sums, weights for off-policy data, lengths that count for less."""
+"""Wrappers of losses: an SFT term, weighted sums, weights for off-policy data, length desensitization."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_jax.types import Numeric, PairLike
 
 
 def with_sft(loss: Callable[..., Array], *, weight: Numeric) -> Callable[..., Array]:
-    r"""A loss plus the negative log-likelihood of the chosen response, which holds its probability up.
+    r"""A loss plus the negative log-likelihood of the chosen response, which keeps its probability from falling.
 
     .. math:: \mathcal{L} - \alpha \log \pi(y_w|x)
 
@@ -32,8 +32,7 @@ def with_sft(loss: Callable[..., Array], *, weight: Numeric) -> Callable[..., Ar
 
     Args:
       loss: any loss whose first argument is the policy's pair of log-probabilities.
-      weight: :math:`\alpha`, zero or positive; of sums over tokens, or means, as they come. A scalar, or one value for
-        each comparison.
+      weight: :math:`\alpha`, zero or positive. A scalar, or one value for each comparison.
 
     Returns:
       A loss with the same arguments.
@@ -42,7 +41,9 @@ def with_sft(loss: Callable[..., Array], *, weight: Numeric) -> Callable[..., Ar
 
     def loss_with_sft(policy: PairLike[Float[Array, "*batch"]], *args: Any, **hyperparameters: Any) -> Array:
         if not isinstance(policy, tuple):
-            raise TypeError("with_sft needs a loss of pairs or rankings: its term is that of the chosen response")
+            raise TypeError(
+                "with_sft needs a loss of pairs or rankings, because it adds the NLL of the chosen response"
+            )
         values = loss(policy, *args, **hyperparameters)
         (factor,) = fitted(policy[0], weight=weight)
         return values - times(factor, policy[0])
@@ -56,8 +57,8 @@ def weighted_sum(*terms: tuple[Numeric, Callable[..., Array]]) -> Callable[..., 
     .. math:: \sum_i w_i \mathcal{L}_i
 
     MPO adds 0.8 DPO, 0.2 BCO and 1 SFT: Wang et al. 2024, "Enhancing the Reasoning Ability of Multimodal Large Language
-    Models via Mixed Preference Optimization", arXiv 2411.10442. The terms share their hyperparameters by name;
-    what belongs to one alone is bound to it by `functools.partial`.
+    Models via Mixed Preference Optimization", arXiv 2411.10442. The terms share hyperparameters by name; bind a
+    hyperparameter of one term by `functools.partial`.
 
     >>> import jax.numpy as jnp
     >>> from functools import partial
@@ -90,15 +91,15 @@ def weighted_sum(*terms: tuple[Numeric, Callable[..., Array]]) -> Callable[..., 
 def wpo_weights(
     policy: PairLike[Float[Array, "*batch"]], alignment: PairLike[Float[Array, "*batch"]]
 ) -> Float[Array, "*batch"]:
-    r"""Weighted Preference Optimization: comparisons count as much as the policy would have written both responses.
+    r"""Weighted Preference Optimization: weights comparisons by the probability of both responses under the policy.
 
     .. math::
         w(x, y_w)\, w(x, y_l), \qquad
         \log w(x, y) = \frac{1}{|y|} \sum_t \left( \log \pi(y_t|\cdot) - \log \sum_v \pi(v|\cdot)^2 \right)
 
     Source: Zhou et al. 2024, "WPO: Enhancing RLHF with Weighted Preference Optimization", arXiv 2406.11827, Eq. 2
-    (sampled alignment: a response that the policy itself would write has weight 1, on average). No gradient flows
-    through the weights.
+    (sampled alignment: a response sampled from the policy has an average weight of 1). No gradient flows through the
+    weights.
 
     >>> import jax.numpy as jnp
     >>> probs = jnp.array([0.5, 0.25, 0.25])
@@ -127,10 +128,9 @@ def wpo_weights(
 
 
 def with_weights(loss: Callable[..., Array]) -> Callable[..., Array]:
-    """A loss whose comparisons count by the further hyperparameter `weights`, for instance `wpo_weights`.
+    """A loss with a further hyperparameter `weights`, for instance `wpo_weights`.
 
-    The weights of a loss that compares whole batches, such as `aot_loss`, are refused by ValueError, unless it is one
-    for all.
+    Raises ValueError if the loss compares whole batches, such as `aot_loss`, unless the weight is a scalar.
 
     >>> import jax.numpy as jnp
     >>> from dpo_jax.losses import dpo_loss
@@ -156,13 +156,13 @@ def length_desensitized_logps(
     *,
     alpha: Numeric,
 ) -> Float[Array, "*batch"]:
-    r"""LD-DPO's log-probabilities: tokens past the length that both responses of a pair have count for less.
+    r"""LD-DPO's log-probabilities: tokens beyond the length of the shorter response have a smaller weight.
 
     .. math:: \sum_{t \le l} \log \pi(y_t|\cdot) + \alpha \sum_{l < t \le |y|} \log \pi(y_t|\cdot)
 
-    Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization", arXiv 2409.06411. Hand
-    the result, for policy and reference and for both responses, to `dpo_loss`. With alpha 1 it is the sum, and so it is
-    for responses of one token.
+    Source: Liu et al. 2024, "Length Desensitization in Direct Preference Optimization", arXiv 2409.06411. Pass the
+    results for policy and reference, for both responses, to `dpo_loss`. With alpha 1, or for responses of one token, it
+    is the sum.
 
     >>> import jax.numpy as jnp
     >>> token_logps = jnp.array([[-1.0, -2.0, -4.0, -9.0]])
@@ -170,10 +170,10 @@ def length_desensitized_logps(
     [-4.]
 
     Args:
-      token_logps: log-probabilities (nats) of the tokens of each response; what stands behind its end is ignored.
-      lengths: how many tokens each response has.
+      token_logps: log-probabilities (nats) of the tokens of each response; values after its end are ignored.
+      lengths: number of tokens of each response.
       common_lengths: :math:`l`, the length of the shorter response of its pair.
-      alpha: weight of the tokens beyond; between 0 and 1. A scalar, or one value for each response.
+      alpha: weight of the tokens beyond that length; between 0 and 1. A scalar, or one value for each response.
     """
     checks.floating("token_logps", token_logps)
     checks.interval("alpha", alpha, "[0, 1]")
@@ -189,7 +189,7 @@ def length_desensitized_logps(
 
 
 def _weighted(values: Float[Array, "*batch"], **weights: Numeric) -> Float[Array, "*batch"]:
-    """Losses times their weights; a loss that is infinite and has no weight counts as 0."""
+    """Losses times their weights; an infinite loss of weight 0 counts as 0."""
     (factor,) = fitted(values, **weights)
     return times(factor, values)
 

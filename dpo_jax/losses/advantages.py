@@ -1,10 +1,10 @@
 """Advantages: how much better than usual a response was, from the rewards of a group of responses to one prompt.
 
-Rewards have a row for each prompt and a column for each response to it. Where the responses of a group are not samples
-but all that there are, `weights` says how probable each one is (up to a factor): then means are expectations.
+Rewards have a row for each prompt and a column for each response to it. If a group holds all possible responses instead
+of samples, `weights` are their probabilities (up to a factor), and means are expectations.
 
-Equal rewards have advantages of exactly 0, and so has a group without any weight. Sums are taken in float32 at least;
-the dtype of the result is that of the rewards.
+Advantages of equal rewards are exactly 0, and so are those of a group whose weights are all 0. Sums are taken in
+float32 at least; the dtype of the result is that of the rewards.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def centred_advantages(
 
     .. math:: A_i = r_i - \text{mean}_j\, r_j
 
-    Every response counts in its own baseline, so the gradient is :math:`(K - 1) / K` times the policy gradient, where
-    :math:`K` is the size of the group. Source: Liu et al. 2025, "Understanding R1-Zero-Like Training", arXiv
+    The baseline of a response includes the response, so the gradient is :math:`(K - 1) / K` times the policy gradient,
+    where :math:`K` is the size of the group. Source: Liu et al. 2025, "Understanding R1-Zero-Like Training", arXiv
     2503.20783.
 
     Args:
@@ -39,14 +39,14 @@ def centred_advantages(
 def grpo_advantages(
     rewards: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None = None, *, epsilon: Numeric = 1e-4
 ) -> Float[Array, "*n group"]:
-    r"""GRPO's advantages: rewards in standard deviations of their group from its mean.
+    r"""GRPO's advantages: rewards, standardised within their group.
 
     .. math:: A_i = \frac{r_i - \text{mean}_j\, r_j}{\text{std}_j\, r_j + \epsilon}
 
-    Prompts whose rewards vary little count as much as those where they vary much; the estimate of the policy gradient
-    is biased. Source: Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, Sec. 4.1.2; the paper has no
-    :math:`\epsilon`, TRL has 1e-4. The standard deviation of samples is that of TRL, with :math:`K - 1` in its
-    denominator; with `weights` it is that of the distribution.
+    Prompts count equally, however little their rewards vary; the estimate of the policy gradient is biased. Source:
+    Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, Sec. 4.1.2; the paper has no :math:`\epsilon`, TRL has 1e-4. The
+    standard deviation of samples is that of TRL, with :math:`K - 1` in its denominator; with `weights` it is that of
+    the distribution.
 
     Args:
       rewards: of responses to one prompt each row; two at least.
@@ -68,8 +68,8 @@ def rloo_advantages(
 
     .. math:: A_i = r_i - \frac{1}{K - 1} \sum_{j \neq i} r_j
 
-    Source: Ahmadian et al. 2024, "Back to Basics", arXiv 2402.14740 (after Kool et al. 2019). With `weights` the group
-    is infinite, and one response more or less does not count.
+    Source: Ahmadian et al. 2024, "Back to Basics", arXiv 2402.14740 (after Kool et al. 2019). With `weights`, means are
+    expectations, and leaving out one sample has no effect.
 
     Args:
       rewards: of responses to one prompt each row; two at least.
@@ -81,7 +81,7 @@ def rloo_advantages(
 
 
 def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None = None) -> Float[Array, "*n"]:
-    r"""Advantages with mean 0 and variance 1 over the whole batch, as PPO implementations have it.
+    r"""Advantages with mean 0 and variance 1 over the whole batch, as in PPO implementations.
 
     Args:
       advantages: of all responses, two at least.
@@ -101,7 +101,7 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
 
 
 def _centred(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n group"]:
-    """Minus their mean, which is taken twice: what a rounded mean leaves over is small, and its mean accurate."""
+    """Subtracts the mean twice: the residual of a rounded mean is small, so its mean is accurate."""
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     shifted = values - _mean(values, weights)
     centred = shifted - _mean(shifted, weights)
@@ -109,7 +109,7 @@ def _centred(values: Float[Array, "*n group"], weights: Float[Array, "*n group"]
 
 
 def _mean(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n 1"]:
-    """No rounding takes it out of the range of the values; those without weight have no say, even if infinite."""
+    """The result is clipped to the range of the values; values of weight 0 have no effect, even infinite ones."""
     if weights is None:
         mean, low, high = (of(values, axis=-1, keepdims=True) for of in (jnp.mean, jnp.min, jnp.max))
         return jnp.clip(mean, low, high)
@@ -127,7 +127,7 @@ def _spread(
 ) -> tuple[Float[Array, "*n 1"], Float[Array, "*n 1"]]:
     """The largest of the values, 1 at least, and their variance in units of its square, which does not overflow.
 
-    Of samples, with one less than their number in the denominator; of a distribution where there are weights.
+    The variance of samples has n - 1 in its denominator; with weights it is that of the distribution.
     """
     counts = True if weights is None else weights > 0
     size = jnp.max(jnp.abs(centred), axis=-1, keepdims=True, where=counts, initial=1.0)

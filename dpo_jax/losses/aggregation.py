@@ -1,8 +1,8 @@
 """From a loss per token to one number: where GRPO, DAPO and Dr. GRPO differ.
 
-`values` has a row for each response and a column for each token, and `mask` is 1 where a response has a token, 0 behind
-its end. Where all responses have one token the three are the same. What `values` hold behind the end does not count;
-but log-probabilities there must be finite, or their own gradients are NaN.
+`values` has a row for each response and a column for each token, and `mask` is 1 for the tokens of a response, 0 after
+its end. If all responses have one token, the three are the same. Values after the end are ignored. Log-probabilities
+there must be finite, because otherwise their gradients are NaN.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def mean_of_tokens(values: Float[Array, "responses tokens"], mask: Mask) -> Floa
 
 
 def mean_per_length(values: Float[Array, "responses tokens"], mask: Mask, *, max_length: int) -> Float[Array, ""]:
-    """Dr. GRPO's: sums over tokens, divided by one and the same length whatever that of the response.
+    """Dr. GRPO's: sums over tokens, divided by the same length for all responses.
 
     Source: Liu et al. 2025, "Understanding R1-Zero-Like Training", arXiv 2503.20783.
 
@@ -49,5 +49,5 @@ def mean_per_length(values: Float[Array, "responses tokens"], mask: Mask, *, max
 
 
 def _sums(values: Array, mask: Array) -> Array:
-    """Sums over tokens; what stands behind the end does not count, whatever it is."""
+    """Sums over tokens; values after the end are ignored."""
     return jnp.sum(jnp.where(mask > 0, values, 0), axis=-1)

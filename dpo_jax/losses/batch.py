@@ -1,7 +1,7 @@
 """Losses and statistics of whole batches. The last axis is the batch.
 
-Their hyperparameters are scalars, and their comparisons cannot have weights: a loss does not belong to one comparison.
-What must be remembered from batch to batch is a state that goes in and comes out: `state = update(state, ...)`.
+Their hyperparameters are scalars, and comparisons cannot have weights, because each loss depends on several
+comparisons. State that persists between batches is passed explicitly: `state = update(state, ...)`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def aot_loss(
     beta: Numeric,
     label_smoothing: Numeric = 0.0,
 ) -> Float[Array, "*batch"]:
-    r"""Alignment via Optimal Transport, paired: the policy's margins shall exceed the reference's as distributions.
+    r"""Alignment via Optimal Transport, paired: the policy's margins should dominate the reference's in distribution.
 
     .. math::
         -(1 - \epsilon) \log \sigma(\beta \Delta_{(i)}) - \epsilon \log \sigma(-\beta \Delta_{(i)}), \qquad
@@ -71,8 +71,8 @@ def aot_unpaired_loss(
         - \mathrm{sort}_i \log \frac{\pi(y_l|x')}{\pi_{ref}(y_l|x')}
 
     Source: Melnyk et al. 2024, "Distributional Preference Alignment of LLMs via Optimal Transport", arXiv 2406.05882.
-    The two sides need not answer the same prompts; there must be equally many of them. Entry i of the
-    result belongs to the i-th smallest log-ratios of the batch, not to row i.
+    Chosen and rejected responses may answer different prompts, but must be equally many. Entry i of the result belongs
+    to the i-th smallest log-ratios of the batch, not to row i.
 
     >>> import jax.numpy as jnp
     >>> policy = jnp.array([0.0, -2.0]), jnp.array([-3.0, -1.0])
@@ -108,11 +108,12 @@ def kto_reference_point(policy: Float[Array, "*batch"], reference: Float[Array, 
 
     Args:
       policy: log-probabilities (nats, sums over tokens) of mismatched responses under the policy: for each prompt of a
-        batch, the response to another prompt of it.
+        batch, the response to another prompt of the batch.
       reference: the same under the reference policy.
 
     Returns:
-      One number (nats) for the whole batch. Infinite log-ratios are left out of the mean; without any other it is 0.
+      One number (nats) for the whole batch. Infinite log-ratios are excluded from the mean, which is 0 if no others are
+      left.
     """
     checks.floating("policy", policy)
     checks.reference(reference)
@@ -127,8 +128,8 @@ class RunningMean(NamedTuple):
     """The mean of all numbers seen so far.
 
     Attributes:
-      mean: zero before the first.
-      num: how many there were, or the sum of their weights.
+      mean: zero at the start.
+      num: their number, or the sum of their weights.
     """
 
     mean: Float[Array, ""] | float = 0.0
@@ -138,7 +139,7 @@ class RunningMean(NamedTuple):
 class Shift(NamedTuple):
     """BCO's shift: the mean implicit reward so far, good and bad responses counting equally.
 
-    While all responses so far were good, or all were bad, it is their mean, as it is in TRL.
+    If all responses so far are good, or all are bad, it is their mean, as in TRL.
 
     Attributes:
       desirable, undesirable: the means of the implicit rewards of the good and of the bad ones.
@@ -149,7 +150,7 @@ class Shift(NamedTuple):
 
     @property
     def value(self) -> Array | float:
-        """What `bco_pair_loss` and `bco_loss` take."""
+        """The shift of `bco_pair_loss` and `bco_loss`."""
         both = jnp.minimum(self.desirable.num, self.undesirable.num) > 0
         return (self.desirable.mean + self.undesirable.mean) / jnp.where(both, 2.0, 1.0)
 
@@ -160,13 +161,13 @@ def update_shift(
     desirable: Bool[Array, " batch"],
     weights: Float[Array, " batch"] | None = None,
 ) -> Shift:
-    r"""BCO's shift, brought up to date by a batch.
+    r"""Updates BCO's shift with a batch.
 
     .. math:: \delta = \tfrac{1}{2} (E_+[r] + E_-[r]), \qquad r = \beta \log
     \frac{\pi(y|x)}{\pi_{ref}(y|x)}
 
     Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656; as
-    running means, as in TRL up to 0.28 (which, for unpaired data, lets every response count equally). No gradient flows
+    running means, as in TRL up to 0.28 (which, for unpaired data, weights all responses equally). No gradient flows
     through it.
 
     >>> import jax.numpy as jnp
@@ -174,8 +175,8 @@ def update_shift(
     0.5
 
     Args:
-      state: what came out of the batch before; `Shift()` at the first.
-      rewards: implicit rewards of the responses of a batch; infinite ones do not count.
+      state: the state after the previous batch; `Shift()` at the start.
+      rewards: implicit rewards of the responses of a batch; infinite ones are ignored.
       desirable: which of them are good; of a pair, the chosen one.
       weights: how much each response counts; `None` means equally.
     """
@@ -191,7 +192,7 @@ def update_shift(
 
 
 class MarginMoments(NamedTuple):
-    """What beta-DPO remembers: how margins are distributed, and a key for the next filter.
+    """The state of beta-DPO: the distribution of margins, and a key for the next filter.
 
     Attributes:
       key: typed PRNG key.
@@ -206,21 +207,21 @@ class MarginMoments(NamedTuple):
 def update_margin_moments(
     state: MarginMoments, margins: Float[Array, " batch"], *, momentum: Numeric = 0.9
 ) -> MarginMoments:
-    r"""Brings `MarginMoments` up to date by the margins of a batch, before `beta_dpo_loss` reads them.
+    r"""Updates `MarginMoments` with the margins of a batch, before `beta_dpo_loss` reads them.
 
     .. math:: M_0 \leftarrow m M_0 + (1 - m)\, E[\Delta], \qquad s \leftarrow m s + (1 - m)\, \mathrm{std}[\Delta]
 
-    Source: as for `beta_dpo_loss`. As in the authors' code, both averages start at zero and nothing makes up for that,
-    so that for some twenty batches they are too small. No gradient flows through it.
+    Source: as for `beta_dpo_loss`. As in the authors' code, both averages start at zero without bias correction, so
+    they are too small for some twenty batches. No gradient flows through it.
 
     >>> import jax, jax.numpy as jnp
     >>> print(update_margin_moments(MarginMoments(jax.random.key(0)), jnp.array([1.0, 3.0])).mean)
     0.2
 
     Args:
-      state: what came out of the batch before; `MarginMoments(key)` at the first.
-      margins: differences of log-ratios of a batch (nats); a single one leaves the spread as it was. Infinite ones do
-        not count.
+      state: the state after the previous batch; `MarginMoments(key)` at the start.
+      margins: differences of log-ratios of a batch (nats); a single one leaves the standard deviation unchanged.
+        Infinite ones are ignored.
       momentum: weight of the past; at least 0, below 1.
     """
     checks.interval("momentum", momentum, "[0, 1)")
@@ -245,7 +246,7 @@ def beta_dpo_loss(
     moments: MarginMoments,
     keep: float = 0.8,
 ) -> Float[Array, " batch"]:
-    r"""beta-DPO: the beta of a batch rises with its margins, and outlying comparisons are left out at random.
+    r"""beta-DPO: the beta of a batch grows with its margins, and outliers are dropped at random.
 
     .. math::
         -\log \sigma(\beta' \Delta_i) \text{ if kept}, \qquad
@@ -256,8 +257,8 @@ def beta_dpo_loss(
 
     Source: Wu et al. 2024, "beta-DPO: Direct Preference Optimization with Dynamic beta", arXiv 2407.08639, Sec. 4. As
     in the authors' code, margins are not multiplied by beta, comparisons are kept without replacement, and
-    :math:`\beta'` is at least 0.001. Losses of kept comparisons are scaled up so that their mean is that of the kept
-    ones; the others are zero.
+    :math:`\beta'` is at least 0.001. Losses of kept comparisons are scaled so that the batch mean is the mean over the
+    kept ones; the others are zero.
 
     >>> import jax, jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0, -1.0]), jnp.array([-3.0, -3.0])), (jnp.array([-2.0, -2.0]),) * 2
@@ -289,7 +290,7 @@ def beta_dpo_loss(
 
 
 def _mean_of_finite(values: Float[Array, "*batch"]) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The mean of the values that are not infinite, 0 if all are; and how many they are. NaN shows."""
+    """The mean of the values that are not infinite, 0 if all are; and their number. NaN propagates."""
     finite = ~jnp.isinf(values)
     num = jnp.sum(finite)
     return jnp.where(num > 0, jnp.mean(values, where=finite | (num == 0)), 0), num

@@ -1,13 +1,12 @@
-r"""Other divergences than KL: what stands in place of the log-ratio.
+r"""Other divergences than KL: functions that replace the log-ratio.
 
 RLHF with :math:`D_f(\pi \| \pi_{ref}) = E_{\pi_{ref}}[f(\pi / \pi_{ref})]` in place of KL has the optimum
-:math:`r(x, y) = \beta f'(\pi^*(y|x) / \pi_{ref}(y|x)) + const(x)`. So a loss of the margin becomes one for the
-divergence when :math:`f'` of the ratio stands for its logarithm: here, functions from the log-ratio :math:`u` to
-:math:`f'(e^u)`.
+:math:`r(x, y) = \beta f'(\pi^*(y|x) / \pi_{ref}(y|x)) + const(x)`. A loss of the margin becomes one for the divergence
+if :math:`f'` of the ratio replaces its logarithm. The functions here map the log-ratio :math:`u` to :math:`f'(e^u)`.
 
 Source: Wang et al. 2023, "Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence
-Constraints", arXiv 2309.16240, Table 1. Exponentials go on along their tangent where the exponent exceeds 22
-(177 in float64), to stay finite.
+Constraints", arXiv 2309.16240, Table 1. Exponentials continue along their tangent where the exponent exceeds 22 (177 in
+float64), to stay finite.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Divergence: TypeAlias = Callable[[Float[Array, "*batch"]], Float[Array, "*batch"
 """From the log-ratio u of policy to reference to f'(exp(u)), elementwise; it must increase."""
 
 LOSSES_OF_THE_MARGIN = tuple(f for f in vars(margin).values() if getattr(f, "__module__", "") == margin.__name__)
-"""Losses of a pair that see nothing but the difference of its log-ratios."""
+"""Losses of a pair that depend only on the difference of its log-ratios."""
 
 _LIBRARY = __name__.split(".")[0]
 _OF_DIFFERENCES = (f"{_LIBRARY}.losses.margin", f"{_LIBRARY}.losses.ranked")
@@ -45,18 +44,19 @@ def with_divergence(loss: PreferenceLoss, divergence: Divergence) -> PreferenceL
     [0.2691]
 
     Args:
-      loss: one of `LOSSES_OF_THE_MARGIN`; `plackett_luce_loss`; or a loss of your own that sees nothing but differences
+      loss: one of `LOSSES_OF_THE_MARGIN`; `plackett_luce_loss`; or any other function that depends only on differences
         of log-ratios.
-      divergence: `reverse_kl`, `forward_kl`, `jensen_shannon`, `chi_square_kl`, `alpha_divergence(alpha)`, or your own.
+      divergence: `reverse_kl`, `forward_kl`, `jensen_shannon`, `chi_square_kl`, `alpha_divergence(alpha)`, or another
+        function.
 
     Returns:
       A loss with the same arguments.
 
     Raises:
       ValueError: the loss is another one of this library, or made by it, perhaps inside `functools.partial` or
-        `jax.jit`. Where log-ratios are looked at apart, the normalisation of the optimum, which depends on the prompt,
-        would not cancel, and the loss would mean nothing. An addition (`with_sft`, `weighted_sum`) comes after the
-        divergence, not before, and there is one divergence. Your own functions are taken at their word.
+        `jax.jit`. In a loss of separate log-ratios, the normalisation of the optimum, which depends on the prompt,
+        would not cancel. Apply additions (`with_sft`, `weighted_sum`) after the divergence, and only one divergence.
+        Functions from outside of the library are not checked.
       TypeError: an argument is no function.
     """
     if not (callable(loss) and callable(divergence)):
@@ -96,7 +96,7 @@ def forward_kl(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
 def jensen_shannon(log_ratio: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     r""":math:`f'(e^u) = \log 2 + \log \sigma(u)`, with :math:`f(z) = z \log z - (z + 1) \log \frac{z + 1}{2}`.
 
-    Twice the Jensen-Shannon divergence. It is bounded above, so rewards that would need more cannot be expressed.
+    Twice the Jensen-Shannon divergence. It is bounded above, so larger rewards cannot be expressed.
     """
     return jnp.log(2.0).astype(log_ratio.dtype) + jax.nn.log_sigmoid(log_ratio)
 

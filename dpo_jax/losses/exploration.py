@@ -1,4 +1,4 @@
-"""Losses of fresh comparisons, of what the policy itself has just answered."""
+"""Losses of fresh comparisons, made of responses of the current policy."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def xpo_loss(
     alpha: Numeric,
     reference_won: Bool[Array, "*batch"],
 ) -> Float[Array, "*batch"]:
-    r"""Exploratory Preference Optimization: DPO plus optimism, a pull away from what the reference answers.
+    r"""Exploratory Preference Optimization: DPO plus an exploration bonus away from the reference's responses.
 
     .. math:: -\log \sigma(\beta \Delta) + \alpha \log \pi(\tilde y|x)
 
-    One response of each comparison is the policy's and the other, :math:`\tilde y`, is the reference's. Source: Xie et
-    al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1. With alpha 0 this is `dpo_loss`, and
-    where that is infinite it prevails.
+    One response of each comparison comes from the policy and the other, :math:`\tilde y`, from the reference. Source:
+    Xie et al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1. With alpha 0 this is
+    `dpo_loss`. Where `dpo_loss` is infinite, so is this loss.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -35,8 +35,8 @@ def xpo_loss(
     Args:
       policy, reference: pairs of log-probabilities (sums).
       beta: strength of the pull towards the reference; positive.
-      alpha: :math:`\alpha`, how optimistic to be; zero or positive.
-      reference_won: whether the chosen response is the reference's.
+      alpha: :math:`\alpha`, weight of the exploration bonus; zero or positive.
+      reference_won: whether the chosen response comes from the reference.
 
     Raises:
       TypeError, ValueError: see `dpo_loss`; `reference_won` does not hold Booleans.

@@ -1,4 +1,4 @@
-r"""Losses of the margin: functions of the one number in which the policy and the comparison meet.
+r"""Losses of the margin: functions of the difference of the log-ratios.
 
 .. math::
     \Delta = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} - \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}
@@ -9,7 +9,7 @@ That is why these losses can take other divergences (`with_divergence`).
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
 tokens of a response unless its docstring says otherwise (`sequence_logps`); the reference is a constant to the caller.
 Every loss returns one number per comparison, in the dtype of the log-probabilities. Hyperparameters are scalars, or
-have one value per comparison. All raise what `dpo_loss` does.
+have one value per comparison. Errors are those of `dpo_loss`.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def dpo_loss(
       label_smoothing: assumed probability that a label is flipped; at least 0, below 1/2. Likewise.
 
     Returns:
-      The loss in nats, one per comparison. The mean is left to the caller.
+      The loss in nats, one per comparison. The caller takes the mean.
 
     Raises:
       TypeError: an argument is not a pair of floating-point arrays, or they differ in dtype.
       ValueError: shapes differ, a hyperparameter is out of its range, or a log-probability is positive by more than
-        rounding (checked unless they are traced). That an axis is one of tokens cannot be told here; objectives refuse
-        it (`train.preference_objective`).
+        rounding (checked unless they are traced). An axis of tokens cannot be detected here; objectives reject it
+        (`train.preference_objective`).
     """
     checks.interval("beta", beta, "(0, inf)")
     checks.interval("label_smoothing", label_smoothing, "[0, 0.5)")
@@ -105,7 +105,7 @@ def ipo_loss(
 
     Source: Azar et al. 2023, "A General Theoretical Paradigm to Understand Learning from Human Preferences", arXiv
     2310.12036, Eq. 17, where beta is called tau. The paper sums log-probabilities over tokens; TRL averages them. Here
-    the caller decides by what is passed in.
+    the caller decides.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -113,9 +113,9 @@ def ipo_loss(
     [1.]
 
     Args:
-      policy, reference: pairs of log-probabilities (sums, or means for TRL's dialect); their margin is
-        :math:`\Delta` (see `dpo_loss`).
-      beta: strength of the pull towards the reference; positive. The margin aimed at is 1/(2 beta) nats.
+      policy, reference: pairs of log-probabilities (sums, or means as in TRL); their margin is :math:`\Delta` (see
+        `dpo_loss`).
+      beta: strength of the pull towards the reference; positive. The target margin is 1/(2 beta) nats.
     """
     checks.interval("beta", beta, "(0, inf)")
     margin, beta = checked_margin(policy, reference, beta=beta)
@@ -125,7 +125,7 @@ def ipo_loss(
 def hinge_loss(
     policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
-    r"""Hinge loss on log-ratios (RSO's hinge-norm, after SLiC): comparisons beyond a margin of 1 pull no more.
+    r"""Hinge loss on log-ratios (RSO's hinge-norm, after SLiC): no gradient beyond a margin of 1.
 
     .. math:: \max(0, 1 - \beta \Delta)
 
@@ -283,7 +283,7 @@ def discopop_loss(
     beta: Numeric,
     temperature: Numeric = 0.05,
 ) -> Float[Array, "*batch"]:
-    r"""DiscoPOP (log-ratio modulated loss): a blend of logistic and exponential loss, found by a language model.
+    r"""DiscoPOP (log-ratio modulated loss): a blend of logistic and exponential loss, discovered by a language model.
 
     .. math::
         -(1 - g) \log \sigma(\beta \Delta) + g\, e^{-\beta \Delta}, \qquad g = \sigma(\beta \Delta / \tau)
@@ -318,7 +318,7 @@ def offset_dpo_loss(
     beta: Numeric,
     offset: Numeric,
 ) -> Float[Array, "*batch"]:
-    r"""DPO with an offset: the margin must exceed how much better the chosen response was judged.
+    r"""DPO with an offset: the required margin grows with how much better the chosen response was judged.
 
     .. math:: -\log \sigma(\beta \Delta - \delta)
 
@@ -334,7 +334,7 @@ def offset_dpo_loss(
     Args:
       policy, reference: pairs of log-probabilities (sums); their margin is :math:`\Delta` (see `dpo_loss`).
       beta: strength of the pull towards the reference; positive.
-      offset: the margin wanted, in units of reward; finite.
+      offset: target margin, in units of reward; finite.
     """
     checks.interval("beta", beta, "(0, inf)")
     checks.finite("offset", offset)
@@ -350,13 +350,13 @@ def length_regularized_dpo_loss(
     alpha: Numeric,
     lengths: PairLike[Real[Array, "*batch"]],
 ) -> Float[Array, "*batch"]:
-    r"""R-DPO: the optimum of a reward from which every token takes `alpha`.
+    r"""R-DPO: DPO for a reward with a penalty of `alpha` per token.
 
     .. math:: -\log \sigma(\beta \Delta + \alpha |y_w| - \alpha |y_l|)
 
     Source: Park et al. 2024, "Disentangling Length from Quality in Direct Preference Optimization", arXiv 2403.19159,
-    Eq. 9. A longer chosen response has part of its preference explained by its length, and so pulls less. Where all
-    responses are equally long this is DPO.
+    Eq. 9. Length explains part of the preference for a longer chosen response, so its gradient is smaller. If all
+    responses are equally long, this is DPO.
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))

@@ -1,16 +1,16 @@
-r"""Losses that look at the two log-ratios of a comparison apart, not only at their difference.
+r"""Losses of both log-ratios of a comparison, not only of their difference.
 
 .. math::
     C = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)}, \qquad R = \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)}, \qquad
     \Delta = C - R
 
-They care whether the chosen response becomes more likely, not only whether it gains on the rejected one. The
+They depend on whether the chosen response becomes more likely, not only on its lead over the rejected one. The
 normalisation :math:`\log Z` does not cancel, so they cannot take other divergences (`with_divergence`).
 
 Every loss takes `policy` and `reference`, each a pair (chosen, rejected) of log-probabilities in nats, summed over the
 tokens of a response unless its docstring says otherwise; the reference is a constant to the caller. Every loss returns
-one number per comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `dpo_loss`
-does.
+one number per comparison. Hyperparameters are scalars, or have one value per comparison. Errors are those of
+`dpo_loss`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpo_jax.types import Numeric, PairLike
 def nca_loss(
     policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
-    r"""Noise Contrastive Alignment from pairs: the chosen response stands out against the reference itself.
+    r"""Noise Contrastive Alignment from pairs: the chosen response is contrasted with the reference.
 
     .. math:: -\log \sigma(\beta C) - \tfrac{1}{2} \log \sigma(-\beta C) - \tfrac{1}{2} \log \sigma(-\beta R)
 
@@ -58,7 +58,7 @@ def bco_pair_loss(
     beta: Numeric,
     shift: Numeric,
 ) -> Float[Array, "*batch"]:
-    r"""Binary Classifier Optimization on pairs: a classifier tells chosen from rejected by the implicit reward.
+    r"""Binary Classifier Optimization on pairs: the implicit reward classifies responses as chosen or rejected.
 
     .. math:: -\log \sigma(\beta C - \delta) - \log \sigma(-(\beta R - \delta))
 
@@ -84,7 +84,7 @@ def bco_pair_loss(
 def sppo_loss(
     policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
-    r"""Self-Play Preference Optimization with hard labels: each log-ratio is regressed onto a constant of its own.
+    r"""Self-Play Preference Optimization with hard labels: regresses each log-ratio onto a constant.
 
     .. math:: \left( C - \frac{1}{2 \beta} \right)^2 + \left( R + \frac{1}{2 \beta} \right)^2
 
@@ -112,8 +112,8 @@ def apo_zero_loss(
 
     .. math:: 1 - \sigma(\beta C) + \sigma(\beta R)
 
-    For chosen responses that are better than what the policy writes. Source: D'Oosterlinck et al. 2024, "Anchored
-    Preference Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 7 (without the constant).
+    For chosen responses that are better than the policy's. Source: D'Oosterlinck et al. 2024, "Anchored Preference
+    Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 7 (without the constant).
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -136,8 +136,8 @@ def apo_down_loss(
 
     .. math:: \sigma(\beta C) + 1 - \sigma(\beta \Delta)
 
-    For chosen responses that are worse than what the policy writes. Source: D'Oosterlinck et al. 2024, "Anchored
-    Preference Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 8 (without the constant).
+    For chosen responses that are worse than the policy's. Source: D'Oosterlinck et al. 2024, "Anchored Preference
+    Optimization and Contrastive Revisions", arXiv 2408.06266, Eq. 8 (without the constant).
 
     >>> import jax.numpy as jnp
     >>> policy, reference = (jnp.array([-1.0]), jnp.array([-3.0])), (jnp.array([-2.0]), jnp.array([-2.0]))
@@ -160,7 +160,7 @@ def dpo_positive_loss(
     beta: Numeric,
     penalty: Numeric,
 ) -> Float[Array, "*batch"]:
-    r"""DPO-Positive: DPO that does not let the chosen response fall below its likelihood under the reference.
+    r"""DPO-Positive: DPO with a penalty if the chosen response is less likely than under the reference.
 
     .. math:: -\log \sigma(\beta (\Delta - \lambda \max(0, -C)))
 
@@ -175,7 +175,8 @@ def dpo_positive_loss(
     Args:
       policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
-      penalty: :math:`\lambda`, nats of margin lost per nat that the chosen response falls; zero (DPO) or positive.
+      penalty: :math:`\lambda`, reduction of the margin for each nat that the chosen log-probability falls; zero (DPO)
+        or positive.
     """
     checks.interval("beta", beta, "(0, inf)")
     checks.interval("penalty", penalty, "[0, inf)")
@@ -191,14 +192,14 @@ def chi_po_loss(
     beta: Numeric,
     max_reward: Numeric = math.inf,
 ) -> Float[Array, "*batch"]:
-    r"""Chi-squared Preference Optimization: DPO under a divergence that grows fast where the reference is thin.
+    r"""Chi-squared Preference Optimization: DPO with a divergence that grows fast where the reference is small.
 
     .. math::
         -\log \sigma \left( \mathrm{clip}_{\pm 2 m} \left[ \beta \phi(e^C) - \beta \phi(e^R) \right] \right), \qquad
         \phi(z) = z + \log z
 
     Source: Huang et al. 2024, "Correcting the Mythos of KL-Regularization: Direct Alignment without Overoptimization
-    via Chi-Squared Preference Optimization", arXiv 2407.13399, Algorithm 1. To stay finite, :math:`e^C` goes on along
+    via Chi-Squared Preference Optimization", arXiv 2407.13399, Algorithm 1. To stay finite, :math:`e^C` continues along
     its tangent where C exceeds 22 (177 in float64).
 
     >>> import jax.numpy as jnp
@@ -209,8 +210,8 @@ def chi_po_loss(
     Args:
       policy, reference: pairs of log-probabilities (sums); C and R are the log-ratios of chosen and rejected.
       beta: strength of the pull towards the reference; positive.
-      max_reward: :math:`m`, the largest reward; comparisons beyond twice that have no gradient. Positive, or infinite
-        for no clipping.
+      max_reward: :math:`m`, the largest reward; comparisons whose margin exceeds twice that have no gradient. Positive,
+        or infinite for no clipping.
     """
     checks.interval("beta", beta, "(0, inf)")
     checks.interval("max_reward", max_reward, "(0, inf]")
@@ -226,7 +227,7 @@ def length_normalized_dpo_loss(
     beta: Numeric,
     lengths: PairLike[Real[Array, "*batch"]],
 ) -> Float[Array, "*batch"]:
-    r"""Length-normalised DPO: the log-ratio of each response counts per token.
+    r"""Length-normalised DPO: log-ratios are divided by the number of tokens.
 
     .. math:: -\log \sigma \left( \beta \left( \frac{C}{|y_w|} - \frac{R}{|y_l|} \right) \right)
 

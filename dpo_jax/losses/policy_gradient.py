@@ -1,11 +1,11 @@
-r"""Surrogates whose gradients are policy gradients, and the KL estimates that go with them.
+r"""Surrogate losses whose gradients are policy gradients, and estimates of KL.
 
 .. math:: \ell = \log \pi(y|x), \qquad \rho = \frac{\pi(y|x)}{\pi_{old}(y|x)}
 
-The responses are samples of :math:`\pi_{old}`, the policy as it was when it responded, and :math:`A` is the advantage
-of a response: how much better than usual it was. Every function is elementwise, and to be minimised: give it whole
-responses (sums over tokens), or tokens, and take the mean that you want (`dpo_jax.losses.aggregation`). No gradient
-should flow through anything but `logps`. All raise what `reinforce_loss` does.
+The responses are samples of :math:`\pi_{old}`, the policy at sampling time, and :math:`A` is the advantage of a
+response. Every function is elementwise, and to be minimised: pass log-probabilities of whole responses (sums over
+tokens) or of tokens, and take a mean (`dpo_jax.losses.aggregation`). No gradient should flow through anything but
+`logps`. Errors are those of `reinforce_loss`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KLEstimate: TypeAlias = Callable[[Any, Any], Array]
 
 
 def reinforce_loss(logps: Float[Array, "*batch"], advantages: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    r"""REINFORCE: its gradient is the policy gradient, if the responses are the policy's own.
+    r"""REINFORCE: its gradient is the policy gradient if the policy sampled the responses.
 
     .. math:: -A\, \ell
 
@@ -57,13 +57,13 @@ def ppo_loss(
     clip: Numeric,
     clip_high: Numeric | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""Proximal Policy Optimization: no reward for moving further than the clip from the policy that responded.
+    r"""Proximal Policy Optimization: no gain from changing probability ratios by more than the clip.
 
     .. math:: -\min(\rho A,\; \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{high})\, A)
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347, Eq. 7; a higher
-    :math:`\epsilon_{high}` is "Clip-Higher" of Yu et al. 2025, "DAPO", arXiv 2503.14476. To stay finite, the ratio goes
-    on along its tangent where its logarithm exceeds 22 (177 in float64).
+    :math:`\epsilon_{high}` is "Clip-Higher" of Yu et al. 2025, "DAPO", arXiv 2503.14476. To stay finite, the ratio
+    continues along its tangent where its logarithm exceeds 22 (177 in float64).
 
     >>> import jax.numpy as jnp
     >>> logps, old_logps = jnp.log(jnp.array([0.6, 0.6])), jnp.log(jnp.array([0.4, 0.4]))
@@ -103,8 +103,8 @@ def grpo_loss(
     .. math:: -\min(\rho A,\; \mathrm{clip}(\rho, 1 - \epsilon, 1 + \epsilon_{high})\, A) + \beta\, k
 
     Source: Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300, Eq. 3 and 4, where :math:`k` is `k3_estimate` of each
-    token. Mind what that does: the *value* of :math:`k_3` estimates KL(policy || reference), but its *gradient* is that
-    of KL(reference || policy), so GRPO does not come to the optimum of the RLHF objective. With `k2_estimate` and
+    token. Note: the *value* of :math:`k_3` estimates KL(policy || reference), but its *gradient* is that of
+    KL(reference || policy), so GRPO does not converge to the optimum of the RLHF objective. With `k2_estimate` and
     `rloo_advantages` it does. Advantages are `grpo_advantages`, or `centred_advantages` in Dr. GRPO.
 
     >>> import jax.numpy as jnp
@@ -135,7 +135,7 @@ def value_loss(
     *,
     clip: Numeric = jnp.inf,
 ) -> Float[Array, "*batch"]:
-    r"""Half the squared error of a value function that may not move further than the clip at once.
+    r"""Half the squared error of a value function, with changes clipped.
 
     .. math::
         \frac{1}{2} \max \left( (V - R)^2,\; (V_{old} + \mathrm{clip}(V - V_{old}, -\epsilon, \epsilon) - R)^2 \right)
@@ -147,9 +147,9 @@ def value_loss(
     [0.32]
 
     Args:
-      values: what the value function expects, in units of reward.
-      old_values: what it expected when the policy responded.
-      returns: what came.
+      values: predictions of the value function, in units of reward.
+      old_values: its predictions at sampling time.
+      returns: observed returns.
       clip: :math:`\epsilon`; positive, infinite for no clip.
     """
     checks.interval("clip", clip, "(0, inf]")
@@ -160,12 +160,12 @@ def value_loss(
 
 
 def k1_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    r"""An unbiased estimate of KL(policy || reference); belongs into the reward.
+    r"""An unbiased estimate of KL(policy || reference); for use in the reward.
 
     .. math:: k_1 = \log \frac{\pi}{\pi_{ref}}
 
-    The expected gradient of its mean over the policy's own responses is zero: as a term of a loss it does nothing.
-    Source: Schulman 2020, "Approximating KL Divergence".
+    Averaged over responses of the policy, its expected gradient is zero: as a term of a loss it has no effect. Source:
+    Schulman 2020, "Approximating KL Divergence".
 
     Args:
       logps: log-probabilities (nats) of responses that the policy gave.
@@ -175,7 +175,7 @@ def k1_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]
 
 
 def k2_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    r"""A biased estimate of KL(policy || reference), whose gradient is unbiased; belongs into the loss.
+    r"""A biased estimate of KL(policy || reference), whose gradient is unbiased; for use in the loss.
 
     .. math:: k_2 = \frac{1}{2} \left( \log \frac{\pi}{\pi_{ref}} \right)^2
 
@@ -185,12 +185,12 @@ def k2_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]
 
 
 def k3_estimate(logps: Float[Array, "*batch"], reference: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    r"""An unbiased estimate of KL(policy || reference), never negative; good to look at.
+    r"""An unbiased estimate of KL(policy || reference), never negative; useful for monitoring.
 
     .. math:: k_3 = \frac{\pi_{ref}}{\pi} - 1 - \log \frac{\pi_{ref}}{\pi}
 
-    The expected gradient of its mean over the policy's own responses is that of KL(reference || policy), the other
-    divergence. Source and arguments: those of `k1_estimate`. The exponential is bounded as in `ppo_loss`.
+    Averaged over responses of the policy, its expected gradient is that of KL(reference || policy). Source and
+    arguments: those of `k1_estimate`. The exponential is bounded as in `ppo_loss`.
     """
     gap = -_log_ratio(logps, reference)
     return bounded_exp(gap) - 1 - jnp.where(gap == jnp.inf, 0, gap)

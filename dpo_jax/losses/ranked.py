@@ -16,7 +16,7 @@ from dpo_jax.types import Numeric
 def plackett_luce_loss(
     policy: Sequence[Float[Array, "*batch"]], reference: Sequence[Float[Array, "*batch"]], *, beta: Numeric
 ) -> Float[Array, "*batch"]:
-    r"""DPO for rankings under the Plackett-Luce model: at each place, the best of those that are left is chosen.
+    r"""DPO for rankings under the Plackett-Luce model: each place is a choice of the best remaining response.
 
     .. math::
         -\sum_{k=1}^{K-1} \log \frac{e^{\beta u_k}}{\sum_{j=k}^K e^{\beta u_j}}, \qquad
@@ -54,7 +54,7 @@ def plackett_luce_loss(
 
 
 def _choice(rewards: Sequence[Float[Array, "*batch"]]) -> Float[Array, "*batch"]:
-    """Minus the log-probability that the first is chosen; with a gradient even where it is infinite."""
+    """The negative log-probability that the first is chosen; it has a gradient even if it is infinite."""
     leads = jnp.stack([difference(reward, rewards[0]) for reward in rewards])
     infinite = leads == jnp.inf
     finite = jax.nn.logsumexp(jnp.where(infinite, -jnp.inf, leads), axis=0)

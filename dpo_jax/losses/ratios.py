@@ -1,9 +1,9 @@
-"""What losses are made of: log-ratios, checked at the border, and functions that stay finite.
+"""Building blocks of losses: validated log-ratios, and functions that stay finite.
 
-Log-probabilities of -inf are allowed: a response may be masked. A loss is then what its limit is, 0 or infinity often,
-and where it is finite so are all gradients. Where two equal infinities meet, their difference is 0 and has no gradient:
-a response that policy and reference both rule out has a log-ratio of 0, and a comparison of two responses that the
-policy rules out a margin of 0. Nothing is learnt from either.
+Log-probabilities of -inf are allowed: a response may be masked. A loss then equals its limit, often 0 or infinity, and
+if it is finite, so are all gradients. The difference of two equal infinities is 0 and has no gradient: a response with
+probability 0 under both policy and reference has a log-ratio of 0, and a comparison of two responses with probability 0
+has a margin of 0. Neither affects training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dpo_jax import checks
 from dpo_jax.types import Numeric, Pair, PairLike
 
 _as_one = partial(jax.jit, inline=True)
-"""Outside of `jax.jit` a function of many operations is called as one; inside, nothing changes."""
+"""Compiles a function of many operations into one call outside of `jax.jit`; no effect inside."""
 
 
 def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]) -> Pair:
@@ -30,7 +30,7 @@ def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Flo
       reference: the same under the reference policy.
 
     Returns:
-      A pair; 0 for a response that policy and reference both rule out (-inf).
+      A pair; 0 for a response that has probability 0 (-inf) under both policy and reference.
 
     Raises:
       TypeError: an argument is not a pair of floating-point arrays, or the four differ in dtype.
@@ -68,7 +68,7 @@ def checked_margin(policy: Any, reference: Any, **hyperparameters: Numeric) -> t
 def fitted(like: Float[Array, "*batch"], **hyperparameters: Any) -> tuple[Any, ...]:
     """The hyperparameters in their order: each a number, or an array that broadcasts to `like`, in its dtype.
 
-    So neither an array of another precision nor a NumPy number promotes a loss.
+    This keeps arrays of another precision and NumPy numbers from promoting a loss.
 
     Raises:
       ValueError: one of them does not broadcast.
@@ -88,7 +88,7 @@ def difference(first: Float[Array, "*batch"], second: Float[Array, "*batch"]) ->
 def times(factor: Numeric, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`factor * value`, in the dtype of the value, where 0 times infinity is 0.
 
-    The factor gets no gradient from an infinite value: it would be infinite, or 0 times infinity once more.
+    An infinite value gives the factor no gradient, which would be infinite or NaN.
     """
     infinite, factor = jnp.isinf(value), jnp.asarray(factor, value.dtype)
     factor = jnp.where(infinite, jax.lax.stop_gradient(factor), factor)
@@ -97,7 +97,7 @@ def times(factor: Numeric, value: Float[Array, "*batch"]) -> Float[Array, "*batc
 
 @_as_one
 def square(value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """The square, whose slope at infinity is the largest number, so that a weight of 0 leaves nothing of it."""
+    """The square; its slope is clipped to the largest finite number, so that a weight of 0 makes it 0."""
     return _square(value)
 
 
@@ -119,7 +119,7 @@ def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Numeric) 
 
     .. math:: -(1 - \epsilon) \log \sigma(z) - \epsilon \log \sigma(-z) = \epsilon z - \log \sigma(z)
 
-    where the right side needs one logarithm, but is no number at -inf.
+    The right-hand side needs only one logarithm, but is NaN at -inf.
     """
     lost = logits == -jnp.inf
     kept = jnp.where(lost, 1 - label_smoothing, 1)
@@ -130,8 +130,8 @@ def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Numeric) 
 def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The exponential, continued along its tangent beyond a quarter of the exponents that the dtype can hold.
 
-    That is beyond 22 in float32 and bfloat16, 177 in float64, 2.8 in float16. So values, their squares and their
-    gradients stay finite for every exponent that occurs, and gradients do not vanish: not even at infinity.
+    That is beyond 22 in float32 and bfloat16, 177 in float64, 2.8 in float16. Values, their squares and their gradients
+    stay finite for every exponent that occurs, and gradients never vanish.
     """
     limit = jnp.log(jnp.finfo(exponent.dtype).max) / 4
     limit = limit.astype(exponent.dtype)
@@ -158,7 +158,7 @@ def power_score(logp: Float[Array, "*batch"], power: Numeric) -> Float[Array, "*
 
 @_as_one
 def log1mexp(logp: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """`log(1 - exp(logp))` for log-probabilities, accurate at both ends; finite at 0, read as the next number below.
+    """`log(1 - exp(logp))` for log-probabilities, accurate at both ends; clamped just below 0, so that it stays finite.
 
     Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))", Eq. 7.
     """

@@ -1,11 +1,11 @@
-r"""Losses of the policy alone: no reference, nothing to stray from.
+r"""Losses of the policy alone, without a reference.
 
 .. math:: \ell_w = \log \pi(y_w|x), \qquad \ell_l = \log \pi(y_l|x)
 
-Every loss takes `policy`, a pair (chosen, rejected) of log-probabilities in nats. Some eat sums over the tokens of a
-response and some eat means, as their docstrings say; the caller divides by the length (`sequence_logps`). Which one it
-was given no loss can tell, nor whether an axis is one of tokens: it is elementwise. Every loss returns one number per
-comparison. Hyperparameters are scalars, or have one value per comparison. All raise what `simpo_loss` does.
+Every loss takes `policy`, a pair (chosen, rejected) of log-probabilities in nats. Some take sums over the tokens of a
+response and some take means, as their docstrings say; the caller divides by the length (`sequence_logps`). Losses are
+elementwise, so they can detect neither a wrong choice nor an axis of tokens. Every loss returns one number per
+comparison. Hyperparameters are scalars, or have one value per comparison. Errors are those of `simpo_loss`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Numeric, gamma
 
     .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l - \gamma)
 
-    Eats **means** over tokens. Of sums it is another loss, whose margins are as many times too large as responses have
-    tokens: it is 0 almost at once, and the shorter response is favoured. Source: Meng et al. 2024, "SimPO: Simple
-    Preference Optimization with a Reference-Free Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen
-    response by default (`cpo_alpha=1`); the paper does not (`with_sft` does).
+    Takes **means** over tokens. With sums, margins are too large by a factor of the number of tokens: the loss is soon
+    0, and shorter responses are favoured. Source: Meng et al. 2024, "SimPO: Simple Preference Optimization with a
+    Reference-Free Reward", arXiv 2405.14734, Eq. 6. TRL adds the NLL of the chosen response by default (`cpo_alpha=1`);
+    the paper does not (`with_sft` does).
 
     >>> import jax.numpy as jnp
     >>> print(simpo_loss((jnp.array([-1.0]), jnp.array([-3.0])), beta=2.0, gamma=1.0))  # -log sigmoid(2 * 2 - 1)
@@ -38,7 +38,7 @@ def simpo_loss(policy: PairLike[Float[Array, "*batch"]], *, beta: Numeric, gamma
     Args:
       policy: log-probabilities (nats, means over tokens) of the chosen and the rejected responses.
       beta: scale of the reward; positive.
-      gamma: the margin wanted, in units of reward; zero or positive.
+      gamma: target margin, in units of reward; zero or positive.
 
     Raises:
       TypeError: `policy` is not a pair of floating-point arrays, or they differ in dtype.
@@ -59,8 +59,8 @@ def alphapo_loss(
     .. math::
         -\log \sigma(\beta r_w - \beta r_l - \gamma), \qquad r = \frac{1 - e^{-\alpha \ell}}{\alpha}
 
-    Eats **means** over tokens. Source: Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment", arXiv
-    2501.03884. The limit of alpha 0 is SimPO. To stay finite the exponential goes on along its tangent where its
+    Takes **means** over tokens. Source: Gupta et al. 2025, "AlphaPO: Reward Shape Matters for LLM Alignment", arXiv
+    2501.03884. The limit of alpha 0 is SimPO. To stay finite, the exponential continues along its tangent where its
     exponent exceeds 22 (177 in float64).
 
     >>> import jax.numpy as jnp
@@ -70,7 +70,7 @@ def alphapo_loss(
     Args:
       policy: pair of log-probabilities (means).
       beta: scale of the reward; positive.
-      gamma: the margin wanted, in units of reward; zero or positive.
+      gamma: target margin, in units of reward; zero or positive.
       alpha: shape of the reward; finite.
     """
     checks.interval("beta", beta, "(0, inf)")
@@ -88,7 +88,7 @@ def cpo_loss(
 
     .. math:: -\log \sigma(\beta \ell_w - \beta \ell_l) - \lambda \ell_w
 
-    Eats **sums** over tokens. Source: Xu et al. 2024, "Contrastive Preference Optimization", arXiv 2401.08417, Eq. 3
+    Takes **sums** over tokens. Source: Xu et al. 2024, "Contrastive Preference Optimization", arXiv 2401.08417, Eq. 3
     and the NLL with :math:`\lambda = 1`. TRL's NLL is a mean over tokens.
 
     >>> import jax.numpy as jnp
@@ -113,9 +113,9 @@ def orpo_loss(policy: PairLike[Float[Array, "*batch"]], *, odds_weight: Numeric)
         -\ell_w - \lambda \log \sigma \left( \log \frac{o_w}{o_l} \right), \qquad
         o = \frac{e^{\ell}}{1 - e^{\ell}}
 
-    Eats **means** over tokens. Source: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference
-    Model", arXiv 2403.07691, Eq. 6 and 7. TRL's NLL covers the prompt too. A probability of 1 has infinite odds; here
-    it is read as the next number below.
+    Takes **means** over tokens. Source: Hong et al. 2024, "ORPO: Monolithic Preference Optimization without Reference
+    Model", arXiv 2403.07691, Eq. 6 and 7. TRL's NLL covers the prompt too. A probability of 1 has infinite odds and is
+    clamped just below 1.
 
     >>> import jax.numpy as jnp
     >>> print(orpo_loss((jnp.log(jnp.array([0.8])), jnp.log(jnp.array([0.5]))), odds_weight=1.0))  # odds 4 and 1
@@ -136,8 +136,8 @@ def unlikelihood_loss(policy: PairLike[Float[Array, "*batch"]], *, alpha: Numeri
 
     .. math:: -\ell_w + \alpha \ell_l
 
-    Eats **sums** over tokens. Source: Rafailov et al. 2023, arXiv 2305.18290, Sec. 6 (after Welleck et al. 2019, arXiv
-    1908.04319, who bound it by taking :math:`-\log(1 - p)`).
+    Takes **sums** over tokens. Source: Rafailov et al. 2023, arXiv 2305.18290, Sec. 6 (after Welleck et al. 2019, arXiv
+    1908.04319, who keep it bounded by :math:`-\log(1 - p)`).
 
     >>> import jax.numpy as jnp
     >>> print(unlikelihood_loss((jnp.array([-1.0]), jnp.array([-3.0])), alpha=0.5))
@@ -157,8 +157,8 @@ def sft_loss(policy: PairLike[Float[Array, "*batch"]]) -> Float[Array, "*batch"]
 
     .. math:: -\ell_w
 
-    Eats **sums** over tokens (or means, which is another weighting). Source: Rafailov et al. 2023, arXiv 2305.18290,
-    Sec. 6, "Preferred-FT".
+    Takes **sums** over tokens (or means, which weights tokens differently). Source: Rafailov et al. 2023, arXiv
+    2305.18290, Sec. 6, "Preferred-FT".
 
     >>> import jax.numpy as jnp
     >>> print(sft_loss((jnp.array([-1.0]), jnp.array([-3.0]))))

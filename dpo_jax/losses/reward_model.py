@@ -1,4 +1,4 @@
-"""Losses of a reward model: what RLHF fits to comparisons before it starts to reinforce."""
+"""Losses of reward models, which RLHF fits to comparisons before reinforcement learning."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dpo_jax.types import Numeric, PairLike
 def bradley_terry_loss(
     rewards: PairLike[Float[Array, "*batch"]], *, margin: Numeric = 0.0, centring: Numeric = 0.0
 ) -> Float[Array, "*batch"]:
-    r"""Minus the log-likelihood of a comparison under the Bradley-Terry model.
+    r"""The negative log-likelihood of a comparison under the Bradley-Terry model.
 
     .. math:: -\log \sigma(r_w - r_l - m) + c\, (r_w + r_l)^2
 
     Source: Rafailov et al. 2023, arXiv 2305.18290, Eq. 2; the margin is that of Touvron et al. 2023, "Llama 2", arXiv
-    2307.09288, Eq. 2, and the centring that of Eisenstein et al. 2023, "Helping or Herding?", arXiv 2312.09244. A
-    comparison knows nothing of the level of rewards; centring settles it at zero.
+    2307.09288, Eq. 2, and the centring that of Eisenstein et al. 2023, "Helping or Herding?", arXiv 2312.09244.
+    Comparisons do not determine the mean of rewards; centring pulls it to zero.
 
     >>> import jax.numpy as jnp
     >>> print(bradley_terry_loss((jnp.array([2.0]), jnp.array([1.0])), centring=0.01))  # -log sigmoid(1) + 0.01 * 9

@@ -1,4 +1,4 @@
-"""From a language model's logits to what losses eat: one log-probability for each response."""
+"""From a language model's logits to the input of losses: one log-probability for each response."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def sequence_logps(
 
     A row holds the tokens of a prompt and of its response, and logits :math:`z_t` that predict token :math:`t + 1`, as
     causal language models give them: the shift is done here. `mask` marks the response: not the prompt, not the
-    padding, but its end token if that was the model's to write. So the first token that counts is predicted by the
-    logits of the last token of the prompt. An attention mask is no such mask, since it covers the prompt.
+    padding, but its end token if the model generates it. So the logits of the last token of the prompt predict the
+    first token of the response. Do not pass an attention mask, which covers the prompt.
 
-    Most losses eat sums; SimPO, AlphaPO and ORPO eat means. Which is which cannot be told from the numbers: SimPO of
-    sums is a loss whose margins are as many times too large as a response has tokens, and falls to 0 at once.
+    Most losses take sums; SimPO, AlphaPO and ORPO take means. Losses cannot detect the wrong choice: with sums, SimPO's
+    margins are too large by a factor of the number of tokens, and the loss falls to 0 at once.
 
     >>> import jax.numpy as jnp
     >>> logits = jnp.log(jnp.array([[[0.5, 0.5], [0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]]))
@@ -39,14 +39,14 @@ def sequence_logps(
     [-1.4979]
 
     Args:
-      logits: of all tokens. What stands where no token of the response is predicted may be anything, NaN for instance.
-      tokens: ids. Those outside the response may be anything, -100 for instance.
-      mask: true, or positive, where a token belongs to the response; on either side there may be padding. Never at the
-        first place of a row, which nothing predicts: a prompt has one token at least, as the start token is.
+      logits: of all tokens. Logits that predict no token of the response are ignored, even NaN.
+      tokens: ids. Those outside the response are ignored; they may be -100, for instance.
+      mask: true, or positive, where a token belongs to the response; padding may be on either side. The first token of
+        a row must not be marked, because no logits predict it: a prompt has at least one token, such as a start token.
       mean: divide by the number of tokens of the response.
 
     Returns:
-      One number (nats) for each row, in float32 at least. A response without tokens has 0.
+      One number (nats) for each row, in float32 at least. 0 for a response without tokens.
 
     Raises:
       TypeError: logits are not floating-point numbers, or tokens not integers.

@@ -1,4 +1,4 @@
-"""What can be told of a loss from the function itself: whether its rows depend on each other, and its name."""
+"""Properties of a loss, found from the function: whether its rows depend on each other, and its name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def name_of(loss: Any) -> str:
 
 
 def refuse_weights_if_rows_mix(loss: Callable[..., Array], *args: Any, **hyperparameters: Any) -> None:
-    """A loss that compares whole batches does not belong to one comparison, so its comparisons cannot have weights.
+    """Rejects losses that compare whole batches, in which single comparisons cannot have weights.
 
     Args:
       loss, *args, **hyperparameters: see `mixes_rows`.
@@ -40,13 +40,11 @@ def mixes_rows(loss: Callable[..., Array], *args: Any, **hyperparameters: Any) -
     """Whether the loss of one row depends on other rows, as in `aot_loss`.
 
     The loss is traced once, which sees through partials, wrappers and closures. The traced operations are evaluated on
-    random batches. Half of the rows are replaced: the losses of the other half must keep every bit. The halves are
-    chosen such that each pair of rows is separated at least once. Traced hyperparameters, also those in closures, are
-    replaced by random numbers, so the function works under `vmap`, `grad` and `jit` (also of `shard_map`). It costs
-    nothing at run time.
-
-    A dependence that shows in none of these batches is missed: for instance one that begins at a threshold which
-    log-probabilities between about -100 and 0 do not reach.
+    random batches. Half of the rows are replaced: the losses of the other half must not change, bit for bit. The halves
+    are chosen such that each pair of rows is separated at least once. Traced hyperparameters, also those in closures,
+    are replaced by random numbers, so the function works under `vmap`, `grad` and `jit` (also of `shard_map`). It costs
+    nothing at run time. It misses a dependence that none of these batches shows: for instance beyond a threshold
+    outside of log-probabilities between about -100 and 0.
 
     >>> import jax.numpy as jnp
     >>> from dpo_jax.losses import aot_loss, dpo_loss
@@ -56,9 +54,8 @@ def mixes_rows(loss: Callable[..., Array], *args: Any, **hyperparameters: Any) -
 
     Args:
       loss: elementwise, or of a whole batch.
-      *args: what the loss is called with: pytrees of arrays whose first axes are the rows. Only shapes and dtypes
-        matter.
-      **hyperparameters: what else the loss takes; held fixed.
+      *args: arguments of the loss: pytrees of arrays whose first axes are the rows. Only shapes and dtypes matter.
+      **hyperparameters: of the loss; held fixed.
     """
     leaves, structure = jax.tree.flatten(jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), args))
     program = jax.make_jaxpr(lambda *leaves: loss(*jax.tree.unflatten(structure, leaves), **hyperparameters))(*leaves)
@@ -86,7 +83,7 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], rows: Sequence[np.ndarray]) -> 
 
 
 def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """As `jax.core.eval_jaxpr`, without prints, and without what `jax.shard_map` adds, which fails outside of it."""
+    """Like `jax.core.eval_jaxpr`, but skips prints and the operations of `jax.shard_map`, which fail outside of it."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
     def read(atoms: Sequence[Any]) -> list[Any]:
@@ -107,7 +104,7 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
 
 
 def _stand_in(generator: np.random.Generator, const: Any) -> Any:
-    """A value for a traced constant: floats are small and positive, as most hyperparameters allow."""
+    """A value for a traced constant: floats are small and positive, which most hyperparameters allow."""
     if not isinstance(const, jax.core.Tracer):
         return const
     if jnp.issubdtype(const.dtype, jax.dtypes.prng_key):
@@ -128,7 +125,7 @@ def _random_rows(generator: np.random.Generator, leaf: jax.ShapeDtypeStruct, dra
 
 
 def _chosen(half: np.ndarray, yes: np.ndarray, no: np.ndarray) -> np.ndarray:
-    """Rows of `yes` in one half, of `no` in the other; an array without such rows stays as it is."""
+    """Rows of `yes` in one half, of `no` in the other; arrays without such rows are unchanged."""
     if no.shape[: half.ndim] != half.shape:
         return no
     return np.where(half.reshape(*half.shape, *(1,) * (no.ndim - half.ndim)), yes, no)

@@ -1,10 +1,10 @@
-r"""Losses of single responses that somebody called good or bad.
+r"""Losses of single responses, labelled good or bad.
 
 .. math:: u = \log \frac{\pi(y|x)}{\pi_{ref}(y|x)}
 
 Every loss takes `policy` and `reference`, arrays of log-probabilities in nats, summed over the tokens of a response
 (the reference is a constant to the caller), and `desirable`, the labels. Every loss returns one number per response.
-Hyperparameters are scalars, or have one value per response. All raise what `kto_loss` does.
+Hyperparameters are scalars, or have one value per response. Errors are those of `kto_loss`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def kto_loss(
     desirable_weight: Numeric = 1.0,
     undesirable_weight: Numeric = 1.0,
 ) -> Float[Array, "*batch"]:
-    r"""Kahneman-Tversky Optimization: gains and losses as people feel them, against a reference point.
+    r"""Kahneman-Tversky Optimization: gains and losses relative to a reference point, as in prospect theory.
 
     .. math::
         \lambda_D\, (1 - \sigma(\beta (u - z_0))) \text{ if desirable}, \qquad
@@ -83,9 +83,8 @@ def bco_loss(
     .. math::
         -\log \sigma(\beta u - \delta) \text{ if desirable}, \qquad -\log \sigma(-(\beta u - \delta)) \text{ otherwise}
 
-    Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656.
-    Where good and bad responses answer different prompts, the paper weighs the bad ones by a density ratio
-    (`with_weights`).
+    Source: Jung et al. 2024, "Binary Classifier Optimization for Large Language Model Alignment", arXiv 2404.04656. If
+    good and bad responses answer different prompts, the paper weights the bad ones by a density ratio (`with_weights`).
 
     >>> import jax.numpy as jnp
     >>> policy, reference, desirable = jnp.array([-1.0, -1.0]), jnp.array([-3.0, -3.0]), jnp.array([True, False])

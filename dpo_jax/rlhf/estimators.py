@@ -1,4 +1,4 @@
-"""Policy-gradient estimates on a table: their exact mean and variance, by counting every group that may be drawn."""
+"""Policy-gradient estimates on a table: their exact mean and variance, by enumerating all groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def policy_gradient(
 
     Args:
       logits: of the policy.
-      rewards: of the responses, the price of KL subtracted if there is one.
+      rewards: of the responses, less the KL penalty, if any.
     """
     checks.same_shape(logits=logits, rewards=rewards)
     probs = jax.nn.softmax(logits)
@@ -38,11 +38,11 @@ def estimate_moments(
 
     .. math:: \hat g = \frac{1}{K} \sum_i A_i \nabla \log \pi(y_i)
 
-    All :math:`R^K` groups are looked at, where R is the number of responses.
+    Enumerates all :math:`R^K` groups, where R is the number of responses.
 
     Args:
       logits: of the policy, for one prompt.
-      rewards: of the responses, the price of KL subtracted if there is one.
+      rewards: of the responses, less the KL penalty, if any.
       group_size: :math:`K`; static.
       advantages: from the rewards of groups to advantages, for instance `losses.rloo_advantages`.
     """

@@ -1,4 +1,4 @@
-"""What every on-policy learner does first: ask, let the policy respond, and score the responses."""
+"""The first step of every on-policy learner: draw prompts, sample responses, and score them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Groups(NamedTuple):
 
     Attributes:
       prompts: repeated in each column.
-      responses: what was answered.
+      responses: responses of the policy.
       logps: log-probabilities under the policy that responded.
       reference_logps: the same under the reference policy.
-      weights: how probable each response is, up to a factor, if they are all that there are.
+      weights: probabilities of the responses, up to a factor, if a group holds all responses.
     """
 
     prompts: Int[Array, "prompts group ..."]
@@ -39,7 +39,7 @@ def collect_groups(
     log_prob: LogProbFn,
     reference_params: Params,
 ) -> Groups:
-    """Asks, responds and scores.
+    """Draws prompts, and samples and scores responses.
 
     Args:
       key: typed PRNG key.
@@ -64,7 +64,7 @@ def score_groups(
     log_prob: LogProbFn,
     reference_params: Params,
 ) -> Groups:
-    """Responds to given prompts, and scores."""
+    """Samples and scores responses to given prompts."""
     responses, weights = respond(key, params, prompts)
     num, size = responses.shape[:2]
     repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
@@ -75,7 +75,7 @@ def score_groups(
 def as_rollouts(
     groups: Groups, rewards: Float[Array, "prompts group"], advantages: Float[Array, "prompts group"], **columns: Array
 ) -> Rollouts:
-    """Groups with their rewards and advantages, one response a row: what training passes over.
+    """Training data: groups with rewards and advantages, one response per row.
 
     Advantages are rounded to the dtype of the log-probabilities: rewards and hyperparameters may have a wider one.
     """
@@ -85,25 +85,25 @@ def as_rollouts(
 
 
 def best_of_n(key: Key[Array, ""], params: Params, prompts: Array, *, respond: RespondFn, reward: RewardFn) -> Any:
-    """The best response of each group, by a reward: the first of equals. Nothing is trained.
+    """The response of each group with the highest reward; the first one in case of a tie. No training.
 
     Args:
       key: typed PRNG key.
       params: parameters of the policy that responds.
       prompts: what to respond to.
       respond: gives n responses to each prompt.
-      reward: by which the best is chosen: the truth, or a reward model.
+      reward: the criterion: the true reward, or a reward model.
 
     Returns:
       One response to each prompt.
 
     Raises:
-      ValueError: `respond` does not sample, or a reward is NaN. Under `jit` and `vmap`, where rewards have no values
-        yet, a response whose reward is NaN is not chosen unless all those to its prompt are alike.
+      ValueError: `respond` does not sample, or a reward is NaN. Under `jit` and `vmap`, where rewards are traced, a
+        response whose reward is NaN is not chosen unless all rewards of its prompt are NaN.
     """
     responses, weights = respond(key, params, prompts)
     if weights is not None:
-        raise ValueError("respond must sample: the best of all responses is the same whatever their probabilities")
+        raise ValueError("respond must sample: the best of all responses does not depend on their probabilities")
     num, size = responses.shape[:2]
     repeated = jnp.broadcast_to(prompts[:, None], (num, size, *prompts.shape[1:]))
     rewards = reward(repeated, responses)

@@ -1,4 +1,4 @@
-"""A price of KL that finds itself: it rises where the policy strays too far, and falls where it stays too near."""
+"""Adaptive KL coefficient: it rises while the KL to the reference is above its target, and falls while it is below."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dpo_jax.types import Numeric
 
 
 class AdaptiveKL(NamedTuple):
-    """How to control the KL to the reference: where `rlhf.ppo` takes beta, it takes this as well.
+    """Controls the KL to the reference: a value for `beta` of `rlhf.ppo`.
 
     Attributes:
-      initial: the price of a nat in the first round, in units of reward; positive.
-      target: the KL (nats) to be held; positive.
-      gain: by how much the price changes in a round; positive.
+      initial: KL coefficient of the first round, in units of reward per nat; positive.
+      target: target KL (nats); positive.
+      gain: step size of the coefficient's logarithm in a round; positive.
     """
 
     initial: Numeric
@@ -26,7 +26,7 @@ class AdaptiveKL(NamedTuple):
 
 
 def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, control: AdaptiveKL) -> Float[Array, ""]:
-    r"""The price of the next round, by proportional control of its logarithm.
+    r"""The coefficient of the next round, by proportional control of its logarithm.
 
     .. math:: \beta' = \beta\, (1 + K e), \qquad e = \mathrm{clip} \left( \frac{KL - T}{T}, -0.2, 0.2 \right)
 
@@ -34,7 +34,7 @@ def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, c
     :math:`K = 0.1`.
 
     Args:
-      coefficient: the price of this round.
+      coefficient: that of this round.
       kl: the KL (nats) measured in this round.
       control: target and gain.
     """
@@ -44,6 +44,6 @@ def update_coefficient(coefficient: Float[Array, ""], kl: Float[Array, ""], *, c
 
 
 def check_control(control: AdaptiveKL) -> None:
-    """Price, target and gain are positive (checked unless traced)."""
+    """Coefficient, target and gain are positive (checked unless traced)."""
     for name, value in control._asdict().items():
         checks.interval(name, value, "(0, inf)")

@@ -1,13 +1,12 @@
-r"""Online DPO, XPO and Nash-MD: learners that ask for comparisons of what the policy answers now.
+r"""Online DPO, XPO and Nash-MD: learners from comparisons of the current policy's responses.
 
-Each function returns a `Learner` for `train.fit_online`. What they have in common:
+Each function returns a `Learner` for `train.fit_online`. Their common arguments:
 
-- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`).
-- `log_prob`: scores responses.
-- `prefer`: says how probable it is that the first of two responses is preferred: people (`toy.preference_fn` of the
-  world's rewards), a reward model (the same of its rewards), or any other preference, be it cyclic
-  (`toy.general_preference_fn`).
-- `reference_params`: parameters of the policy that is not to be strayed from, usually those that training starts with.
+- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`). - `log_prob`: scores
+responses. - `prefer`: the probability that the first of two responses is preferred: by people (`toy.preference_fn` of
+the true rewards), by a reward model (the same of its rewards), or any other preference, even a cyclic one
+(`toy.general_preference_fn`).
+- `reference_params`: parameters of the reference policy, usually those that training starts with.
 """
 
 from __future__ import annotations
@@ -48,10 +47,10 @@ def online_dpo(
     beta: Numeric,
     loss: PreferenceLoss = dpo_loss,
 ) -> Learner:
-    """DPO on fresh pairs: the policy answers twice, somebody compares, and DPO takes a step.
+    """DPO on fresh pairs: the policy responds twice, the responses are compared, and DPO takes a step.
 
     Source: Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", arXiv 2402.04792, Algorithm 1.
-    The two answers are independent; where they are the same, nothing is learnt.
+    The two responses are independent; a pair of equal responses has no gradient.
 
     Args:
       ask, respond, log_prob, prefer, reference_params: see above; `respond` gives two responses to each prompt.
@@ -81,15 +80,15 @@ def xpo(
     beta: Numeric,
     alpha: Numeric,
 ) -> Learner:
-    """Exploratory Preference Optimization: the policy's answer against the reference's, with a bonus for novelty.
+    """Exploratory Preference Optimization: compares responses of policy and reference, with an exploration bonus.
 
-    Source: Xie et al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1, but for learning from
-    the comparisons of this round alone instead of all rounds so far.
+    Source: Xie et al. 2024, "Exploratory Preference Optimization", arXiv 2405.21046, Algorithm 1, but it learns only
+    from the comparisons of the current round, not of all rounds so far.
 
     Args:
       ask, respond, log_prob, prefer, reference_params: see above; `respond` gives one response to each prompt.
       beta: strength of the pull towards the reference; positive.
-      alpha: how optimistic to be; zero or positive. See `losses.xpo_loss`.
+      alpha: weight of the exploration bonus; zero or positive. See `losses.xpo_loss`.
     """
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
@@ -120,19 +119,19 @@ def nash_md(
     reference_params: Params,
     tau: Numeric,
 ) -> Learner:
-    r"""Nash-MD-PG: policy gradients towards what is preferred to the answers of an opponent made of the policy itself.
+    r"""Nash-MD-PG: policy gradients of the probability of being preferred to an opponent derived from the policy.
 
     .. math:: A = P(y \succ y') - \frac{1}{2} - \tau \log \frac{\pi_{old}}{\pi_{ref}}
 
-    Source: Munos et al. 2023, "Nash Learning from Human Feedback", arXiv 2312.00886, Sec. 7. With an opponent that is
-    the policy as it is (self-play), it can come to rest only at the regularised equilibrium; one that is mixed with the
-    reference (`toy.respond_fn(..., reference_log_probs=..., mix=...)`) is steadier, and shifts that point a little.
-    Take one optimizer step a round: there is no ratio that would account for further ones.
+    Source: Munos et al. 2023, "Nash Learning from Human Feedback", arXiv 2312.00886, Sec. 7. If the opponent is the
+    current policy (self-play), the only fixed point is the regularised equilibrium. An opponent mixed with the
+    reference (`toy.respond_fn(..., reference_log_probs=..., mix=...)`) is more stable, and shifts the fixed point a
+    little. Take one optimizer step per round, because the loss has no importance ratio.
 
     Args:
       ask, respond, log_prob, prefer, reference_params: see above.
-      opponent: responds with the policy, or with a mixture of it and the reference.
-      tau: price of a nat of KL to the reference, in units of probability; zero or positive.
+      opponent: samples from the policy, or from a mixture of policy and reference.
+      tau: penalty per nat of KL to the reference, in units of probability; zero or positive.
     """
     checks.interval("tau", tau, "[0, inf)")
 
@@ -161,16 +160,16 @@ def nash_md(
 def compare(
     key: Key[Array, ""], prefer: PreferenceFn, first: Groups, second: Groups
 ) -> tuple[Preferences, Bool[Array, " prompts"]]:
-    """Has somebody compare two answers to each prompt.
+    """Samples a comparison of two responses to each prompt.
 
     Args:
       key: typed PRNG key.
-      prefer: how probable it is that the first is preferred.
-      first, second: one answer to each prompt, scored.
+      prefer: the probability that the first is preferred.
+      first, second: one scored response to each prompt.
 
     Returns:
-      Comparisons that carry their reference, and whether the first was preferred. Where a probability is none, NaN for
-      instance, the reference is NaN, so that training stops.
+      Comparisons that carry their reference, and whether the first was preferred. If a value is not a probability, such
+      as NaN, the reference is NaN, so that training stops.
     """
     probability = prefer(first.prompts, first.responses, second.responses)
     checks.interval("prefer(prompts, responses, others)", probability, "[0, 1]")
@@ -192,20 +191,20 @@ def compare(
 
 
 def _answer(key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
-    """One answer of a policy to each prompt."""
+    """One response of a policy to each prompt."""
     groups = score_groups(key, policy, **scoring)
     _check_samples(groups, size=1)
     return jax.tree.map(lambda leaf: leaf[:, 0], groups)
 
 
 def _repeat(other: Array, groups: Groups) -> Array:
-    """One opponent's answer to each prompt, set against every response of its group."""
+    """Repeats the opponent's response to each prompt for every response of the group."""
     return jnp.broadcast_to(other[:, None], groups.responses.shape)
 
 
 def _check_samples(groups: Groups, *, size: int) -> None:
-    """Respond gave samples, and as many as are wanted."""
+    """`respond` returned samples, and the right number of them."""
     if groups.weights is not None:
-        raise ValueError("respond must sample: comparisons of all responses at once are not made here")
+        raise ValueError("respond must sample: comparisons of all responses at once are not supported")
     if groups.responses.shape[1] != size:
         raise ValueError(f"respond must give {size} to each prompt, got groups of {groups.responses.shape[1]}")

@@ -1,17 +1,17 @@
-r"""REINFORCE, RLOO, GRPO and PPO: learners that reinforce what earned more than usual.
+r"""REINFORCE, RLOO, GRPO and PPO: policy-gradient learners.
 
-All but GRPO as published maximise :math:`E_\pi[r] - \beta\, KL(\pi \| \pi_{ref})`. They differ in the baseline that a
-reward is compared with, in where the KL enters, and in how far one batch may carry the policy. Each function returns a
-`Learner` for `train.fit_online`. What they have in common:
+All but GRPO as published maximise :math:`E_\pi[r] - \beta\, KL(\pi \| \pi_{ref})`. They differ in the baseline of
+rewards, in the place of the KL penalty, and in the limit on policy changes per batch. Each function returns a `Learner`
+for `train.fit_online`. Their common arguments:
 
-- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`). Where `respond` gives
-  all responses with their probabilities (`toy.enumerate_fn`), the learner learns from exact expectations.
-- `log_prob`: scores responses.
-- `reward`: any function `(prompts, responses) -> rewards`, the world's truth or a reward model.
-- `reference_params`: parameters of the policy that is not to be strayed from, usually those that training starts with.
-- `beta`: the price of a nat of KL to it, in units of reward; zero or positive.
+- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`). If `respond` returns
+all responses with their probabilities (`toy.enumerate_fn`), the learner uses exact expectations.
+- `log_prob`: scores responses. - `reward`: any function `(prompts, responses) -> rewards`: true rewards, or a reward
+model.
+- `reference_params`: parameters of the reference policy, usually those that training starts with.
+- `beta`: penalty per nat of KL to the reference, in units of reward; zero or positive.
 
-All raise TypeError or ValueError where an argument is not as described (values that are traced are not looked at).
+All raise TypeError or ValueError if an argument is not as described (traced values are not checked).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Baseline(NamedTuple):
     """A moving average of rewards.
 
     Attributes:
-      total: sum of mean rewards, each round weighted less than the next.
+      total: sum of mean rewards, with larger weights for later rounds.
       weight: sum of these weights.
     """
 
@@ -97,8 +97,8 @@ def reinforce(
 
     .. math:: A = r - \beta \log \frac{\pi_{old}}{\pi_{ref}} - b
 
-    Source: Williams 1992. With one optimizer step a round the gradient is REINFORCE's, and unbiased; further steps are
-    held back by PPO's clip.
+    Source: Williams 1992. With one optimizer step a round the gradient is REINFORCE's, and unbiased; PPO's clip limits
+    further steps.
 
     Args:
       ask, respond, log_prob, reward, reference_params, beta: see above.
@@ -139,7 +139,7 @@ def rloo(
 
     Source: Ahmadian et al. 2024, "Back to Basics", arXiv 2402.14740; the clip is TRL's. With one optimizer step a round
     the gradient is unbiased. At the optimum all responses to a prompt have the same R, so the noise vanishes there, and
-    samples lead to it exactly.
+    samples converge to it exactly.
 
     Args:
       ask, respond, log_prob, reward, reference_params, beta: see above.
@@ -175,21 +175,21 @@ def grpo(
 
     Source: Shao et al. 2024, "DeepSeekMath", arXiv 2402.03300. As published it does **not** maximise expected reward
     minus beta times KL. The gradient of its KL term is that of the other divergence, KL(reference || policy), and
-    rewards are measured in standard deviations, so with large groups it comes to rest where
+    rewards are measured in standard deviations, so with large groups its fixed point is
 
     .. math:: \pi(y|x) = \frac{\pi_{ref}(y|x)}{1 - A(x, y) / \beta}, \qquad A = \frac{r - E_\pi[r]}{\text{std}_\pi[r]}
 
     (Vojnovic and Yun 2025, "What is the Alignment Objective of GRPO?", arXiv 2502.18548). It maximises the objective of
     RLHF with `advantages=losses.rloo_advantages` and `kl=losses.k2_estimate`. With Dr. GRPO's `centred_advantages`
-    instead, groups of K responses maximise that of a beta larger by :math:`K / (K - 1)`: each response counts in its
-    own baseline, which shrinks the gradient of the reward, but not that of the KL.
+    instead, groups of K responses maximise that of a beta larger by :math:`K / (K - 1)`: the baseline of a response
+    includes the response, which shrinks the gradient of the reward, but not that of the KL.
 
     Args:
       ask, respond, log_prob, reward, reference_params, beta: see above.
       clip: see `losses.ppo_loss`.
       clip_high: DAPO's, see `losses.ppo_loss`; `None` means the same as `clip`.
       advantages: `losses.grpo_advantages`, or `losses.centred_advantages` for Dr. GRPO.
-      kl: `losses.k3_estimate`, or another one.
+      kl: `losses.k3_estimate`, or another estimate.
     """
     checks.interval("beta", beta, "[0, inf)")
     checks.interval("clip", clip, "(0, inf]")
@@ -228,21 +228,21 @@ def ppo(
     value_weight: Numeric = 0.1,
     advantages: Advantages = whitened,
 ) -> Learner:
-    r"""Proximal Policy Optimization as RLHF uses it: a learnt baseline, clipped ratios; the KL is part of the reward.
+    r"""Proximal Policy Optimization as in RLHF: a learned baseline, clipped ratios; the KL is part of the reward.
 
     .. math:: A = r - \beta \log \frac{\pi_{old}}{\pi_{ref}} - V
 
     Source: Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, "Fine-Tuning Language Models from Human
-    Preferences", arXiv 1909.08593. A response is one action here, so there is nothing to discount or to bootstrap:
-    generalised advantage estimation is this difference. The constants are TRL's. Parameters are an `ActorCritic`.
+    Preferences", arXiv 1909.08593. A response is one action here, without discounting or bootstrapping, so generalised
+    advantage estimation reduces to this difference. The constants are TRL's. Parameters are an `ActorCritic`.
 
     Args:
       ask, respond, log_prob, reward, reference_params, beta: see above; beta may be an `AdaptiveKL`.
-      value: expects rewards (`toy.value_fn`).
+      value: predicts rewards (`toy.value_fn`).
       clip: see `losses.ppo_loss`.
       value_clip: see `losses.value_loss`.
       value_weight: of the value loss.
-      advantages: what is made of the advantages of a round, and the weights of its responses: `losses.whitened`.
+      advantages: transforms the advantages of a round, given the weights of its responses: `losses.whitened`.
     """
     if isinstance(beta, AdaptiveKL):
         check_control(beta)
@@ -284,16 +284,16 @@ def ppo(
 
 
 def net_reward(groups: Groups, rewards: Float[Array, "prompts group"], beta: Numeric) -> Float[Array, "prompts group"]:
-    r"""Rewards less the price of their distance from the reference, :math:`r - \beta \log (\pi_{old} / \pi_{ref})`."""
+    r"""Rewards less the KL penalty, :math:`r - \beta \log (\pi_{old} / \pi_{ref})`."""
     return rewards - beta * (groups.logps - groups.reference_logps)
 
 
 def _at_least_float32(value: Numeric) -> Any:
-    """The dtype in which something is remembered: small changes of it would be lost in a narrow one."""
+    """The dtype of running values: small changes would be lost in a narrower one."""
     return jnp.promote_types(jnp.result_type(value), jnp.float32)
 
 
 def _refuse_actor_critic(reference_params: Params) -> None:
-    """The reference is a policy; where training starts from an `ActorCritic`, that is its part `policy`."""
+    """The reference is a policy, not an `ActorCritic`, whose attribute `policy` would be one."""
     if isinstance(reference_params, ActorCritic):
         raise TypeError("reference_params must be those of a policy, got an ActorCritic: use its attribute policy")

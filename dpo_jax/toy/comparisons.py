@@ -1,7 +1,7 @@
-"""Comparisons from a file: real prompts and responses, named by strings, as a world of their own.
+"""Comparisons from a file: prompts and responses named by strings.
 
-Each prompt has its own responses, those that were compared for it. Their ids count from 0 within the prompt; a prompt
-with fewer responses than another one has rows of its tables filled with log-probability -inf.
+Each prompt has a separate set of responses, those that were compared for it. Ids count from 0 within the prompt. Rows
+of tables are padded with log-probability -inf.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROUNDING = 1e-3
 
 
 class Names(NamedTuple):
-    """What the ids stand for.
+    """The names behind the ids.
 
     Attributes:
       prompts: the prompts.
@@ -59,7 +59,7 @@ class Names(NamedTuple):
 
     @property
     def compared(self) -> Bool[np.ndarray, "prompts responses"]:
-        """Which entries of a table stand for a response."""
+        """Which entries of a table have a response."""
         sizes = np.array([len(responses) for responses in self.responses])
         return np.arange(sizes.max()) < sizes[:, None]
 
@@ -68,7 +68,7 @@ class Comparisons(NamedTuple):
     """Comparisons read from a file.
 
     Attributes:
-      names: what the ids stand for.
+      names: the names behind the ids.
       preferences: the comparisons as ids; with weights, scaled to average 1, if the file has them.
       unused_columns: names of the columns that were not read.
     """
@@ -82,7 +82,7 @@ class NamedPolicy(NamedTuple):
     """A policy over named responses.
 
     Attributes:
-      names: what rows and columns of the tables stand for.
+      names: of the rows and columns of the tables.
       log_probs: the policy (nats); -inf where there is no response.
       reference_log_probs: the reference policy, likewise.
     """
@@ -111,9 +111,9 @@ class NamedPolicy(NamedTuple):
 def read_comparisons(path: str | Path) -> Comparisons:
     """Reads comparisons from a CSV, JSON Lines or Parquet file.
 
-    Names are compared without the white space around them, and in Unicode's composed form (NFC). Whole numbers have one
-    name whatever their type: 1, 1.0 and 1e0 are `1`. A CSV has no types; there, `2.0` is `2` where all prompts, or all
-    responses, are whole numbers. Columns are recognised whatever their case.
+    Names are compared without the white space around them, and in Unicode's composed form (NFC). Whole numbers have the
+    same name for all types: 1, 1.0 and 1e0 are `1`. A CSV has no types; there, `2.0` is `2` if all prompts, or all
+    responses, are whole numbers. Column names are case-insensitive.
 
     Args:
       path: a `.csv`, `.jsonl` (`.ndjson`) or `.parquet` file with the columns `prompt`, `chosen` and `rejected`, any
@@ -163,11 +163,11 @@ def read_comparisons(path: str | Path) -> Comparisons:
 def save_policy(path: str | Path, policy: NamedPolicy) -> None:
     """Writes a policy to a file (NumPy's `.npz` format), which `load_policy` reads.
 
-    Tables narrower than float32 are written in float32, their rows scaled to sum to 1. Nothing is compressed, so that a
-    file takes no more memory than it takes disk.
+    Tables narrower than float32 are written in float32, their rows scaled to sum to 1. The file is not compressed, so
+    loading it takes no more memory than its size.
 
     Raises:
-      ValueError: this is no policy: see `load_policy`.
+      ValueError: it is not a valid policy: see `load_policy`.
     """
     log_probs, reference = _wide(policy.log_probs), _wide(policy.reference_log_probs)
     _check_names(policy.names)
@@ -183,8 +183,8 @@ def load_policy(path: str | Path) -> NamedPolicy:
     Raises:
       OSError: the file cannot be opened.
       ValueError: the file was not written by `save_policy`, or is damaged; the names are not lists of distinct strings;
-        a table is of another shape, holds NaN or positive numbers, gives a probability to what has no name, or has
-        rows whose probabilities do not sum to 1. Sizes are compared before anything is unpacked.
+        a table is of another shape, holds NaN or positive numbers, gives a probability to an entry without a name, or
+        has rows whose probabilities do not sum to 1. Sizes are checked before arrays are read.
     """
     path = Path(path)
     most = max(2**22, 50 * path.stat().st_size)  # older files are compressed; text is less than that
@@ -212,7 +212,7 @@ def _text_array(archive: zipfile.ZipFile, name: str, most: int) -> str:
 
 
 def _table(archive: zipfile.ZipFile, name: str, names: Names) -> np.ndarray:
-    """A table of log-probabilities, as large as the names say."""
+    """A table of log-probabilities of the size that the names imply."""
     expected, (shape, dtype) = names.shape, _header(archive, name)
     if shape != expected or dtype.kind != "f":
         raise ValueError(f"the shapes differ, or the types: {name} must be floats {expected}, got {dtype} {shape}")
@@ -222,7 +222,7 @@ def _table(archive: zipfile.ZipFile, name: str, names: Names) -> np.ndarray:
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of an array, read before the array; an error if the file says that it is of another size."""
+    """Shape and dtype of an array, read before the array; an error if it does not match the size in the file."""
     entry = archive.getinfo(f"{name}.npy")
     with archive.open(entry) as member:
         version = np.lib.format.read_magic(member)
@@ -249,7 +249,7 @@ def _wide(table: Any) -> np.ndarray:
 
 
 def _check_names(names: Names) -> None:
-    """Prompts are distinct strings, and so are the responses to each, of which there are some."""
+    """Prompts are distinct strings, and so are the responses to each, of which there is at least one."""
     if not isinstance(names.responses, list | tuple) or len(names.responses) != len(names.prompts):
         raise ValueError(f"names.responses must be {len(names.prompts)} lists, one for each prompt")
     for place, listed in (("prompts", names.prompts), *((f"responses[{i}]", x) for i, x in enumerate(names.responses))):
@@ -261,7 +261,7 @@ def _check_names(names: Names) -> None:
 
 
 def _check_table(name: str, table: np.ndarray, names: Names) -> None:
-    """Log-probabilities of the named responses, of nothing else, and each row a distribution."""
+    """Each row is a distribution over the named responses."""
     if table.shape != names.shape:
         raise ValueError(f"the shapes differ: {name} must have shape {names.shape}, got {table.shape}")
     compared = names.compared
@@ -281,7 +281,7 @@ def _check_table(name: str, table: np.ndarray, names: Names) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[str, dict[str, Any], tuple[str, ...]]]:
-    """Where a row stands, its cells by the names of `KNOWN_COLUMNS`, and its columns that are not used."""
+    """The place of a row, its cells by the names of `KNOWN_COLUMNS`, and its unused columns."""
     readers = {".csv": _csv_records, ".jsonl": _json_records, ".ndjson": _json_records, ".parquet": _parquet_records}
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(readers)}")
@@ -313,7 +313,7 @@ def _csv_records(path: Path) -> Iterator[tuple[str, dict[str, Any], tuple[str, .
 
 
 def _read_whole_numbers(rows: list[list[str]], positions: list[int]) -> None:
-    """Where all cells of some columns are whole numbers, `2.0` becomes `2`: pandas writes so if a value was missing."""
+    """If all cells of some columns are whole numbers, `2.0` becomes `2`: pandas writes floats if a value is missing."""
     if all(i < len(row) and WHOLE_NUMBER.fullmatch(row[i].strip()) for row in rows for i in positions):
         for row in rows:
             for i in positions:
@@ -394,7 +394,7 @@ class _Layout(NamedTuple):
     """Which column is which.
 
     Attributes:
-      positions: where the columns that are read stand, by their names here.
+      positions: of the columns that are read, by the names used here.
       unused: names of the others.
     """
 
@@ -422,7 +422,7 @@ def _layout(place: str | Path, names: Sequence[str]) -> _Layout:
 
 
 def _near(name: str, others: Iterable[str]) -> str | None:
-    """The one that is spelt most like a name, if one is; `height` is not `weight`."""
+    """The column whose spelling is closest to a name, if any is close; `height` is not `weight`."""
     return next(iter(get_close_matches(name, [x for x in others if x.startswith(name[0])], n=1, cutoff=0.82)), None)
 
 
@@ -446,7 +446,7 @@ def _weight(cell: Any, place: str) -> float:
 
 
 def _relative(path: Path, weights: np.ndarray, places: list[str]) -> np.ndarray:
-    """Weights relative to the largest; an error if single precision could not hold one beside the others."""
+    """Weights relative to the largest; an error if the range is too large for single precision."""
     low, high = int(weights.argmin()), int(weights.argmax())
     relative = weights / weights[high]
     if relative[low] * LARGEST_WEIGHT_RATIO < 1:
@@ -470,7 +470,7 @@ def _cell(record: dict[str, Any], name: str, place: str) -> str:
 
 
 def _number(cell: int | float | Decimal, place: str) -> str:
-    """A number's one name, whatever its type."""
+    """The name of a number, independent of its type."""
     number = Decimal(repr(cell) if isinstance(cell, float) else cell)
     if (isinstance(cell, float) and abs(cell) >= 2**53) or abs(number.adjusted()) > LONGEST_NUMBER:
         raise ValueError(f"{place} is a number with too many digits for a name, {_excerpt(cell)}: write it as text")
@@ -480,7 +480,7 @@ def _number(cell: int | float | Decimal, place: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Text in composed form (NFC), without the white space around it, visible or not."""
+    """Text in composed form (NFC), without visible or invisible white space around it."""
     return SPACE_AROUND.sub("", unicodedata.normalize("NFC", text))
 
 

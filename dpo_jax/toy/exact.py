@@ -1,4 +1,4 @@
-"""Closed forms on tables: what can only be estimated elsewhere is exact here.
+"""Closed forms on tables: exact values of quantities that otherwise must be estimated.
 
 Tables have a row for each prompt and a column for each response. Policies are tables of log-probabilities (nats).
 Every function works on the last axis (responses) and keeps the axes before it.
@@ -52,7 +52,7 @@ def optimal_policy(
 def best_of_n_policy(
     log_probs: Float[Array, "*n responses"], scores: Float[Array, "*n responses"], *, num: Numeric
 ) -> Float[Array, "*n responses"]:
-    r"""Log-probabilities of the best of several samples, by a score; equals are chosen among at random.
+    r"""Log-probabilities of the best of several samples, by a score; ties are broken at random.
 
     .. math::
         \pi_n(y) = \frac{\pi(y)}{\pi(s = s_y)} \left[ \pi(s \leq s_y)^n - \pi(s < s_y)^n \right]
@@ -60,12 +60,12 @@ def best_of_n_policy(
     Source: Beirami et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", arXiv 2401.01879, who also
     show that its KL to the policy is at most :math:`\log n - (n - 1) / n`.
 
-    Works with logarithms, in float32 at least, and normalises, so that no probability is lost however large n is.
+    Works with logarithms, in float32 at least, and normalises, so that no probability underflows, however large n is.
 
     Args:
       log_probs: log-probabilities of the policy that samples.
-      scores: by which the best is chosen: true rewards, or those of a reward model.
-      num: :math:`n`, how many samples; 1 or more, and need not be a whole number.
+      scores: the criterion: true rewards, or those of a reward model.
+      num: :math:`n`, the number of samples; at least 1, not necessarily a whole number.
 
     Raises:
       ValueError: a score is NaN, among others. Where scores are traced their values are unknown; there, all
@@ -120,7 +120,7 @@ def recovered_reward(
     *,
     beta: Numeric,
 ) -> Float[Array, "*n responses"]:
-    r"""The reward of which a policy is the optimum, given the log-partition function: `optimal_policy` undone.
+    r"""The reward of which a policy is the optimum, given the log-partition function: the inverse of `optimal_policy`.
 
     .. math:: r(x, y) = \beta \log \frac{\pi(y|x)}{\pi_{ref}(y|x)} + \beta \log Z(x)
 
@@ -134,7 +134,7 @@ def expected_reward(
 ) -> Float[Array, "*n"]:
     """The reward that a policy earns on average, for each prompt.
 
-    A response of probability zero adds nothing, be its reward infinite.
+    A response of probability zero adds nothing, even if its reward is infinite.
     """
     checks.same_shape(log_probs=log_probs, rewards=rewards)
     probs = jnp.exp(log_probs)
@@ -146,9 +146,8 @@ def kl_to_reference(
 ) -> Float[Array, "*n"]:
     """The Kullback-Leibler divergence KL(policy || reference) in nats, for each prompt.
 
-    Infinite where the policy may respond what the reference never does. A response whose probability is zero, or too
-    small for its dtype, adds nothing. Rounding errors are about 1e-7 nats in float32, so tiny divergences may come out
-    negative.
+    Infinite if the policy has a possible response of reference probability zero. Responses whose probability is zero,
+    or underflows, add nothing. Rounding errors are about 1e-7 nats in float32, so tiny divergences may be negative.
     """
     checks.same_shape(log_probs=log_probs, reference_log_probs=reference_log_probs)
     possible = jnp.exp(log_probs) > 0
@@ -165,13 +164,13 @@ def win_rate(
 ) -> Float[Array, "*n"]:
     """The probability that people prefer a policy's response to an opponent's, for each prompt.
 
-    Both respond independently; the same response twice is a coin toss.
+    Both respond independently; a tie counts as 1/2.
 
     Args:
       log_probs: log-probabilities of the policy.
       opponent: log-probabilities of the policy it is compared with.
       rewards: rewards of the responses.
-      temperature: how irrational people are (`preference_probability`); 0 asks which response is truly better.
+      temperature: noise of the comparisons (`preference_probability`); 0 compares true rewards.
     """
     checks.same_shape(log_probs=log_probs, opponent=opponent, rewards=rewards)
     wins = preference_probability(rewards[..., :, None], rewards[..., None, :], temperature=temperature)
@@ -191,7 +190,7 @@ def regret(
     .. math:: J(\pi^*) - J(\pi) = \beta\, KL(\pi \| \pi^*), \qquad J(\pi) = E_\pi[r] - \beta\, KL(\pi \| \pi_{ref})
 
     Source: the identity follows from Rafailov et al. 2023, arXiv 2305.18290, App. A.1. Arguments as elsewhere. Rounding
-    errors are those of the divergence times beta: of no use in float32 beyond a beta of about 1e4.
+    errors are those of the divergence times beta: do not use it in float32 beyond a beta of about 1e4.
     """
     return beta * kl_to_reference(log_probs, optimal_policy(reference_log_probs, rewards, beta=beta))
 
@@ -199,7 +198,7 @@ def regret(
 def bayes_prediction(
     rewards: Float[Array, "*n responses"], *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0
 ) -> Metrics:
-    """How well the true rewards foretell comparisons of uniform pairs of distinct responses: nothing does better.
+    """How well the true rewards predict comparisons of uniform pairs of distinct responses: a bound for any model.
 
     Args:
       rewards: rewards of the responses.

@@ -19,7 +19,7 @@ from dpo_jax.types import Labels, Numeric, Preferences
 def label_probability(
     rewards: Float[Array, "prompts responses"], *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0
 ) -> Float[Array, "prompts responses"]:
-    r"""The probability that people call a response good: that it wins against what is expected of it.
+    r"""The probability that people call a response good: that it is preferred to a response of mean reward.
 
     .. math:: (1 - f)\, \sigma(\Delta / T) + f\, \sigma(-\Delta / T), \qquad \Delta = r(x, y) - \text{mean}_{y'}\, r(x,
     y')
@@ -41,7 +41,7 @@ def sample_labels(
     temperature: Numeric = 1.0,
     flip_probability: Numeric = 0.0,
 ) -> Labels:
-    """Has people say of responses to uniform prompts whether they are good or bad (`label_probability`).
+    """Samples labels, good or bad, of responses to uniform prompts (`label_probability`).
 
     Args:
       key: typed PRNG key.
@@ -68,7 +68,7 @@ def sample_labels(
 
 
 def all_labels(world: World, *, temperature: Numeric = 1.0, flip_probability: Numeric = 0.0) -> Labels:
-    """Every response, called good and called bad, weighted by the probability of that: the limit of many labels.
+    """Every response with both labels, weighted by their probabilities: the limit of many labels.
 
     The weights average 1, so that losses on this data and on sampled labels are comparable.
 
@@ -84,10 +84,10 @@ def all_labels(world: World, *, temperature: Numeric = 1.0, flip_probability: Nu
 
 
 def split_pairs(preferences: Preferences) -> Labels:
-    """Comparisons as labels: what was chosen is good, what was rejected is bad, and who met whom is forgotten.
+    """Comparisons as labels: chosen is good, rejected is bad, and the pairing is dropped.
 
     Args:
-      preferences: comparisons of two; weights and reference come along, columns do not.
+      preferences: comparisons of two; weights and reference are kept, columns are not.
 
     Returns:
       Twice as many labels: first all good ones, then all bad ones.
@@ -115,20 +115,19 @@ def sample_rankings(
     temperature: Numeric = 1.0,
     flip_probability: Numeric = 0.0,
 ) -> Preferences:
-    """Has people rank several distinct responses to uniform prompts, under the Plackett-Luce model.
+    """Samples rankings of several distinct responses to uniform prompts, under the Plackett-Luce model.
 
-    Of those that are left, the next is chosen with probability proportional to `exp(reward / temperature)`. With two
-    responses this is `sample_preferences`.
+    Each next response is chosen from the remaining ones with probability proportional to `exp(reward / temperature)`.
+    With two responses this is `sample_preferences`.
 
     Args:
       key: typed PRNG key.
       world: whose rewards people rank by.
       num: how many rankings; static.
       num_ranked: how many responses each ranks, two at least; static.
-      log_probs: table of the policy that responds, one response after the other and none twice; `None` responds
-        uniformly.
-      temperature: how irrational people are: 0 ranks by reward, and equals at random.
-      flip_probability: the probability that a ranking is turned around afterwards.
+      log_probs: table of the policy that responds, without replacement; `None` responds uniformly.
+      temperature: noise of the rankings: 0 ranks by reward, with ties in random order.
+      flip_probability: the probability that a ranking is reversed afterwards.
 
     Returns:
       `Preferences` whose responses are a tuple of `num_ranked` arrays, from best to worst.
@@ -171,12 +170,12 @@ def _proposal(world: World, log_probs: Float[Array, "prompts responses"] | None)
 def all_rankings(world: World, *, num_ranked: int, temperature: Numeric = 1.0) -> Preferences:
     """Every ranking of distinct responses, weighted by its true probability: the limit of many rankings.
 
-    There are a great many unless few responses are ranked. The weights average 1.
+    Their number grows quickly with the number of ranked responses. The weights average 1.
 
     Args:
       world: whose rewards people rank by.
       num_ranked: how many responses each ranks, two at least; static.
-      temperature: how irrational people are; positive.
+      temperature: noise of the rankings; positive.
     """
     _check_num_ranked(world, num_ranked)
     checks.interval("temperature", temperature, "(0, inf)")
@@ -192,4 +191,4 @@ def all_rankings(world: World, *, num_ranked: int, temperature: Numeric = 1.0) -
 def _check_num_ranked(world: World, num_ranked: int) -> None:
     checks.size("num_ranked", num_ranked, at_least=2)
     if num_ranked > world.num_responses:
-        raise ValueError(f"num_ranked must be at most {world.num_responses}, what there is, got {num_ranked}")
+        raise ValueError(f"num_ranked must be at most {world.num_responses}, the number of responses, got {num_ranked}")

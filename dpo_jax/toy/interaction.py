@@ -1,4 +1,4 @@
-"""What a learner needs that tries things out: prompts to ask, policies that respond, people who judge."""
+"""Functions for on-policy learners: draw prompts, sample responses, judge them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ask_uniformly(world: World, *, num: int) -> AskFn:
 
 
 def ask_everything(world: World) -> AskFn:
-    """The function `key -> [prompts]` that asks each prompt once, whatever the key."""
+    """The function `key -> [prompts]` that asks each prompt once, for any key."""
     return lambda _: jnp.arange(world.num_prompts)
 
 
@@ -39,13 +39,13 @@ def respond_fn(
 
     Args:
       policy: the network that responds.
-      embeddings: what it sees of each prompt.
-      group_size: how many responses to each prompt; static.
+      embeddings: its input for each prompt.
+      group_size: number of responses to each prompt; static.
       reference_log_probs: table of a reference policy, to be mixed in; `None` if there is none.
-      mix: :math:`m`, its share, between 0 and 1.
+      mix: :math:`m`, weight of the reference, between 0 and 1.
 
     Raises:
-      TypeError, ValueError: an argument is not as described, or there is a mix and no reference.
+      TypeError, ValueError: an argument is not as described, or a mix has no reference.
     """
     checks.size("group_size", group_size)
     checks.interval("mix", mix, "[0, 1]")
@@ -66,7 +66,7 @@ def respond_fn(
 def enumerate_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> RespondFn:
     """The function `(key, params, prompts) -> Responses` that gives every response, weighted by its probability.
 
-    What is learnt from it is learnt from exact expectations.
+    Learners then use exact expectations instead of samples.
     """
     table = table_fn(policy, embeddings)
 
@@ -82,7 +82,7 @@ def enumerate_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]
 
 
 def reward_fn(rewards: Float[Array, "prompts responses"]) -> RewardFn:
-    """The function `(prompts, responses) -> rewards` of a table: the world's, or what a reward model makes of it."""
+    """The function `(prompts, responses) -> rewards` of a table: true rewards, or those of a reward model."""
     return lambda prompts, responses: lookup(rewards, prompts, responses)
 
 
@@ -92,7 +92,7 @@ def preference_fn(
     """The function `(prompts, responses, others) -> probabilities` of people who judge by rewards.
 
     Args:
-      rewards: the table they judge by: the world's, or what a reward model makes of it.
+      rewards: the table they judge by: true rewards, or those of a reward model.
       temperature, flip_probability: see `preference_probability`.
     """
 
@@ -105,11 +105,11 @@ def preference_fn(
 
 
 def general_preference_fn(preference: Float[Array, "prompts responses responses"]) -> PreferenceFn:
-    """The function `(prompts, responses, others) -> probabilities` of any preference, be it cyclic.
+    """The function `(prompts, responses, others) -> probabilities` of any preference, even a cyclic one.
 
     Args:
-      preference: how probable it is that the response of the row is preferred to that of the column; entry and mirror
-        image add up to 1.
+      preference: the probability that the response of the row is preferred to that of the column; transposed entries
+        add up to 1.
 
     Raises:
       ValueError: they do not (checked unless traced).
@@ -131,12 +131,12 @@ def general_preference_fn(preference: Float[Array, "prompts responses responses"
 def geometric_mixture(
     log_probs: Float[Array, "*n responses"], reference_log_probs: Float[Array, "*n responses"], share: Numeric
 ) -> Float[Array, "*n responses"]:
-    r"""Log-probabilities of :math:`\pi^{1 - m} \pi_{ref}^m / Z`; who has no share cannot rule out a response.
+    r"""Log-probabilities of :math:`\pi^{1 - m} \pi_{ref}^m / Z`; a policy with weight 0 has no effect.
 
     Args:
       log_probs: table of a policy (nats).
       reference_log_probs: table of the policy that is mixed in.
-      share: :math:`m`, between 0 and 1.
+      share: :math:`m`, the weight of the reference, between 0 and 1.
     """
     own = jnp.where(share == 1, 0.0, (1 - share) * log_probs)
     other = jnp.where(share == 0, 0.0, share * reference_log_probs)

@@ -1,9 +1,9 @@
-r"""Preferences without a reward: games between responses, their equilibria, and how to get there.
+r"""Preferences without a reward: games between responses, their equilibria, and algorithms that find them.
 
-A preference is a table whose entry :math:`P(y \succ y')` says how probable it is that the response of the row is
-preferred to that of the column. It may be cyclic, as in rock, paper, scissors; then no reward explains it, and the best
-policy is the one that no other is preferred to: the Nash equilibrium of the game. Every function but
-`nash_equilibrium` works on the last axes and keeps those before them.
+A preference is a table whose entry :math:`P(y \succ y')` is the probability that the response of the row is preferred
+to that of the column. It may be cyclic, as in rock, paper, scissors. Then no reward explains it, and the best policy is
+the Nash equilibrium of the game: no other policy is preferred to it. Every function but `nash_equilibrium` works on the
+last axes and keeps those before them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def preference_table(
 
 
 def nash_equilibrium(preference: Float[np.ndarray, "responses responses"]) -> Float[np.ndarray, " responses"]:
-    """Probabilities of a policy to which none is preferred, by linear programming.
+    """Probabilities of a Nash equilibrium, by linear programming.
 
     Args:
       preference: of one prompt. There may be many equilibria; one of them is returned.
@@ -56,7 +56,7 @@ def nash_equilibrium(preference: Float[np.ndarray, "responses responses"]) -> Fl
 def exploitability(
     log_probs: Float[Array, "*n responses"], preference: Float[Array, "*n responses responses"]
 ) -> Float[Array, "*n"]:
-    r"""How often the best answer to a policy is preferred to it, beyond half: zero at the equilibrium.
+    r"""The win rate of the best response to a policy, minus 1/2: zero at the equilibrium.
 
     .. math:: \max_y P(y \succ \pi) - \frac{1}{2}
     """
@@ -70,20 +70,20 @@ def regularized_exploitability(
     *,
     tau: Numeric,
 ) -> Float[Array, "*n"]:
-    r"""How much the best answer to a policy gains, where straying from the reference has a price.
+    r"""The gain of the best response to a policy, with a penalty on the KL to the reference.
 
     .. math::
         \max_{\pi'} \left[ P(\pi' \succ \pi) - \tau\, KL(\pi' \| \pi_{ref}) \right] - \frac{1}{2} + \tau\, KL(\pi \|
         \pi_{ref})
 
-    Zero at the regularised equilibrium, and there only. Source: the preference of Munos et al. 2023, "Nash Learning
-    from Human Feedback", arXiv 2312.00886, Eq. 3.
+    Zero only at the regularised equilibrium. Source: the preference of Munos et al. 2023, "Nash Learning from Human
+    Feedback", arXiv 2312.00886, Eq. 3.
 
     Args:
       log_probs: table of the policy (nats).
       reference_log_probs: table of the reference policy.
-      preference: who is preferred to whom.
-      tau: price of a nat; positive.
+      preference: table of preference probabilities.
+      tau: penalty per nat of KL; positive.
     """
     checks.interval("tau", tau, "(0, inf)")
     best = tau * jax.nn.logsumexp(reference_log_probs + _against(log_probs, preference) / tau, axis=-1)
@@ -98,7 +98,7 @@ def nash_md_step(
     tau: Numeric,
     learning_rate: Numeric,
 ) -> Float[Array, "*n responses"]:
-    r"""One step of Nash mirror descent: an answer to the policy mixed with the reference, near that mixture.
+    r"""One step of Nash mirror descent: from the mixture of policy and reference towards a best response.
 
     .. math::
         \pi_{mix} \propto \pi^{1 - \eta \tau} \pi_{ref}^{\eta \tau}, \qquad
@@ -130,8 +130,8 @@ def regularized_equilibrium(
     r"""Log-probabilities near the regularised equilibrium, by Nash mirror descent from the reference (Nash-MD).
 
     Step `t` has the learning rate :math:`2 / (\tau (t + 2))`; then
-    :math:`KL(\pi^* \| \pi_T) \leq 8 / (\tau^2 (T + 1))`. Source: Munos et al. 2023, arXiv 2312.00886, Theorem 1. The
-    steps, which become small, are taken in float32 at least.
+    :math:`KL(\pi^* \| \pi_T) \leq 8 / (\tau^2 (T + 1))`. Source: Munos et al. 2023, arXiv 2312.00886, Theorem 1. Steps
+    are computed in float32 at least, because they become small.
 
     Args:
       reference_log_probs, preference, tau: see `regularized_exploitability`.
@@ -150,5 +150,5 @@ def regularized_equilibrium(
 def _against(
     log_probs: Float[Array, "*n responses"], preference: Float[Array, "*n responses responses"]
 ) -> Float[Array, "*n responses"]:
-    """How probable it is that each response is preferred to that of a policy."""
+    """The probability that each response is preferred to a response of a policy."""
     return jnp.sum(preference * jnp.exp(log_probs)[..., None, :], axis=-1)

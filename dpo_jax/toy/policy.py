@@ -19,10 +19,10 @@ from dpo_jax.types import LogProbFn, Params, ValueFn
 class ToyLM(nn.Module):
     """The notebook's network: embedding -> dense -> ReLU -> dense -> logits, from PyTorch's initial distribution.
 
-    Its outputs can be read as rewards, too (`score_fn`); with one output it is a value function (`value_fn`).
+    Its outputs can also be rewards (`score_fn`); with one output it is a value function (`value_fn`).
 
     Attributes:
-      num_responses: how many responses there are to choose from.
+      num_responses: number of possible responses.
       hidden_dim: width of the hidden layer.
     """
 
@@ -36,10 +36,10 @@ class ToyLM(nn.Module):
 
 
 class TablePolicy(nn.Module):
-    """One logit for each prompt and response: a policy that can become any other. It starts uniform.
+    """One logit for each prompt and response: can represent any policy. It starts uniform.
 
     Attributes:
-      num_responses: how many responses there are to choose from.
+      num_responses: number of possible responses.
     """
 
     num_responses: int
@@ -58,9 +58,9 @@ def table_fn(
 
 
 def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> LogProbFn:
-    """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives ask for.
+    """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives take.
 
-    The network runs once for each distinct prompt, however many comparisons there are.
+    The network runs once for each distinct prompt, for any number of comparisons.
     """
     table = table_fn(policy, embeddings)
     return lambda params, prompts, responses: lookup(table(params), prompts, responses)
@@ -89,7 +89,7 @@ def lookup(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], 
     """Entries of a table for prompts and for responses: an array of ids, or any pytree of such arrays.
 
     Raises:
-      TypeError: ids are not integers, or the table's entries no floats.
+      TypeError: ids are not integers, or the entries of the table are not floats.
       ValueError: an id is out of range. Where ids are traced their values are unknown; there, an id outside the
         table yields NaN instead of another response's entry.
     """
@@ -135,7 +135,7 @@ def generate(
 
 
 def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts"]:
-    """The most probable response to each prompt; the first of equals.
+    """The most probable response to each prompt; the first one in case of a tie.
 
     Raises:
       ValueError: an entry is NaN, or a prompt has no possible response. Where the table is traced its values are
@@ -150,8 +150,8 @@ def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n res
     """Draws an index with probability proportional to the weights, given uniform numbers in [0, 1).
 
     An index of weight zero is never drawn. Where no weight is positive, or one is NaN, the index is -1. Weights of 16
-    bits are added in float32: next to a sum of 0.9 the smallest step of bfloat16 is 0.004, so that rarer responses
-    would vanish.
+    bits are added in float32: near a sum of 0.9 the spacing of bfloat16 is 0.004, so rarer responses would never be
+    drawn.
     """
     cumulative = jnp.cumsum(at_least_float32(weights), axis=-1)
     total = cumulative[..., -1:]
@@ -160,10 +160,10 @@ def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n res
 
 
 def at_least_float32(values: Any) -> Float[Array, "..."]:
-    """Numbers in float32, or in float64 if that is what they are: what is drawn by probabilities needs the digits.
+    """Promotes numbers to float32 at least: sampling needs the precision.
 
-    `jax.random.bernoulli`, too, compares with uniform numbers of the dtype it is given; those of bfloat16 are multiples
-    of 1/128.
+    `jax.random.bernoulli` also compares with uniform numbers of the given dtype; those of bfloat16 are multiples of
+    1/128.
     """
     values = jnp.asarray(values)
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))

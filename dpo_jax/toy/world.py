@@ -28,9 +28,9 @@ class World(NamedTuple):
     """A contextual bandit whose rewards are known.
 
     Attributes:
-      embeddings: what a policy sees of each prompt.
-      rewards: the true reward of each response to each prompt, any finite numbers; `sample_demonstrations` reads them
-        as probabilities, and so wants them positive or zero.
+      embeddings: a policy's input for each prompt.
+      rewards: the true reward of each response to each prompt, any finite numbers; `sample_demonstrations` uses them as
+        unnormalised probabilities, so they must not be negative there.
     """
 
     embeddings: Float[Array, "prompts features"]
@@ -76,7 +76,7 @@ def make_world(
 
 
 def demonstrations(world: World, prompts: Ids, responses: Ids, weights: Weights = None) -> Demonstrations:
-    """Demonstrations from ids of your own, checked: of equal length, not empty, integers, in the range of the world.
+    """Demonstrations from given ids, validated: of equal length, not empty, integers, in the range of the world.
 
     Args:
       world: the ids count its prompts and responses.
@@ -92,7 +92,7 @@ def demonstrations(world: World, prompts: Ids, responses: Ids, weights: Weights 
 
 
 def preferences(world: World, prompts: Ids, chosen: Ids, rejected: Ids, weights: Weights = None) -> Preferences:
-    """Comparisons from ids of your own, checked like `demonstrations`; chosen and rejected must also differ.
+    """Comparisons from given ids, validated like `demonstrations`; chosen and rejected must also differ.
 
     Args:
       world: the ids count its prompts and responses.
@@ -110,11 +110,11 @@ def preferences(world: World, prompts: Ids, chosen: Ids, rejected: Ids, weights:
 
 
 def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Demonstrations:
-    """Demonstrations for uniform prompts, each response shown with a probability proportional to its reward.
+    """Demonstrations for uniform prompts, each response sampled with a probability proportional to its reward.
 
     Args:
       key: typed PRNG key.
-      world: its rewards, read as (unnormalised) probabilities.
+      world: its rewards are the (unnormalised) probabilities.
       num: how many; static.
 
     Raises:
@@ -144,8 +144,8 @@ def preference_probability(
     Args:
       reward: the response's true reward.
       other_reward: that of the response it is compared with.
-      temperature: :math:`T`, how irrational people are: 1 is Bradley-Terry, 0 always prefers the better response (and
-        tosses a coin between equals), large values are all coin tosses.
+      temperature: :math:`T`, noise of the comparisons: 1 is Bradley-Terry, 0 always prefers the better response (ties
+        are random), and large values make preferences random.
       flip_probability: :math:`f`, the probability that a label is flipped afterwards.
 
     Source: Bradley and Terry 1952; Rafailov et al. 2023, arXiv 2305.18290, Eq. 1.
@@ -182,7 +182,7 @@ def sample_preferences(
       world: whose rewards people compare by.
       num: how many comparisons; static.
       log_probs: table of the policy that proposes the responses (`sample_policy_pairs`); `None` proposes uniformly.
-      temperature: how irrational people are: 1 is Bradley-Terry, 0 is noiseless.
+      temperature: noise of the comparisons: 1 is Bradley-Terry, 0 is noiseless.
       flip_probability: the probability that a label is flipped afterwards.
 
     Raises:
@@ -251,7 +251,7 @@ def label_pairs(
     temperature: Numeric = 1.0,
     flip_probability: Numeric = 0.0,
 ) -> Preferences:
-    """Has people say which response of each pair they prefer (`preference_probability`).
+    """Samples which response of each pair people prefer (`preference_probability`).
 
     Args:
       key: typed PRNG key.
@@ -302,7 +302,7 @@ def sampled_reward(
 
     Args:
       key: typed PRNG key.
-      world: whose rewards count.
+      world: its rewards are averaged.
       log_probs: table of the policy that responds.
       num: how many responses to each prompt; static.
     """
@@ -340,7 +340,7 @@ def _as_array(name: str, values: Any) -> np.ndarray:
 
 
 def _check_world(world: World) -> None:
-    """The tables of a world fit together, and hold numbers."""
+    """The tables of a world have matching shapes, and hold finite numbers."""
     checks.floating("world.embeddings", world.embeddings)
     checks.floating("world.rewards", world.rewards)
     if jnp.shape(world.embeddings)[:1] != jnp.shape(world.rewards)[:1]:

@@ -1,4 +1,4 @@
-"""Training: objectives, and the loop that minimises them. Nothing here knows what a response is."""
+"""Training: objectives, and the loop that minimises them. Independent of the kind of responses."""
 
 from dpo_jax.train.chunks import in_chunks as in_chunks
 from dpo_jax.train.fit import NonFiniteError as NonFiniteError

@@ -16,8 +16,8 @@ def in_chunks(log_prob: LogProbFn, rows_per_chunk: int) -> LogProbFn:
     """Scores a batch in chunks, so that activations need the memory of one chunk: exact gradient accumulation.
 
     The gradient pass computes the activations of each chunk again. Objectives, losses of whole batches, running
-    statistics, moving references and the optimizer see the whole batch, as if it had been scored at once; only sums are
-    rounded in another order. Gradients are added up in the dtype of the parameters.
+    statistics, moving references and the optimizer see the whole batch, as without chunks, except for the order of
+    summation. Gradients are accumulated in the dtype of the parameters.
 
     >>> import jax.numpy as jnp
     >>> log_prob = lambda params, prompts, responses: params * responses
@@ -32,7 +32,7 @@ def in_chunks(log_prob: LogProbFn, rows_per_chunk: int) -> LogProbFn:
       A function with the same arguments.
     """
     checks.size("rows_per_chunk", rows_per_chunk)
-    again_in_scan = jax.checkpoint(log_prob, prevent_cse=False)  # a scan keeps the two computations apart by itself
+    again_in_scan = jax.checkpoint(log_prob, prevent_cse=False)  # not needed inside a scan
 
     def chunked(params: Params, prompts: Array, responses: Any) -> Any:
         num_full = checks.rows("responses", (prompts, responses)) // rows_per_chunk * rows_per_chunk

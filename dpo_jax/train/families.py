@@ -1,4 +1,4 @@
-"""Which objective calls which loss: told from a loss's signature when the objective is made."""
+"""Which objective fits a loss, from the signature of the loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FITTING = {
     ("policy", "reference", "desirable"): "use train.unpaired_objective",
     ("logps", "old_logps", "advantages"): "use train.policy_gradient_objective",
     ("logps", "advantages"): "use train.policy_gradient_objective and a function that drops the old log-probabilities",
-    ("values", "old_values", "returns"): "it is a loss of a value function, which rlhf.ppo adds by itself",
+    ("values", "old_values", "returns"): "it is the loss of a value function, which rlhf.ppo adds",
 }
 _BY_NUMBER = {
     1: "use train.reference_free_objective",
@@ -35,8 +35,8 @@ def check_call(loss: Callable[..., Array], wanted: tuple[str, ...], hyperparamet
       hyperparameters: passed by name.
 
     Raises:
-      TypeError: it is a loss of another family (the message names the objective that fits), needs a hyperparameter
-        that is missing, or has none of that name.
+      TypeError: the loss is of another family (the message names the objective that fits), or a hyperparameter is
+        missing or unknown.
     """
     if not callable(loss):
         raise TypeError(f"loss must be a function, such as losses.dpo_loss, got {loss!r}")

@@ -1,6 +1,6 @@
 """`fit`: one scan over epochs and minibatches, for any objective `(params, batch) -> (loss, metrics)`.
 
-An objective may remember something from batch to batch (`StatefulObjective`); that, too, is carried by the scan.
+The scan also carries the memory of an objective, if it has one (`StatefulObjective`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dpo_jax.types import Metrics, Objective, Params, Ratio, StatefulObjective
 
 
 class TrainState(NamedTuple):
-    """What training carries from step to step.
+    """The state of training.
 
     Attributes:
-      params: parameters; the last good ones once something was not finite.
+      params: parameters; after a failure, the last ones before it.
       opt_state: the state of the optimizer.
-      step: how many optimizer steps have been applied.
-      finite: whether every loss and every update so far was finite.
-      memory: what the objective remembers; `None` if it is not a `StatefulObjective`.
+      step: number of optimizer steps so far.
+      finite: whether all losses and updates so far were finite.
+      memory: of the objective; `None` if it is not a `StatefulObjective`.
     """
 
     params: Params
@@ -41,7 +41,7 @@ class TrainState(NamedTuple):
 
 
 class NonFiniteError(FloatingPointError):
-    """Training met a loss or an update that is NaN or infinite.
+    """A loss or an update is NaN or infinite.
 
     Attributes:
       step: the optimizer step, counted from 0, that failed.
@@ -54,7 +54,7 @@ class NonFiniteError(FloatingPointError):
             f"loss or update not finite in step {step} (epoch {step // num_batches}, batch {step % num_batches}, "
             "counted from 0); the learning rate or a hyperparameter of the loss, such as beta, may be too high, or "
             f"{'the data' if step else 'the initial parameters or the data'} hold NaN, negative weights or ids out of "
-            "range. The error's attributes `params` and `history` keep what was learnt before."
+            "range. The error's attributes `params` and `history` hold the results before that step."
         )
         self.step, self.params, self.history = step, params, history
 
@@ -63,28 +63,28 @@ def init_state(params: Params, *, objective: Objective, optimizer: optax.Gradien
     """The state before the first step.
 
     Raises:
-      ValueError: the optimizer gathers gradients over several calls, as `optax.MultiSteps` does.
+      ValueError: the optimizer accumulates gradients over several calls, such as `optax.MultiSteps`.
     """
     memory = objective.memory if isinstance(objective, StatefulObjective) else None
     memory = jax.tree.map(jnp.asarray, memory)
     opt_state = optimizer.init(params)
-    _refuse_gathering(opt_state)
+    _refuse_accumulation(opt_state)
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.ones((), jnp.bool), memory)
 
 
 def update(
     state: TrainState, batch: Any, *, objective: Objective, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step; no step from the first loss or update on that is not finite.
+    """One optimizer step. After a loss or an update that is not finite, parameters no longer change.
 
-    Optimizers that ask for them are given the loss and its gradient as `value` and `grad`, and `value_fn`, from
-    parameters to the loss of this batch (`optax.lbfgs`, `optax.polyak_sgd`, `optax.contrib.reduce_on_plateau`).
+    Optimizers that take them get the loss and its gradient as `value` and `grad`, and `value_fn`, from parameters to
+    the loss of this batch (`optax.lbfgs`, `optax.polyak_sgd`, `optax.contrib.reduce_on_plateau`).
 
     Returns:
       The next state, and the metrics of the batch before the step, `loss` among them (NaN once training has stopped).
 
     Raises:
-      TypeError, ValueError: the objective returned something else than it should.
+      TypeError, ValueError: the objective returned invalid values.
     """
 
     def evaluate(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
@@ -117,15 +117,15 @@ def run_epoch(
     optimizer: optax.GradientTransformation,
     batch_size: int,
 ) -> tuple[TrainState, Metrics]:
-    """One pass over the data in a given order; the last batch holds what is left, and may be short.
+    """One pass over the data in a given order; the last batch may be short.
 
     Returns:
       The next state, and each metric's mean over the batches (each batch counts equally, a short one too). A `Ratio`
       becomes the sum of its numerators over that of its denominators.
 
     Raises:
-      TypeError, ValueError: `order` does not hold numbers of rows, from 0, or weights are negative or all zero. Where
-        they are traced nobody looks.
+      TypeError, ValueError: `order` does not hold indices of rows, or weights are negative or all zero (checked unless
+        traced).
     """
     state, metrics = pass_over(state, data, order, objective=objective, optimizer=optimizer, batch_size=batch_size)
     return state, numbers(metrics)
@@ -140,7 +140,7 @@ def pass_over(
     optimizer: optax.GradientTransformation,
     batch_size: int,
 ) -> tuple[TrainState, Metrics]:
-    """As `run_epoch`, but leaves each `Ratio` undivided, so that further passes can be added to it."""
+    """Like `run_epoch`, but does not divide each `Ratio`, so that further passes can be added."""
     checks.ids("order", order, checks.rows("data", data))
     checks.weights(data)
     step = partial(update, objective=objective, optimizer=optimizer)
@@ -157,7 +157,7 @@ def pass_over(
 
 
 def pooled(metrics: Metrics) -> Metrics:
-    """Metrics of equally many batches each, stacked, as those of all of these batches together."""
+    """Combines stacked metrics, each of the same number of batches."""
     return {
         name: jax.tree.map(partial(jnp.sum, axis=0), metric) if isinstance(metric, Ratio) else jnp.mean(metric, axis=0)
         for name, metric in metrics.items()
@@ -165,7 +165,7 @@ def pooled(metrics: Metrics) -> Metrics:
 
 
 def numbers(metrics: Metrics) -> Metrics:
-    """Metrics in which the value of each `Ratio` stands in its place."""
+    """Metrics in which each `Ratio` is replaced by its value."""
     return {name: metric.value if isinstance(metric, Ratio) else metric for name, metric in metrics.items()}
 
 
@@ -190,7 +190,7 @@ def fit(
 
     Args:
       key: typed PRNG key; each epoch is shuffled by its own part of it.
-      params: where to start.
+      params: initial parameters.
       data: pytree of arrays that share their leading axis, for instance `Demonstrations` or `Preferences`.
       objective: `(params, batch) -> (loss, metrics)`, or a `StatefulObjective`.
       optimizer: an Optax optimizer, for instance `optax.adam(1e-3)`, `optax.adam(optax.cosine_decay_schedule(...))` or
@@ -200,8 +200,8 @@ def fit(
       num_epochs: passes over the data; static.
       batch_size: rows per optimizer step; static. An epoch's last batch is short where this does not divide the data.
       evaluate: from parameters to further entries of the history, computed after each epoch.
-      report: called as `report(epochs_done, metrics)` between compiled pieces of `epochs_per_report` epochs, never
-        inside one. It changes no result. Not possible under `jit` or `vmap`.
+      report: called as `report(epochs_done, metrics)` between compiled pieces of `epochs_per_report` epochs. It does
+        not change results, and is not possible under `jit` or `vmap`.
       epochs_per_report: how many epochs to run between two reports.
 
     Returns:
@@ -211,9 +211,9 @@ def fit(
       to batch, is the sum of its numerators over that of its denominators, and NaN where the latter is zero.
 
     Raises:
-      TypeError, ValueError: an argument is not as described, or a function returned something else than it should.
-      NonFiniteError: a loss or an update was NaN or infinite. Under `jit` nothing can be raised: there, training also
-        stops with the last good parameters, `step` ceases to grow and the objective's metrics become NaN.
+      TypeError, ValueError: an argument is not as described, or a function returned invalid values.
+      NonFiniteError: a loss or an update was NaN or infinite. Under `jit` no error can be raised: there, parameters and
+        `step` stop changing, and the objective's metrics become NaN.
     """
     checks.key(key)
     checks.size("num_epochs", num_epochs)
@@ -253,30 +253,30 @@ def check_optimizer(optimizer: optax.GradientTransformation) -> None:
 
 
 def _asked_for(optimizer: optax.GradientTransformation, known: dict[str, Any]) -> dict[str, Any]:
-    """Those of the known arguments that an optimizer's `update` takes."""
+    """The known arguments that an optimizer's `update` takes."""
     parameters = inspect.signature(optimizer.update).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return known if takes_all else {name: value for name, value in known.items() if name in parameters}
 
 
-def _refuse_gathering(opt_state: Any) -> None:
-    """An optimizer that gathers gradients takes each part of a batch for a batch."""
+def _refuse_accumulation(opt_state: Any) -> None:
+    """Rejects optimizers that accumulate gradients over batches."""
     kinds = (optax.MultiStepsState, optax.ApplyEvery)
     for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds)):
         if isinstance(node, kinds):
             raise ValueError(
-                "optimizers that gather gradients over several batches (optax.MultiSteps, optax.apply_every) are not "
-                "supported: moving references, running shifts, losses of whole batches and history['step'] would take "
-                "each part for a batch. For exactly the numbers of the large batch in the memory of a small one, give "
-                "the large batch_size and score it in chunks: log_prob = train.in_chunks(log_prob, rows_per_chunk)"
+                "optimizers that accumulate gradients over batches (optax.MultiSteps, optax.apply_every) are not "
+                "supported: moving references, running shifts, losses of whole batches and history['step'] would treat "
+                "each part as a batch. To get the same numbers as with the large batch in the memory of a small one, "
+                "use the large batch_size and score it in chunks: log_prob = train.in_chunks(log_prob, rows_per_chunk)"
             )
 
 
 def memory_like(old: Any, new: Any, name: str) -> Any:
-    """The memory that a function returned, in the dtypes of the one it was given.
+    """The memory that a function returned, in the dtypes of its old memory.
 
     Raises:
-      TypeError: it has another structure, other shapes, or a dtype that does not fit into the old one.
+      TypeError: structure or shapes differ, or a dtype cannot be cast to the old one.
     """
     new = jax.tree.map(jnp.asarray, new)
     wanted, found = (jax.tree.map(jnp.shape, memory) for memory in (old, new))
@@ -286,7 +286,7 @@ def memory_like(old: Any, new: Any, name: str) -> Any:
 
 
 def _cast(name: str, old: Array, new: Array) -> Array:
-    if getattr(old, "weak_type", False) or new.dtype == old.dtype:  # a Python number takes whatever dtype it is given
+    if getattr(old, "weak_type", False) or new.dtype == old.dtype:  # a Python number takes any dtype
         return new
     both_floating = jnp.issubdtype(old.dtype, jnp.floating) and jnp.issubdtype(new.dtype, jnp.floating)
     if both_floating or jnp.promote_types(old.dtype, new.dtype) == old.dtype:
@@ -309,7 +309,7 @@ def run_epochs(
     Args:
       key: typed PRNG key; each epoch has its own part of it.
       epoch: `(state, key) -> (state, metrics)`.
-      state: where to start.
+      state: the initial state.
       num_epochs, evaluate, report, epochs_per_report: see `fit`.
     """
 

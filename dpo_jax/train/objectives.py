@@ -1,18 +1,18 @@
-"""Objectives: what a loss of log-probabilities becomes when there are parameters and batches.
+"""Objectives: from a loss of log-probabilities to a function of parameters and batches.
 
-An objective scores responses through the `LogProbFn` it is given, takes the mean of a loss, and adds the metrics that
-tell how training goes. A row of a batch is one comparison, label or demonstration, and has one log-probability for each
-response: numbers of tokens are refused. A hyperparameter of the loss may be
+An objective scores responses by a `LogProbFn`, takes the mean of a loss, and adds metrics. A row of a batch is one
+comparison, label or demonstration, and has one log-probability for each response; arrays with an axis of tokens are
+rejected. A hyperparameter of the loss may be
 
-- a number or an array, traced perhaps;
+- a number or an array, possibly traced;
 - a function `(params, batch, logps) -> value`, called for each batch, through which no gradient flows: a statistic of
   the batch, or a column of the data (`lengths=lambda params, batch, logps: batch.columns["lengths"]`);
 - a `Running` value, which also depends on the batches before. It makes the objective a `StatefulObjective`.
 
 The data may have weights, relative to 1. The loss of a batch is then the mean of weight times loss over its rows, not
-divided by the weights, so that a row counts equally in every batch; a loss that compares whole batches is refused.
-Metrics are means over the batch. Where their denominator differs from batch to batch, they are a `Ratio`: with weights,
-whose sum it is, and for the good or the bad ones of `Labels`.
+divided by the weights, so that a row counts equally in every batch; losses that compare whole batches are rejected.
+Metrics are means over the batch. If their denominator differs between batches, they are a `Ratio`: with weights, whose
+sum is the denominator, and for the good or the bad ones of `Labels`.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ log-probabilities that the objective has computed anyway."""
 
 
 class Running(NamedTuple):
-    """A hyperparameter that depends on the batch and on those before it.
+    """A hyperparameter that depends on the current and earlier batches.
 
     Attributes:
-      memory: before the first batch: any pytree of numbers or arrays.
+      memory: initial memory: any pytree of numbers or arrays.
       update: `(memory, params, batch, logps) -> (value, memory)`.
     """
 
@@ -79,7 +79,7 @@ def sft_objective(log_prob: LogProbFn) -> Objective:
     """
 
     def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
-        _check_noun(batch, Demonstrations)
+        _check_type(batch, Demonstrations)
         logps = log_prob(params, batch.prompts, batch.responses)
         checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         return -_mean(logps, batch.weights), {}
@@ -90,20 +90,20 @@ def sft_objective(log_prob: LogProbFn) -> Objective:
 def preference_objective(
     log_prob: LogProbFn, loss: PreferenceLoss, *, beta: Hyperparameter, **hyperparameters: Hyperparameter
 ) -> Objective:
-    """The mean of a preference loss, with the metrics that tell how training goes.
+    """The mean of a preference loss, with metrics.
 
     Args:
       log_prob: scores responses.
       loss: of policy and reference, for instance `losses.dpo_loss`; for rankings, `losses.plackett_luce_loss`.
       beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
-      **hyperparameters: what else the loss takes.
+      **hyperparameters: further hyperparameters of the loss.
 
     Returns:
       An objective on batches of `Preferences` that carry their reference (`with_reference`). Its metrics are means over
       the batch, weighted where it has weights: `chosen_reward` and `rejected_reward`, the implicit rewards
       `beta * log(pi / pi_ref)` (in rankings, of the first and the last); `reward_margin`, their difference; and
-      `accuracy`, the share of comparisons with a positive margin. As in the notebook, a tie counts as wrong, so a
-      policy that equals its reference has an accuracy of 0, not 1/2.
+      `accuracy`, the share of comparisons with a positive margin. A tie counts as wrong, so a policy that equals its
+      reference has an accuracy of 0, not 1/2.
 
     Raises:
       TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
@@ -130,7 +130,7 @@ def reference_free_objective(score: LogProbFn, loss: ReferenceFreeLoss, **hyperp
         reward model (`toy.score_fn`).
       loss: `(policy, *, ...)`, for instance `losses.simpo_loss`, or `(rewards, *, ...)`, such as
         `losses.bradley_terry_loss`.
-      **hyperparameters: what the loss takes.
+      **hyperparameters: of the loss.
 
     Returns:
       An objective on batches of `Preferences`. Its metrics are means over the batch, weighted if the batch has weights,
@@ -165,13 +165,13 @@ def unpaired_objective(
       log_prob: scores responses.
       loss: of policy, reference and labels, for instance `losses.kto_loss`.
       beta: strength of the pull towards the reference; positive. It also scales the implicit rewards of the metrics.
-      **hyperparameters: what else the loss takes.
+      **hyperparameters: further hyperparameters of the loss.
 
     Returns:
       An objective on batches of `Labels` that carry their reference (`with_reference`). Its metrics are
       `desirable_reward` and `undesirable_reward`, the mean implicit rewards of the good and of the bad responses, and
       `reward_margin`, their difference; all weighted where the batch has weights. Each is a `Ratio`, so the mean of an
-      epoch does not depend on the batch size; it is NaN if there was no such response.
+      epoch does not depend on the batch size; it is NaN without such responses.
 
     Raises:
       TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
@@ -196,19 +196,19 @@ def unpaired_objective(
 def policy_gradient_objective(
     log_prob: LogProbFn, loss: PolicyGradientLoss, **hyperparameters: Hyperparameter
 ) -> Objective:
-    """The mean of a surrogate whose gradient is a policy gradient.
+    """The mean of a surrogate loss whose gradient is a policy gradient.
 
     Args:
       log_prob: scores responses.
-      loss: of log-probabilities now, log-probabilities when the policy responded, and advantages: for instance
+      loss: of current log-probabilities, log-probabilities at sampling time, and advantages: for instance
         `losses.ppo_loss`.
-      **hyperparameters: what else the loss takes. `losses.grpo_loss` wants
+      **hyperparameters: further hyperparameters of the loss. `losses.grpo_loss` needs
         `reference=lambda params, batch, logps: batch.reference_logps`.
 
     Returns:
       An objective on batches of `Rollouts`. Its metrics are means over the batch, weighted where it has weights:
-      `sampled_reward`; `sampled_kl`, the log-ratio to the reference (nats), when the policy responded; and
-      `ratio_change`, how far the ratio of probabilities now to those then is from 1.
+      `sampled_reward`; `sampled_kl`, the log-ratio to the reference (nats) at sampling time; and `ratio_change`, the
+      absolute difference from 1 of the ratio of current probabilities to those at sampling time.
 
     Raises:
       TypeError, ValueError: the loss is of another family (the message names the objective that fits) or refuses the
@@ -236,11 +236,11 @@ def with_reference(log_prob: LogProbFn, reference_params: Params, data: Any) -> 
     Args:
       log_prob: scores responses.
       reference_params: parameters of the reference policy; no gradient flows into them.
-      data: comparisons, rankings or labels; a reference they already carry is replaced.
+      data: comparisons, rankings or labels; an existing reference is replaced.
 
     Raises:
-      TypeError: `log_prob` did not return what it was given: a pair for a pair of responses.
-      ValueError: `log_prob` did not return one number for each response; of tokens, for instance.
+      TypeError: `log_prob` returned another structure than that of the responses.
+      ValueError: `log_prob` did not return one number for each response, but for instance one for each token.
     """
     logps = log_prob(reference_params, data.prompts, data.responses)
     checks.same_structure("log_prob(params, prompts, responses)", logps, data.responses)
@@ -249,7 +249,7 @@ def with_reference(log_prob: LogProbFn, reference_params: Params, data: Any) -> 
 
 
 def _refuse_now(loss: Callable[..., Array], hyperparameters: dict[str, Hyperparameter]) -> None:
-    """Lets a loss refuse its hyperparameters when the objective is made, not in the first step of training."""
+    """Calls the loss once, so that invalid hyperparameters raise when the objective is made, not in the first step."""
     beta = hyperparameters.get("beta", 1.0)
     if not callable(beta) and not isinstance(beta, Running):
         checks.interval("beta", beta, "(0, inf)")
@@ -262,15 +262,15 @@ def _refuse_now(loss: Callable[..., Array], hyperparameters: dict[str, Hyperpara
 def _objective(
     log_prob: LogProbFn,
     loss: Callable[..., Array],
-    noun: type,
+    batch_type: type,
     arguments: Callable[[Any, Any], tuple[Any, ...]],
     metrics: Callable[[Any, Any, dict[str, Any]], Metrics],
     hyperparameters: dict[str, Hyperparameter],
 ) -> Objective:
-    """Scores a batch, works out the hyperparameters, evaluates losses and metrics, and takes their means."""
+    """Scores a batch, computes the hyperparameters, evaluates losses and metrics, and takes their means."""
 
     def apply(params: Params, batch: Any, memory: dict[str, Any]) -> tuple[Array, Metrics, dict[str, Any]]:
-        _check_noun(batch, noun)
+        _check_type(batch, batch_type)
         logps = log_prob(params, batch.prompts, batch.responses)
         checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         called_with = arguments(logps, batch)
@@ -296,7 +296,7 @@ def _objective(
 def _values(
     hyperparameters: dict[str, Hyperparameter], memory: dict[str, Any], params: Params, batch: Any, logps: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the loss is called with, and what is remembered; no gradient flows through what depends on the batch."""
+    """The hyperparameters of the loss, and the new memory; no gradient flows through statistics of the batch."""
     values: dict[str, Any] = {}
     for name, value in hyperparameters.items():
         if isinstance(value, Running):
@@ -307,32 +307,32 @@ def _values(
     return values, memory
 
 
-def _check_noun(batch: Any, noun: type) -> None:
-    """A batch of another noun of this library is told from one that fits."""
+def _check_type(batch: Any, expected: type) -> None:
+    """Rejects batches of the wrong type."""
     others = {
         Demonstrations: "train.sft_objective",
         Preferences: "train.preference_objective or train.reference_free_objective",
         Labels: "train.unpaired_objective",
         Rollouts: "train.policy_gradient_objective",
     }
-    if type(batch) in others and not isinstance(batch, noun):
+    if type(batch) in others and not isinstance(batch, expected):
         raise TypeError(
-            f"this objective is for {noun.__name__}, got {type(batch).__name__}, which go with {others[type(batch)]}"
+            f"this objective is for {expected.__name__}, got {type(batch).__name__}: use {others[type(batch)]}"
         )
 
 
 def reference_of(batch: Any) -> Any:
-    """The log-probabilities under the reference that a batch carries; an error if it carries none."""
+    """The log-probabilities of a batch under the reference; an error if it has none."""
     if batch.reference_logps is None:
         raise ValueError("the data carry no reference log-probabilities: add them by train.with_reference")
     return batch.reference_logps
 
 
-def _comparison(noun: str, chosen: Float[Array, " batch"], rejected: Float[Array, " batch"]) -> Metrics:
-    """The notebook's metrics, row by row."""
+def _comparison(name: str, chosen: Float[Array, " batch"], rejected: Float[Array, " batch"]) -> Metrics:
+    """Metrics of comparisons, row by row."""
     margin = chosen - rejected
     accuracy = (margin > 0).astype(margin.dtype)
-    return {f"chosen_{noun}": chosen, f"rejected_{noun}": rejected, f"{noun}_margin": margin, "accuracy": accuracy}
+    return {f"chosen_{name}": chosen, f"rejected_{name}": rejected, f"{name}_margin": margin, "accuracy": accuracy}
 
 
 def _average(values: Float[Array, " batch"], weights: Array | None) -> Array | Ratio:

@@ -39,19 +39,19 @@ def fit_online(
     report: Callable[[int, Metrics], None] | None = None,
     epochs_per_report: int = 10,
 ) -> tuple[Params, Metrics]:
-    """Trains a policy on what it does itself, in rounds: collect data, then pass over them, in one compiled scan.
+    """Trains a policy on-policy, in rounds: collect data, then pass over them, in one compiled scan.
 
     A pure function, like `fit`: use it inside `jit` and `vmap`, or on its own. Whatever learner and optimizer close
     over may be traced (beta, clip, the world, a reward model, the learning rate).
 
     Args:
       key: typed PRNG key; each round has its own part of it.
-      params: where to start.
-      learner: how to collect, and what to minimise; `dpo_jax.rlhf` has them.
-      num_epochs: how many entries the history shall have; static.
+      params: initial parameters.
+      learner: how to collect data, and what to minimise, for instance `rlhf.ppo(...)`.
+      num_epochs: number of entries of the history; static.
       rounds_per_epoch: rounds of collecting and training for each entry; static.
-      passes_per_round: how often to pass over the data of a round, shuffled each time; static. PPO takes several.
-      batch_size: rows per optimizer step; static. `None` takes all data of a round at once.
+      passes_per_round: number of passes over the data of a round, shuffled each time; static. PPO takes several.
+      batch_size: rows per optimizer step; static. `None` means all data of a round.
       optimizer, evaluate, report, epochs_per_report: see `fit`.
 
     Returns:
@@ -59,8 +59,8 @@ def fit_online(
       its rounds and passes.
 
     Raises:
-      TypeError, ValueError: an argument is not as described, or a function returned something else than it should.
-      NonFiniteError: as for `fit`; a reward that is NaN and a weight that is negative count, too.
+      TypeError, ValueError: an argument is not as described, or a function returned invalid values.
+      NonFiniteError: as for `fit`; also if a reward is NaN or a weight is negative.
     """
     checks.key(key)
     for name, size in {

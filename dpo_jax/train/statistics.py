@@ -1,4 +1,4 @@
-"""What depends on the batch: hyperparameters that are statistics of it, and a reference that moves with the policy."""
+"""Hyperparameters that are statistics of the batches, and a reference that moves towards the policy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from dpo_jax.types import Labels, LogProbFn, Metrics, Numeric, Objective, Params
 
 
 def batch_reference_point(log_prob: LogProbFn, reference_params: Params) -> Batchwise:
-    """KTO's reference point as the paper estimates it: from each prompt of a batch with the response to the next one.
+    """KTO's reference point, estimated as in the paper: pairs each prompt of a batch with the next response.
 
-    Where neighbours happen to have the same prompt, the response is one to that prompt; in a batch of one it is the
-    response itself. It does not follow a `moving_reference`. Where the batch has weights, such a pair counts by the
-    product of the weights of the prompt's row and of the response's.
+    If neighbours have the same prompt, the response answers that prompt; in a batch of one it is the row's response. It
+    does not follow a `moving_reference`. If the batch has weights, the weight of a pair is the product of the weights
+    of both rows.
 
     Args:
       log_prob: scores responses.
       reference_params: parameters of the reference policy.
 
     Returns:
-      A value for `unpaired_objective(log_prob, losses.kto_loss, reference_point=...)`. Where the KL to the reference
-      can be computed, use that instead: `lambda params, batch, logps: kl(params)`.
+      A value for `unpaired_objective(log_prob, losses.kto_loss, reference_point=...)`. If the exact KL to the reference
+      can be computed, use it instead: `lambda params, batch, logps: kl(params)`.
     """
 
     def reference_point(params: Params, batch: Labels, _: Array) -> Float[Array, ""]:
@@ -66,7 +66,7 @@ def running_shift(*, beta: Numeric) -> Running:
 
 
 def running_margin_moments(key: Key[Array, ""], *, momentum: Numeric = 0.9) -> Running:
-    """What beta-DPO remembers (`losses.update_margin_moments`): a value for `moments` of `losses.beta_dpo_loss`.
+    """Statistics of beta-DPO (`losses.update_margin_moments`): a value for `moments` of `losses.beta_dpo_loss`.
 
     Args:
       key: typed PRNG key, for the filter.
@@ -101,16 +101,16 @@ def moving_reference(
 
     .. math:: \pi_{ref} \leftarrow \alpha\, \pi + (1 - \alpha)\, \pi_{ref} \quad \text{(of the parameters)}
 
-    Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656: softly,
-    with a small `mix` each step, or hard, with `mix` 1 and many steps in between. The defaults are those of TRL, which
-    mixes a large part every so many steps. The policy is that before the update of the step.
+    Source: Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656: soft
+    updates have a small `mix` each step, hard updates have `mix` 1 and many steps in between. The defaults are those of
+    TRL, which mixes a large part at long intervals. The policy is that before the update of the step.
 
     Args:
-      objective: on data that carry a reference, for instance a `preference_objective`.
+      objective: on data with a reference, for instance a `preference_objective`.
       log_prob: scores responses.
       reference_params: parameters of the reference policy at the start.
       mix: :math:`\alpha`, above 0, at most 1.
-      steps_per_move: how many optimizer steps lie between two moves.
+      steps_per_move: number of optimizer steps between two moves.
     """
     checks.interval("mix", mix, "(0, 1]")
     checks.size("steps_per_move", steps_per_move)

@@ -142,7 +142,7 @@ def test_one_token_is_one_token():
     [
         (jnp.ones((2, 3)), TypeError, "lengths must be a pair"),
         ((jnp.ones(2), jnp.ones(3)), ValueError, r"lengths.chosen must have the shape \(3,\)"),
-        ((jnp.ones(3), jnp.array([1, 0, 2])), ValueError, "lengths.rejected must be 1 or more, got 0 in row 1"),
+        ((jnp.ones(3), jnp.array([1, 0, 2])), ValueError, "lengths.rejected must be in .1, inf., got 0 in row 1"),
     ],
 )
 def test_impossible_lengths_are_refused(lengths, error, message):

@@ -71,7 +71,7 @@ def test_number_of_prompts_is_checked(as_users_have_it, world):
 
 @pytest.mark.parametrize("mix", [None, 0.0, 0.25, 1.0])
 def test_responses_follow_the_policy_mixed_with_the_reference(key, mix):
-    mixture = {} if mix is None else {"reference": jnp.log(jnp.asarray(REFERENCE)), "mix": mix}
+    mixture = {} if mix is None else {"reference_log_probs": jnp.log(jnp.asarray(REFERENCE)), "mix": mix}
     respond = toy.respond_fn(POLICY, EMBEDDINGS, group_size=4000, **mixture)
     prompts = jnp.array([2, 0, 1, 0])
     responses, weights = jax.jit(respond)(key, PARAMS, prompts)

@@ -61,7 +61,7 @@ def gathering(rate):
     ("optimizer", "error", "message"),
     [
         (optax.MultiSteps(optax.adam(0.1), 2), ValueError, "log_prob = train.in_chunks"),
-        (gathering(0.1), ValueError, "each part for a batch.*log_prob = train.in_chunks"),
+        (gathering(0.1), ValueError, "log_prob = train.in_chunks"),
         (optax.chain(optax.apply_every(2), optax.sgd(0.1)), ValueError, "log_prob = train.in_chunks"),
         (optax.adam, TypeError, r"got the function adam: write optimizer=optax.adam\(1e-3\)"),
         ("adam", TypeError, "optimizer must be an Optax optimizer, got 'adam'"),

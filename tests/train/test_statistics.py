@@ -104,7 +104,7 @@ def test_the_reference_follows_the_policy(start, mix, steps_per_move):
         if step % steps_per_move == 0:
             reference = jax.tree.map(lambda r, p: (1 - mix) * r + mix * p, reference, old)
     chex.assert_trees_all_close(state.params, policy, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(state.memory.reference, reference, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(state.memory.reference_params, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_a_moving_reference_carries_what_its_objective_remembers(start, key):

@@ -52,7 +52,7 @@ def test_each_method_trains_under_vmap_over_its_hyperparameters(method, feedback
     params, metrics = jax.jit(jax.vmap(run))(jnp.asarray(CANDIDATES))
     chex.assert_tree_all_finite((params, metrics))
     assert metrics["loss"].shape == (2,)
-    moved = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), params, feedback.start.params)
+    moved = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old[None])), params, feedback.start.params)
     assert max(jax.tree.leaves(moved)) > 1e-6, "it did not learn"
     if method.ranges:
         assert not np.allclose(metrics["loss"][0], metrics["loss"][1], rtol=1e-5)
