@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 
 from dpo_jax import checks, figures, losses, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
-from experiments.lab import commands, console, devices, files
+from experiments.lab import commands, console, devices, files, page
 from experiments.lab.pipeline import BETA, BETAS, TUTORIAL, Pipeline, Start
 from experiments.lab.statistics import mean_and_stderr, over_seeds
 
@@ -171,6 +171,21 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
     files.save_figure(figure, out / "frontier.png")
 
 
+def page_table(summary: dict[str, Any]) -> str:
+    """The table on the page of results."""
+    columns = {"loss": 4, "accuracy": 4, "kl_to_reference": 4, "expected_reward": 3, "gain": 4}
+    headings = ["β", "training loss", "training accuracy", "KL to reference", "reward", "gain over SFT"]
+    rows = [
+        [
+            f"{entry['beta']:g}",
+            *(_plus_minus(entry[name], digits) for name, digits in columns.items()),
+            *(f"{entry[name]['mean']:.3f}" for name in ("optimal_reward", "optimal_kl")),
+        ]
+        for entry in summary["betas"]
+    ]
+    return page.table([*headings, "optimal reward", "its KL"], rows)
+
+
 def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Runs the ablation and writes its results."""
     commands.check_seed(options.seed)
@@ -185,6 +200,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     with commands.clear_errors():
         summary, seconds = ablate(options.seed, options.num_seeds, options.betas, pipeline)
     save_figures(summary, out)
+    page.update("beta_ablation", page_table(summary), out)
     files.save_summary({"seed": options.seed, **summary, **files.provenance(**seconds)}, out)
     print_results(summary)
     console.say(
@@ -197,8 +213,8 @@ def _statistics(results: Any) -> dict[str, Any]:
     return {str(name): mean_and_stderr(values.transpose("seed", ...)) for name, values in results.data_vars.items()}
 
 
-def _plus_minus(statistics: dict[str, Any]) -> str:
-    mean, stderr = (f"{statistics[name]:.4f}" for name in ("mean", "stderr"))
+def _plus_minus(statistics: dict[str, Any], digits: int = 4) -> str:
+    mean, stderr = (f"{statistics[name]:.{digits}f}" for name in ("mean", "stderr"))
     return mean if stderr == "nan" else f"{mean} ± {stderr}"
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from dpo_jax import checks, figures, losses, rlhf, sweep, toy
 from dpo_jax.types import Metrics, Numeric
-from experiments.lab import commands, console, contenders, devices, files
+from experiments.lab import commands, console, contenders, devices, files, page
 from experiments.lab.contenders import BETAS, CONTENDERS, Contender, Scene, contender
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
@@ -390,6 +390,25 @@ def row_of(entry: dict[str, Any], num_seeds: int) -> list[str]:
     ]
 
 
+def page_table(summary: dict[str, Any]) -> str:
+    """The table on the page of results."""
+    columns = ["method", "stages after SFT", "labels", "samples", "optimizer steps", "ms per run", "gain over SFT"]
+    rows = [
+        [
+            entry["name"],
+            " → ".join(entry["stages"][1:]),
+            *(f"{entry[name]:,}" for name in ("labels", "samples", "steps")),
+            f"{1000 * entry['seconds']['run']:.0f}",
+            page.interval(entry["gain"], summary["num_seeds"], sign=True),
+            f"{entry['spread_of_gain']:.3f}",
+            *(f"{entry[name]['mean']:.3f}" for name in ("kl_to_reference", "learned_gain")),
+            f"{entry['worse_than_sft']['mean']:.0%}",
+        ]
+        for entry in summary["methods"]
+    ]
+    return page.table([*columns, "spread", "KL", "score", "worse than SFT"], rows)
+
+
 def save_figures(summary: dict[str, Any], out: Path) -> None:
     """Draws reward against KL, overoptimisation, and what the learning rate does."""
     methods, known = summary["methods"], summary["baseline_gains"]
@@ -460,6 +479,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds")}
     files.save_summary({**sizes, "betas": BETAS, **summary, **files.provenance(**took)}, out)
     save_figures(summary, out)
+    page.update("dpo_vs_rlhf", page_table(summary), out)
     print_results(summary)
     console.say(
         f"{took['total']:.0f} s in all; of the comparison, {took['compile']:.0f} s compiling and {took['run']:.0f} s "

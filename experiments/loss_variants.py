@@ -25,7 +25,7 @@ import numpy as np
 from dpo_jax import figures, sweep, toy
 from dpo_jax.intervals import half_width
 from dpo_jax.types import Metrics
-from experiments.lab import commands, console, devices, files, tuning
+from experiments.lab import commands, console, devices, files, page, tuning
 from experiments.lab.feedback import SETTINGS, Feedback, Setting, coin_tosses
 from experiments.lab.methods import METHODS, Method
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline, Start
@@ -36,6 +36,23 @@ from experiments.lab.tuning import Range, Seeds, Trials
 LEARNING_RATE = Range(1e-5, 1e-2)
 LABELLED = ("dpo", "ipo", "simpo", "kto", "orpo", "cpo", "nca", "apo-down", "preferred fine-tuning")
 """Names to be written into the figure of reward against KL."""
+ON_PAGE = (
+    "dpo",
+    "conservative dpo",
+    "robust dpo",
+    "ipo",
+    "dpo with forward KL",
+    "dpo with alpha 0.5",
+    "apo-down",
+    "nca",
+    "kto",
+    "plackett-luce of 4",
+    "simpo",
+    "cpo",
+    "orpo",
+    "rpo",
+)
+"""Names of the losses in the table on the page of results."""
 GAINS = {"Gain over the SFT policy": "gain", "Gain from labels, over random labels": "gain_from_labels"}
 """What is drawn of each loss."""
 
@@ -222,6 +239,22 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
     files.save_figure(figures.loss_frontiers(panels, families, labelled=LABELLED), out / "frontiers.png")
 
 
+def page_table(summary: dict[str, Any]) -> str:
+    """The table on the page of results: gains of some losses in every setting, and over random labels."""
+    entries = {(entry["name"], entry["setting"]): entry for entry in summary["losses"]}
+
+    def cell(name: str, setting: str, gain: str) -> str:
+        return page.interval(entries[name, setting][gain], summary["num_seeds"], sign=True)
+
+    settings = list(summary["settings"])
+    rows = [
+        [name, *(cell(name, setting, "gain") for setting in settings), cell(name, "clean", "gain_from_labels")]
+        for name in ON_PAGE
+        if (name, "clean") in entries
+    ]
+    return page.table(["loss", *settings, "clean, over random labels"], rows)
+
+
 def chosen_methods(names: Sequence[str]) -> list[Method]:
     """The methods of these names, or all of them."""
     known = {method.name: method for method in METHODS}
@@ -258,6 +291,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     settings = {name: setting._asdict() for name, setting in SETTINGS.items()}
     told = {"seed": options.seed, **sizes, "settings": settings}
     files.save_summary({**told, **summary, **files.provenance(**took)}, out)
+    page.update("loss_variants", page_table({**told, **summary}), out)
     print_results(summary)
     console.say(
         f"{took['total']:.0f} s in all: {took['compile']:.0f} s compiling and {took['run']:.0f} s running. Figures and "

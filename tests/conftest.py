@@ -11,8 +11,8 @@ if version("jaxlib") < "0.11":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time; newer versions do not know it
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
-import jax
-import jaxtyping
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("dpo_jax", "beartype.beartype")

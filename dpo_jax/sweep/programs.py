@@ -281,7 +281,7 @@ def _trace_prepare(prepare: Callable[[Key[Array, ""]], PyTree], implementation: 
 def _trace_run(run: Callable[..., Any], start: Struct, point: Struct, combination: tuple[Any, ...]) -> TracedRun:
     def flat(start: PyTree, point: dict[str, PyTree]) -> dict[str, Array]:
         results = run(start, **{name: value for name, *_, value in combination}, **point)
-        leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results)]
+        leaves = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results, _is_array_like)]
         if len(dict(leaves)) < len(leaves):
             raise ValueError(f"two of run's results have the same name: {sorted(name for name, _ in leaves)}")
         return {name: jnp.asarray(leaf) for name, leaf in leaves}
@@ -303,6 +303,11 @@ def _split_over(devices: Sequence[jax.Device], block: Callable[..., Any], argume
     """A function whose seeds are split over devices, each of which makes a block."""
     mesh = Mesh(np.array(devices), ("seeds",))
     return jax.jit(jax.shard_map(block, mesh=mesh, in_specs=arguments, out_specs=SPLIT, check_vma=False))
+
+
+def _is_array_like(value: Any) -> bool:
+    """Whether a value turns itself into an array, as a `types.Ratio` does."""
+    return hasattr(value, "__jax_array__")
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from dpo_jax import checks, sweep
 from experiments.benchmark import compare, losses, measuring, report, workloads
 from experiments.benchmark.measuring import Clock
-from experiments.lab import commands, console, devices, files
+from experiments.lab import commands, console, devices, files, page
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,8 @@ def main(options: Options) -> None:
     }
     files.save_summary({"seed": options.seed, "repeats": options.repeats, **summary}, out)
     report.save_figures(summary, out)
+    for name, table in report.page_tables(summary).items():
+        page.update(name, table, out)
     report.print_results(summary)
     for doubt in summary["doubts"]:
         console.say(f"Beware: {doubt}")

@@ -9,7 +9,7 @@ import numpy as np
 from dpo_jax import figures
 from experiments.benchmark.measuring import BESIDE
 from experiments.benchmark.workloads import DPO, EXPERIMENT_STEPS
-from experiments.lab import console, files
+from experiments.lab import console, files, page
 
 TORCH = ("tutorial's loop", "stacked", "by hand", "by hand, compiled")
 """The versions of `rival.py`."""
@@ -118,6 +118,37 @@ def _beside(entry: dict[str, Any]) -> list[str]:
     cost, ratio = entry["microseconds_per_step_and_run"], entry["times_jax"]
     rivals = [f"{cost[name]:.2f} ({ratio[name]:.2f} ×)" if name in cost else "" for name in TORCH]
     return [f"{cost['jax']:.2f}", *rivals]
+
+
+def page_tables(summary: dict[str, Any]) -> dict[str, str]:
+    """The tables on the page of results, by the names of their markers."""
+    experiments = [
+        [
+            f"{entry['num']:,}",
+            f"{entry['compile_seconds']:.1f} s",
+            f"{entry['seconds']:.2f} s",
+            f"{entry['runs_per_second']:.0f}",
+            _cost(entry["microseconds_per_step_and_run"]),
+        ]
+        for entry in summary["experiments"]
+    ]
+    columns = ["experiments at once", "compile", "run", "per second", "µs per step and run"]
+    tables = {"benchmark experiments": page.table(columns, experiments, numbers=True)}
+    if summary["torch"]:
+        rows = [_beside_torch(entry) for entry in summary["torch"]["runs"]]
+        columns = ["DPO runs at once", "this library, µs per step and run", *(f"PyTorch, {name}" for name in TORCH)]
+        tables["benchmark torch"] = page.table(columns, rows, numbers=True)
+    return tables
+
+
+def _beside_torch(entry: dict[str, Any]) -> list[str]:
+    costs, times = entry["microseconds_per_step_and_run"], entry["times_jax"]
+    rivals = [f"{_cost(costs[name])} ({_cost(times[name])}×)" if name in costs else "" for name in TORCH]
+    return [f"{entry['num']:,}", _cost(costs["jax"]), *rivals]
+
+
+def _cost(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def save_figures(summary: dict[str, Any], out: Path) -> None:

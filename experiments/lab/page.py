@@ -1,0 +1,51 @@
+"""The page of results, `experiments/README.md`: its tables are written by the scripts that own the results."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.intervals import half_width
+
+PAGE = Path(__file__).parents[1] / "README.md"
+REPORTED = Path(__file__).parents[1] / "reported"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
+    """A table in Markdown; with `numbers`, all columns but the first are aligned to the right."""
+    line = ["---", *(["---:"] if numbers else ["---"]) * (len(columns) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, line, *rows))
+
+
+def interval(statistics: dict[str, float], num: int, *, sign: bool = False, digits: int = 3) -> str:
+    """A mean and half the width of its 95 % interval."""
+    half = half_width(np.float64(statistics["stderr"]), num)
+    return f"{statistics['mean']:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
+
+
+def update(name: str, text: str, out: Path) -> None:
+    """Writes a table between the markers of its name, if the results are the reported ones."""
+    if out.resolve().parent == REPORTED:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(replaced(page, name, text), encoding="utf-8")
+
+
+def between(page: str, name: str) -> str:
+    """The text between the markers of a name."""
+    return _pattern(name).search(page)[2].strip()  # type: ignore[index]
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with another text between the markers of a name.
+
+    Raises:
+      ValueError: there are no such markers.
+    """
+    if not _pattern(name).search(page):
+        raise ValueError(f"the page has no markers <!-- {name} --> and <!-- end of {name} -->")
+    return _pattern(name).sub(lambda found: f"{found[1]}\n{text}\n{found[3]}", page)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(<!-- {re.escape(name)} -->)(.*?)(<!-- end of {re.escape(name)} -->)", re.DOTALL)
