@@ -273,7 +273,11 @@ def dpo_run(seed: UInt32[Array, ""], start: Start) -> Metrics:
     return {name: metric[-1] for name, metric in history.items()} | {"expected_reward": jnp.mean(reward)}
 
 
-DPO_SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "num_epochs": DPO.num_epochs, "batch_size": DPO.batch_size}
+DPO_SETTINGS: dict[str, Any] = {
+    "optimizer": optax.adam(1e-3),
+    "num_epochs": DPO.num_epochs,
+    "batch_size": DPO.batch_size,
+}
 
 
 def dpo_objective(embeddings: Array) -> Any:
@@ -283,7 +287,7 @@ def dpo_objective(embeddings: Array) -> Any:
 
 def dpo_step(params: Params, start: Start) -> Metrics:
     """One optimizer step of DPO from a fresh state."""
-    objective, adam = dpo_objective(start.world.embeddings), optax.adam(DPO_SETTINGS["learning_rate"])
+    objective, adam = dpo_objective(start.world.embeddings), DPO_SETTINGS["optimizer"]
     state = train.init_state(params, objective=objective, optimizer=adam)
     batch = jax.tree.map(lambda leaf: leaf[: DPO.batch_size], start.preferences)
     state, metrics = train.update(state, batch, objective=objective, optimizer=adam)
