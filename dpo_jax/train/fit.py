@@ -241,7 +241,7 @@ def fit(
     return state.params, history
 
 
-def check_optimizer(optimizer: optax.GradientTransformation) -> None:
+def check_optimizer(optimizer: Any) -> None:
     """It is an Optax optimizer, with its learning rate.
 
     Raises:

@@ -15,7 +15,7 @@ BETA, NUM_ROUNDS = 0.3, 3000
 EVERYTHING = {
     "num_epochs": NUM_ROUNDS,
     "batch_size": 10**6,
-    "learning_rate": optax.cosine_decay_schedule(0.05, NUM_ROUNDS),
+    "optimizer": optax.adam(optax.cosine_decay_schedule(0.05, NUM_ROUNDS)),
 }
 
 
@@ -88,7 +88,7 @@ def test_a_policy_that_cannot_tell_prompts_apart_ends_in_two_places():
         beta=BETA,
     )
     by_rlhf, _ = train.fit_online(
-        jax.random.key(0), blind, learner, optimizer=optax.adam(EVERYTHING["learning_rate"]), num_epochs=NUM_ROUNDS
+        jax.random.key(0), blind, learner, optimizer=EVERYTHING["optimizer"], num_epochs=NUM_ROUNDS
     )
 
     def margin(params):
