@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,14 +47,31 @@ def test_arrows_run_one_way(path):
     assert all(other == here or FLOORS[other] < FLOORS[here] or FLOORS[other] == 0 for other in rooms), rooms
 
 
-def test_files_import_from_above_in_the_readmes_tree():
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES}), ids=lambda path: path.name)
+def test_files_of_a_folder_import_in_one_direction(folder):
+    name = ".".join(["dpo_jax", *folder.relative_to(ROOT).parts])
+    files = {f"{name}.{path.stem}": path for path in folder.glob("*.py") if path.name != "__init__.py"}
+    graph = {
+        own: {each for each in files if any(f"{used}.".startswith(f"{each}.") for used in imported(path))} - {own}
+        for own, path in files.items()
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(files)  # raises CycleError
+
+
+def test_the_readme_lists_all_folders_from_the_ground_up():
     tree = (ROOT.parent / "README.md").read_text(encoding="utf-8").split("```\ndpo_jax/")[1].split("experiments/")[0]
-    order = re.findall(r"(\w+)\.py", tree)
-    files = [path for path in MODULES if path.name != "__init__.py"]
-    assert sorted(order) == sorted(path.stem for path in files)
-    for path in files:
-        used = {part for name in imported(path) if name.startswith("dpo_jax.") for part in name.split(".")[1:]}
-        assert all(order.index(other) < order.index(path.stem) for other in used & set(order)), path
+    listed = re.findall(r"(\w+)(?:\.py|/)", tree)
+    assert sorted(listed) == sorted(FLOORS)
+    assert [FLOORS[name] for name in listed if name != "intervals"] == sorted(
+        FLOORS[name] for name in listed if name != "intervals"
+    )
+
+
+def test_the_lab_knows_no_experiment():
+    lab = ROOT.parent / "experiments" / "lab"
+    used = {name for path in lab.glob("*.py") for name in imported(path) if name.startswith("experiments.")}
+    assert used
+    assert all(name.startswith("experiments.lab.") for name in used), used
 
 
 def test_every_room_has_a_floor():

@@ -1,0 +1,39 @@
+"""The tables on the page of results are those of the reported results."""
+
+import json
+
+import pytest
+
+from experiments import beta_ablation, dpo_vs_rlhf, loss_variants
+from experiments.benchmark import report
+from experiments.lab import page
+
+PAGE = page.PAGE.read_text(encoding="utf-8")
+
+
+def reported(name):
+    return json.loads((page.REPORTED / name / "summary.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("script", [beta_ablation, loss_variants, dpo_vs_rlhf], ids=lambda script: script.__name__)
+def test_a_table_is_that_of_its_reported_results(script):
+    name = script.__name__.rpartition(".")[2]
+    assert page.between(PAGE, name) == script.page_table(reported(name))
+
+
+def test_the_tables_of_speed_are_those_of_the_reported_benchmark():
+    for name, table in report.page_tables(reported("benchmark")).items():
+        assert page.between(PAGE, name) == table
+
+
+def test_a_table_is_written_between_its_markers_and_only_for_reported_results(tmp_path, monkeypatch):
+    copy = tmp_path / "README.md"
+    copy.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n", encoding="utf-8")
+    monkeypatch.setattr(page, "PAGE", copy)
+    monkeypatch.setattr(page, "REPORTED", tmp_path / "reported")
+    page.update("x", "new", tmp_path / "elsewhere" / "x")
+    assert "old" in copy.read_text()
+    page.update("x", page.table(["β", "n"], [["1", "2"]], numbers=True), tmp_path / "reported" / "x")
+    assert copy.read_text() == "a\n<!-- x -->\n| β | n |\n| --- | ---: |\n| 1 | 2 |\n<!-- end of x -->\nb\n"
+    with pytest.raises(ValueError, match="no markers <!-- y -->"):
+        page.update("y", "new", tmp_path / "reported" / "y")
