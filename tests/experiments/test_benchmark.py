@@ -9,26 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from experiments.least_work import DPO_PAIR, FLOAT, Network, Training, Work
-from experiments.notebook import POLICY
 
-from dpo_jax import toy
-from experiments import benchmark, measuring
+from dpo_jax import sweep
+from dpo_jax.types import Pair
+from experiments.benchmark import __main__ as benchmark
+from experiments.benchmark import losses, measuring, report, workloads
+from experiments.benchmark.least_work import DPO_PAIR, FLOAT, Network, Training, Work
+from experiments.benchmark.measuring import Clock
+from experiments.lab.pipeline import TUTORIAL
 from tests.experiments.walks import ROOT
 
 # Counts
 
 
-def test_a_notebook_has_the_optimizer_steps_of_the_original():
-    assert benchmark.SFT.steps == 1600
-    assert benchmark.DPO.steps == 1450
-    assert benchmark.NOTEBOOK_STEPS == 8850
+def test_an_experiment_has_the_optimizer_steps_of_the_tutorial_notebook():
+    assert workloads.SFT.steps == 1600
+    assert workloads.DPO.steps == 1450
+    assert workloads.EXPERIMENT_STEPS == 8850
 
 
 @pytest.fixture(scope="module")
 def network():
     embeddings = jnp.ones((Network().prompts, Network().features))
-    return POLICY.init(jax.random.key(0), embeddings), embeddings
+    return TUTORIAL.policy.init(jax.random.key(0), embeddings), embeddings
 
 
 def test_the_network_that_is_counted_is_the_one_that_is_trained(network):
@@ -84,8 +87,7 @@ def test_a_compiled_program_does_what_its_function_does():
 
 def test_rates_are_work_over_time_and_shares_are_of_what_the_machine_did_meanwhile():
     speeds = iter([{"float32": 150.0, "copy": 30.0}, {"float32": 50.0, "copy": 70.0}])  # before, after
-    measurements = benchmark.Measurements(benchmark.Options(), benchmark.Sizes(), 4, lambda *_: next(speeds))
-    rates = measurements.timed(lambda: 2.0, Work(40, 20), runs=6)
+    rates = Clock(lambda *_: next(speeds), repeats=1).timed(lambda: 2.0, Work(40, 20), runs=6)
     assert rates["runs_per_second"] == 3
     assert (rates["flops_per_second"], rates["share_of_peak_flops"]) == (20, 0.2)
     assert (rates["bytes_per_second"], rates["share_of_peak_copy"]) == (10, 0.2)
@@ -102,33 +104,36 @@ def entry(flops=0.5, copy=0.5, speeds=(1e9, 1e9)):
 
 
 def test_shares_above_everything_and_changing_machines_are_said_in_words():
-    fine = {"notebooks": [entry()], "dpo": [entry()], "losses": {"dpo": entry()}}
-    assert benchmark.doubts(fine) == []
-    (over,) = benchmark.doubts({**fine, "losses": {"dpo": entry(copy=17.92), "ipo": entry(copy=1.1)}})
+    fine = {"experiments": [entry()], "dpo": [entry()], "losses": {"dpo": entry()}}
+    assert report.doubts(fine) == []
+    (over,) = report.doubts({**fine, "losses": {"dpo": entry(copy=17.92), "ipo": entry(copy=1.1)}})
     assert over.startswith("2 of 4 exceed the machine's B/s in a copy, dpo most (1792%)")
-    (changed,) = benchmark.doubts({**fine, "dpo": [entry(speeds=(1e9, 2e9))]})
+    (changed,) = report.doubts({**fine, "dpo": [entry(speeds=(1e9, 2e9))]})
     assert changed.startswith("The machine changed its speed meanwhile: 1 G to 2 GFLOP/s")
-    peaks = benchmark.highest({"float32": 1.0, "copy": 3e9}, [entry(speeds=(1e9, 2e9))])
+    peaks = report.highest({"float32": 1.0, "copy": 3e9}, [entry(speeds=(1e9, 2e9))])
     assert peaks == {"float32": 2e9, "copy": 3e9}
-
-
-@pytest.mark.parametrize("num", [1, 3, 4, 9, 100])
-def test_chunks_hold_all_and_little_more(monkeypatch, num):
-    monkeypatch.setattr(jax, "local_device_count", lambda: 2)
-    measurements = benchmark.Measurements(benchmark.Options(), benchmark.Sizes(), 4, {})
-    num_devices, per_device, calls = measurements.split(num, measurements.chunk)
-    assert per_device <= 4
-    assert num <= num_devices * per_device * calls < num + num_devices * calls
 
 
 # Workloads
 
 
-def test_a_step_of_a_run_is_a_step_of_the_notebook(world):
-    start = jax.jit(benchmark.make_start)(jnp.uint32(3))
-    result = jax.jit(benchmark.dpo_step)(start.sft.params, start)
+@pytest.fixture(scope="module")
+def starts():
+    return sweep.prepare(workloads.prepare, jax.random.key(3), num_seeds=3)
+
+
+def test_more_runs_than_starts_start_alike_and_differ_in_their_orders(starts):
+    arguments = workloads.dpo_runs(starts, None).arguments
+    assert sweep.plan(**arguments(2)).num_runs == 2
+    assert sweep.plan(**arguments(6)).num_runs == 6
+    assert arguments(6)["again"].tolist() == [0, 1]
+
+
+def test_a_step_of_a_run_is_a_step_of_the_tutorial(starts):
+    start = jax.tree.map(lambda leaf: leaf[0], starts.values)
+    result = jax.jit(workloads.dpo_step)(start.start.params, start)
     assert float(result["loss"]) == pytest.approx(np.log(2), abs=1e-6)
-    change = optax.tree.sub(result["state"].params, start.sft.params)
+    change = optax.tree.sub(result["state"].params, start.start.params)
     assert 0 < max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(change)) < 1.1e-3
 
 
@@ -136,9 +141,9 @@ def test_every_workload_runs_and_is_reported(tmp_path, capsys):
     benchmark.main(benchmark.Options(quick=True, repeats=1, torch=False, out=tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "roofline.png", "cost_per_step.png"}
-    assert [entry["num"] for entry in summary["notebooks"]] == [1]
+    assert [entry["num"] for entry in summary["experiments"]] == [1]
     assert [entry["num"] for entry in summary["dpo"]] == [1, 2]
-    assert all(0 < entry["share_of_peak_flops"] < 1 for entry in summary["notebooks"] + summary["dpo"])
+    assert all(0 < entry["share_of_peak_flops"] < 1 for entry in summary["experiments"] + summary["dpo"])
     assert summary["torch"] is None
     assert summary["machine"].keys() == {"processor", "cores", "usable_cores", "memory", "load"}
     assert all(len(e["peaks"]["copy"]) == 2 for e in [*summary["dpo"], *summary["losses"].values()])
@@ -146,10 +151,10 @@ def test_every_workload_runs_and_is_reported(tmp_path, capsys):
     assert "Losses with their gradients" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", benchmark.LOSSES)
+@pytest.mark.parametrize("name", losses.LOSSES)
 def test_losses_are_finite_with_their_gradients(name):
-    logps = [benchmark.Pair(-jnp.arange(1.0, 5), -jnp.arange(4.0, 0, -1)) for _ in range(2)]
-    values, gradients = benchmark.values_and_gradients(benchmark.LOSSES[name], *logps)
+    logps = [Pair(-jnp.arange(1.0, 5), -jnp.arange(4.0, 0, -1)) for _ in range(2)]
+    values, gradients = losses.values_and_gradients(losses.LOSSES[name], *logps)
     assert values.shape == (4,)
     assert all(bool(jnp.isfinite(array).all()) for array in (values, *gradients))
 
@@ -159,7 +164,7 @@ REPORTED = ROOT / "experiments" / "reported" / "benchmark"
 
 def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
     second = json.loads((REPORTED / "summary.json").read_text())
-    second["notebooks"][0]["microseconds_per_step_and_run"] *= 3
+    second["experiments"][0]["microseconds_per_step_and_run"] *= 3
     second["losses"] = {"dpo": second["losses"]["dpo"]}
     second |= {"device": "another", "machine": {"processor": "another", "load": [0, 1]}}
     second["peaks"]["copy"] *= 2
@@ -167,7 +172,7 @@ def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
     benchmark.main(benchmark.Options(compare=(REPORTED, file), out=tmp_path / "out"))
     said = capsys.readouterr().out
     ratios = dict(re.findall(r"│ (\S.*?) +│.* ([\d.]+) │", said))
-    assert ratios["1 notebooks, per step and run"] == "3.00"
+    assert ratios["1 experiments, per step and run"] == "3.00"
     assert set(ratios.values()) == {"3.00", "1.00"}
     assert [name for name in ratios if name.startswith("loss")] == ["loss: dpo"]
     assert "they differ in device: 2 x cpu (cpu) and another." in said
@@ -183,13 +188,13 @@ def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
         ("[]", "is no summary of a benchmark: it has no 'steps'"),
         (json.dumps({"losses": [], "seed": 0}), "is no summary of a benchmark: it has no 'steps'"),
         (json.dumps({"pairs": 7}), "they did different work: pairs is 1048576 and 7"),
-        (json.dumps({"notebooks": [], "dpo": [], "losses": {}, "torch": None}), "nothing in common"),
+        (json.dumps({"experiments": [], "dpo": [], "losses": {}, "torch": None}), "nothing in common"),
         (None, "No such file"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(text, problem, tmp_path):
     if text is not None:
-        if text.startswith(('{"pairs"', '{"notebooks"')):
+        if text.startswith(('{"pairs"', '{"experiments"')):
             text = json.dumps(json.loads((REPORTED / "summary.json").read_text()) | json.loads(text))
         (tmp_path / "summary.json").write_text(text)
     with pytest.raises(SystemExit, match=problem):
@@ -197,7 +202,7 @@ def test_what_cannot_be_compared_is_refused(text, problem, tmp_path):
 
 
 def test_bad_options_are_told(tmp_path):
-    for options in ({"repeats": 0}, {"max_seconds": -1.0}, {"chunk": 0}, {"max_notebooks": 0}, {"seed": -1}):
+    for options in ({"repeats": 0}, {"max_seconds": -1.0}, {"runs_at_once": 0}, {"max_experiments": 0}, {"seed": -1}):
         with pytest.raises(SystemExit, match="error: --"):
             benchmark.main(benchmark.Options(quick=True, out=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
@@ -206,14 +211,17 @@ def test_bad_options_are_told(tmp_path):
 # PyTorch does the same work
 
 
-@pytest.mark.parametrize("version", ["runs_by_autograd", "runs_first", "runs_last"])
-def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version):
-    torch = pytest.importorskip("torch")
-    from experiments import benchmark_torch
+def arrays_of(starts):
+    return jax.device_get(starts.values._replace(key=jax.random.key_data(starts.values.key)))
 
-    starts = jax.device_get(jax.jit(jax.vmap(benchmark.make_start))(np.arange(3, dtype=np.uint32)))
+
+@pytest.mark.parametrize("version", ["runs_by_autograd", "runs_first", "runs_last"])
+def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version, starts):
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark import rival
+
     options = {"compiled": False} if version == "runs_last" else {}
-    stack = getattr(benchmark_torch, version)(starts, 3, **options)
+    stack = getattr(rival, version)(arrays_of(starts), 3, **options)
     with torch.no_grad():
         for value, start in zip(stack.params, stack.start, strict=True):
             value.copy_(start)
@@ -221,36 +229,35 @@ def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version):
         margins = torch.empty((64, 3) if stack.last else (3, 64))
         stack.step(rows.long(), margins, 1)
         after = stack.log_probs().numpy()
-    stepped = jax.vmap(benchmark.dpo_step)(starts.sft.params, starts)["state"].params
-    tables = jax.vmap(lambda world, params: toy.table_fn(POLICY, world)(params))(starts.world.embeddings, stepped)
+    stepped = jax.vmap(workloads.dpo_step)(starts.values.start.params, starts.values)["state"].params
+    tables = jax.vmap(lambda start, params: TUTORIAL.table(start.world)(params))(starts.values.start, stepped)
     np.testing.assert_allclose(after, tables, atol=1e-3)  # Adam's first step hangs on the sign of the tiniest gradient
-    assert np.abs(after - starts.sft.log_probs).max() > 0.01
+    assert np.abs(after - starts.values.start.log_probs).max() > 0.01
     np.testing.assert_allclose(margins, 0, atol=1e-4)
 
 
 def test_all_versions_in_pytorch_learn_as_the_library_does():
     pytest.importorskip("torch")
-    from experiments import benchmark_torch
+    from experiments.benchmark import rival
 
     num = 16
-    seeds = np.arange(num, dtype=np.uint32)
-    starts = jax.device_get(jax.jit(jax.vmap(benchmark.make_start))(seeds))
-    ours = jax.jit(jax.vmap(benchmark.dpo_run))(seeds, starts)
-    by_autograd, by_hand = benchmark_torch.runs_by_autograd, benchmark_torch.runs_first
-    for make in (by_autograd, by_hand, lambda *args: benchmark_torch.runs_last(*args, compiled=False)):
-        _, history = benchmark_torch.train(make(starts, num))
+    starts = sweep.prepare(workloads.prepare, jax.random.key(0), num_seeds=num)
+    ours = workloads.dpo_runs(starts, None).run(num).isel(again=0)
+    arrays = arrays_of(starts)
+    for make in (rival.runs_by_autograd, rival.runs_first, lambda *args: rival.runs_last(*args, compiled=False)):
+        _, history = rival.train(make(arrays, num))
         assert history["loss"].shape == (50, num)
-        assert float(history["loss"][-1].mean()) == pytest.approx(float(ours["loss"].mean()), abs=2e-3)
-        assert float(history["accuracy"][-1].mean()) == pytest.approx(float(ours["accuracy"].mean()), abs=0.01)
-    _, history = benchmark_torch.tutorial_run(starts, 0)
-    assert history["loss"][-1] == pytest.approx(float(ours["loss"][0]), abs=5e-3)
+        assert float(history["loss"][-1].mean()) == pytest.approx(float(ours.loss.mean()), abs=2e-3)
+        assert float(history["accuracy"][-1].mean()) == pytest.approx(float(ours.accuracy.mean()), abs=0.01)
+    _, history = rival.tutorial_run(arrays, 0)
+    assert history["loss"][-1] == pytest.approx(float(ours.loss[0]), abs=5e-3)
 
 
 def test_a_compiler_that_takes_too_long_is_left_out():
     pytest.importorskip("torch")
-    from experiments import benchmark_torch
+    from experiments.benchmark import rival
 
-    assert benchmark_torch.seconds_to_compile(SimpleNamespace(), 0.0) == (None, "not asked for")
-    with pytest.raises(TimeoutError, match=r"more than 0\.01 seconds"), benchmark_torch.time_limit(0.01):
+    assert rival.seconds_to_compile(SimpleNamespace(), 0.0) == (None, "not asked for")
+    with pytest.raises(TimeoutError, match=r"more than 0\.01 seconds"), rival.time_limit(0.01):
         while True:
             pass

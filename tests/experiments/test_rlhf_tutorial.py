@@ -15,7 +15,7 @@ FIGURES = ("reward_model", "learned_rewards", "ppo_training", "overoptimisation"
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     out = tmp_path_factory.mktemp("rlhf_tutorial")
-    done = walks.run("experiments.rlhf_tutorial", "--seed", "3", "--out", str(out))
+    done = walks.run("experiments.rlhf_tutorial", "--seed", "3", "--num-seeds", "4", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out, done.stdout, json.loads((out / "summary.json").read_text())
 
@@ -28,12 +28,12 @@ def test_it_writes_a_summary_and_figures_and_nothing_else(walk):
 def test_its_results_make_sense(walk):
     _, printed, summary = walk
     policies = summary["policies"]
-    assert policies["the true optimum"]["expected_reward"] > policies["PPO"]["expected_reward"]
+    assert policies["true optimum"]["expected_reward"] > policies["PPO"]["expected_reward"]
     assert policies["PPO"]["learned_reward"] > policies["SFT"]["learned_reward"]
-    for name in ("expected_reward", "learned_reward"):  # PPO comes to what it is after, but for its noise
-        assert abs(policies["PPO"][name] - policies["what PPO is after"][name]) < 0.03
+    for name in ("expected_reward", "learned_reward"):  # up to the noise of its samples
+        assert abs(policies["PPO"][name] - policies["optimum of the reward model"][name]) < 0.03
     assert 0.5 < summary["reward_model"]["ranking_accuracy"] < 1
-    assert summary["unleashed"]["kl_to_reference"][-1] > 0
+    assert summary["overoptimisation"]["PPO, β = 0"]["kl"][-1] > summary["overoptimisation"]["PPO, β = 0.1"]["kl"][-1]
     assert np.isfinite(summary["ppo"]["loss"]).all()
     for policy in policies.values():
         assert f"{policy['expected_reward']:.4f}" in printed
@@ -56,5 +56,6 @@ def test_the_notebook_comes_with_its_outputs():
     assert not any(output.output_type in ("error", "stream") for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     assert (walks.run_notebook(NOTEBOOK, tmp_path) / "summary.json").exists()

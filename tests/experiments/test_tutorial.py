@@ -31,7 +31,7 @@ def test_it_writes_a_summary_and_figures_and_nothing_else(tutorial):
 def test_its_summary_has_the_agreed_keys(tutorial):
     _, _, summary = tutorial
     assert {"sft", "dpo", "ablation", "seconds", "device", "versions"} <= summary.keys()
-    assert summary["seconds"].keys() == {"compile", "run"}
+    assert summary["seconds"].keys() == {"total"}
     for stage in ("sft", "dpo"):
         assert len(summary[stage]["expected_reward"]) == len(summary[stage]["sampled_reward"]) == 5
         assert math.isclose(
@@ -59,14 +59,13 @@ def test_its_results_make_sense(tutorial):
 
 def test_it_prints_what_the_notebook_prints(tutorial):
     _, printed, summary = tutorial
-    assert "Quick test of the loss" in printed
-    assert f"{math.log(2):.4f}" in printed
+    assert f"[{math.log(2):.4f}" in printed
     assert f"{summary['dpo']['loss'][-1]:.4f}" in printed
-    assert "✓" in printed
     assert f"{summary['sft']['mean_expected_reward']:.4f}" in printed
     assert all(f"{entry['mean_sampled_reward']:.4f}" in printed for entry in summary["ablation"])
 
 
+@pytest.mark.slow
 def test_many_seeds_are_summarised_too(tmp_path):
     done = run("--seed", "3", "--num-seeds", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -100,5 +99,6 @@ def test_the_notebook_comes_with_its_outputs():
     assert not any(output.output_type in ("error", "stream") for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     assert (walks.run_notebook(NOTEBOOK, tmp_path) / "summary.json").exists()
