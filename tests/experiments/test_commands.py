@@ -9,11 +9,16 @@ import sys
 
 import pytest
 
-from experiments import example_comparisons, harness
+from experiments import example_comparisons
+from experiments.lab import commands, console
 from tests.experiments.walks import ROOT
 
-FILES = sorted((ROOT / "experiments").glob("*.py"))
-COMMANDS = [path.stem for path in FILES if "harness.parse(" in path.read_text() and path.stem != "harness"]
+FILES = sorted((ROOT / "experiments").glob("*.py")) + sorted((ROOT / "experiments").glob("*/__main__.py"))
+COMMANDS = [
+    path.parent.name if path.stem == "__main__" else path.stem
+    for path in FILES
+    if "commands.parse(" in path.read_text(encoding="utf-8")
+]
 ASCII = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 HELP = f"""
 import runpy, sys
@@ -44,7 +49,7 @@ def output(monkeypatch):
         for name in ("excepthook", "unraisablehook"):
             monkeypatch.setattr(sys, name, getattr(sys, name))
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding, write_through=True))
-        harness.behave_as_a_command()
+        commands.behave_as_a_command()
         return sys.stdout.buffer
 
     yield encoded
@@ -55,16 +60,16 @@ def output(monkeypatch):
 def test_what_an_encoding_lacks_is_printed_as_escapes(encoding, output):
     said = output(encoding)
     names = ["β ± 1", "ß", "日本", "half a letter \udcce"]
-    harness.print_table(names[0], names[1:], [])
+    console.print_table(names[0], names[1:], [])
     assert all(name.encode(encoding, "backslashreplace") in said.getvalue() for name in names)
 
 
 UNREAD = """
 import os
-from experiments import harness
-harness.behave_as_a_command()
+from experiments.lab import commands, console
+commands.behave_as_a_command()
 print("one line")
-harness.console.print("another")
+console.say("another")
 """
 
 
@@ -79,13 +84,12 @@ def test_a_pipe_that_nobody_reads_ends_a_command_quietly():
 
 INTERRUPTED = """
 import gc, os, signal, threading
-from experiments import harness
-harness.behave_as_a_command()
+from experiments.lab import commands
+commands.behave_as_a_command()
 gc.callbacks.append(lambda *_: gc.callbacks.pop() and os.kill(os.getpid(), signal.SIGINT))
-with harness.threads(1) as threads:
-    threads.submit(threading.Event().wait)
-    gc.collect()
-    threading.Event().wait()
+threading.Thread(target=threading.Event().wait).start()
+gc.collect()
+threading.Event().wait()
 """
 
 

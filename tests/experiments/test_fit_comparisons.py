@@ -6,21 +6,22 @@ import pytest
 
 from dpo_jax import toy
 from dpo_jax.types import Pair, Preferences
-from experiments import example_comparisons, fit_comparisons, harness
+from experiments import example_comparisons, fit_comparisons
+from experiments.lab import devices, files
 
 EXAMPLE = example_comparisons.PATH
 
 
 @pytest.fixture(autouse=True)
 def _no_cache(monkeypatch):
-    monkeypatch.setattr(harness, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("fit")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "enable_compilation_cache", lambda: None)
+        patch.setattr(devices, "enable_compilation_cache", lambda: None)
         fit_comparisons.main(fit_comparisons.Options(EXAMPLE, out=out))
     return out, json.loads((out / "summary.json").read_text())
 
@@ -185,6 +186,6 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        harness.save(path, write_half)
+        files.save(path, write_half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_jax import figures
-from experiments import harness, loss_family
+from experiments import loss_family
+from experiments.lab import devices
 
 REPORTED = Path(loss_family.__file__).parent / "reported" / "loss_family" / "summary.json"
 
@@ -15,7 +16,7 @@ REPORTED = Path(loss_family.__file__).parent / "reported" / "loss_family" / "sum
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("family")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harness, "enable_compilation_cache", lambda: None)
+        patch.setattr(devices, "enable_compilation_cache", lambda: None)
         loss_family.main(loss_family.Options(out=out))
     return out, json.loads((out / "summary.json").read_text())
 
