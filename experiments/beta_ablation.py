@@ -200,7 +200,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     with commands.clear_errors():
         summary, seconds = ablate(options.seed, options.num_seeds, options.betas, pipeline)
     save_figures(summary, out)
-    page.update("beta_ablation", page_table(summary), out)
+    page.update({"beta_ablation": page_table(summary)}, out)
     files.save_summary({"seed": options.seed, **summary, **files.provenance(**seconds)}, out)
     print_results(summary)
     console.say(

@@ -479,7 +479,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds")}
     files.save_summary({**sizes, "betas": BETAS, **summary, **files.provenance(**took)}, out)
     save_figures(summary, out)
-    page.update("dpo_vs_rlhf", page_table(summary), out)
+    page.update({"dpo_vs_rlhf": page_table(summary)}, out)
     print_results(summary)
     console.say(
         f"{took['total']:.0f} s in all; of the comparison, {took['compile']:.0f} s compiling and {took['run']:.0f} s "

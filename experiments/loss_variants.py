@@ -291,7 +291,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     settings = {name: setting._asdict() for name, setting in SETTINGS.items()}
     told = {"seed": options.seed, **sizes, "settings": settings}
     files.save_summary({**told, **summary, **files.provenance(**took)}, out)
-    page.update("loss_variants", page_table({**told, **summary}), out)
+    page.update({"loss_variants": page_table({**told, **summary})}, out)
     print_results(summary)
     console.say(
         f"{took['total']:.0f} s in all: {took['compile']:.0f} s compiling and {took['run']:.0f} s running. Figures and "

@@ -160,8 +160,7 @@ def main(options: Options) -> None:
     }
     files.save_summary({"seed": options.seed, "repeats": options.repeats, **summary}, out)
     report.save_figures(summary, out)
-    for name, table in report.page_tables(summary).items():
-        page.update(name, table, out)
+    page.update(report.page_tables(summary), out)
     report.print_results(summary)
     for doubt in summary["doubts"]:
         console.say(f"Beware: {doubt}")

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpo_jax import checks
 from experiments.claims.evidence import Amounts, gather
 from experiments.claims.figure import draw
 from experiments.claims.judging import Claim
 from experiments.claims.statements import judge
-from experiments.lab import commands, console, devices, files
+from experiments.lab import commands, console, devices, files, page
 from experiments.lab.pipeline import TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds
 from experiments.lab.tuning import Seeds
 
+PAGE = Path(__file__).parent / "README.md"
 ENOUGH_CANDIDATES, ENOUGH_TUNING_SEEDS = 16, 32
 """With fewer, the luck of tuning decides some verdicts."""
 
@@ -64,6 +67,28 @@ def as_entry(claim: Claim) -> dict[str, Any]:
     }
 
 
+def page_texts(summary: dict[str, Any]) -> dict[str, str]:
+    """What stands between the markers of the page: all verdicts, and each claim's verdict, numbers and figure."""
+    rows = [[str(i), f"[{c['claim']}](#{c['id']})", c["verdict"]] for i, c in enumerate(summary["claims"], 1)]
+    texts = {"verdicts": page.table(["", "claim", "verdict"], rows)}
+    for claim in summary["claims"]:
+        verdict = claim["verdict"]
+        numbers = [[claim["quantity"], _number(claim)], *([n, _number(d)] for n, d in claim["details"].items())]
+        texts[claim["id"]] = (
+            f"**{verdict[0].upper()}{verdict[1:]}.**\n\n{page.table(['measured', 'mean ± 95 %'], numbers)}\n\n"
+            f"![{claim['claim']}](../reported/claims/{claim['id']}.png)"
+        )
+    return texts
+
+
+def _number(measured: dict[str, Any] | float) -> str:
+    if isinstance(measured, float):
+        return f"{measured:g}"
+    mean, half = measured["effect"], measured["interval"][1] - measured["effect"]
+    digits = min(6, max(1, 1 - int(np.floor(np.log10(half))))) if half > 0 else 3
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
 def print_results(claims: list[Claim]) -> None:
     """Prints the claims with their verdicts."""
     console.print_table(
@@ -91,7 +116,9 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     claims = judge(gather(pipeline, options.seed, amounts, seconds))
     took = {"total": time.perf_counter() - clock, **vars(seconds)}
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds", "num_candidates")}
-    files.save_summary({**sizes, "claims": [as_entry(claim) for claim in claims], **files.provenance(**took)}, out)
+    summary = {**sizes, "claims": [as_entry(claim) for claim in claims], **files.provenance(**took)}
+    files.save_summary(summary, out)
+    page.update(page_texts(summary), out, path=PAGE)
     for claim in claims:
         title = f"“{claim.claim}” {claim.verdict.capitalize()}."
         files.save_figure(draw(claim.panels, xlabel=claim.xlabel, title=title, log=claim.log), out / f"{claim.id}.png")

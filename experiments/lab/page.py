@@ -1,7 +1,7 @@
 """The page of results, `experiments/README.md`: its tables are written by the scripts that own the results."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,14 @@ def interval(statistics: dict[str, float], num: int, *, sign: bool = False, digi
     return f"{statistics['mean']:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
 
 
-def update(name: str, text: str, out: Path) -> None:
-    """Writes a table between the markers of its name, if the results are the reported ones."""
+def update(texts: Mapping[str, str], out: Path, *, path: Path | None = None) -> None:
+    """Writes texts between the markers of their names, if `out` is where the reported results are."""
+    path = path or PAGE
     if out.resolve().parent == REPORTED:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(replaced(page, name, text), encoding="utf-8")
+        page = path.read_text(encoding="utf-8")
+        for name, text in texts.items():
+            page = replaced(page, name, text)
+        path.write_text(page, encoding="utf-8")
 
 
 def between(page: str, name: str) -> str:

@@ -31,9 +31,9 @@ def test_a_table_is_written_between_its_markers_and_only_for_reported_results(tm
     copy.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb\n", encoding="utf-8")
     monkeypatch.setattr(page, "PAGE", copy)
     monkeypatch.setattr(page, "REPORTED", tmp_path / "reported")
-    page.update("x", "new", tmp_path / "elsewhere" / "x")
+    page.update({"x": "new"}, tmp_path / "elsewhere" / "x")
     assert "old" in copy.read_text()
-    page.update("x", page.table(["β", "n"], [["1", "2"]], numbers=True), tmp_path / "reported" / "x")
+    page.update({"x": page.table(["β", "n"], [["1", "2"]], numbers=True)}, tmp_path / "reported" / "x")
     assert copy.read_text() == "a\n<!-- x -->\n| β | n |\n| --- | ---: |\n| 1 | 2 |\n<!-- end of x -->\nb\n"
     with pytest.raises(ValueError, match="no markers <!-- y -->"):
-        page.update("y", "new", tmp_path / "reported" / "y")
+        page.update({"y": "new"}, tmp_path / "reported" / "y")
