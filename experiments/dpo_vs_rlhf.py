@@ -40,12 +40,15 @@ NUM_TIMED, NUM_TIMINGS = 64, 5
 """How many runs are timed together, and how often."""
 IMITATION = ("preferred fine-tuning", "unlikelihood")
 """Baselines that are in the table, but too far below to be drawn."""
+ONE_BY_ONE = tuple(f"{name}, reward model" for name in ("PPO", "PPO, KL held", "REINFORCE", "RLOO"))
+IN_GROUPS = tuple(f"{name}, reward model" for name in ("GRPO", "Dr. GRPO", "online DPO"))
 PANELS = {
-    "from comparisons": (contenders.COMPARISONS,),
-    "by the reward model": (contenders.MODEL,),
-    "by people asked on, or by the truth": (contenders.PEOPLE, contenders.TRUTH),
+    "stored comparisons": (contenders.COMPARISONS,),
+    "reward model; REINFORCE, RLOO, PPO": ONE_BY_ONE,
+    "reward model; groups, pairs, best of n": IN_GROUPS,
+    "people, asked during training; true reward": (contenders.PEOPLE, contenders.TRUTH),
 }
-"""Who judges, in each panel of the figure of reward against KL."""
+"""Which judges or methods are in each panel of the figure of reward against KL."""
 
 
 @dataclass(frozen=True)
@@ -414,16 +417,16 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
     methods, known = summary["methods"], summary["baseline_gains"]
     learned_frontier = points(known["frontier of the reward model"])
     bounds = {"exact frontier": points(known["frontier"]), "reward model, maximised exactly": learned_frontier}
-    judges = {
+    panels = {
         title: {
             entry["name"].removesuffix(", reward model"): points(entry["by_strength"])
             for entry in methods
-            if entry["judge"] in which and entry["name"] not in IMITATION
+            if (entry["judge"] in which or entry["name"] in which) and entry["name"] not in IMITATION
         }
         for title, which in PANELS.items()
     }
-    judges["by the reward model"]["best of n"] = points(known["best of n, reward model"])
-    figure = figures.rlhf_frontier(judges, bounds, limits=(1.5, -0.05))
+    panels["reward model; groups, pairs, best of n"]["best of n"] = points(known["best of n, reward model"])
+    figure = figures.rlhf_frontier(panels, bounds, limits=(1.5, -0.05))
     files.save_figure(figure, out / "frontier.png")
 
     courses = {name.removesuffix(", reward model"): points(entry) for name, entry in summary["courses"].items()}

@@ -289,7 +289,7 @@ course = {
     )
     for beta in (BETA, 0.0)
 }
-files.save_figure(figures.overoptimisation(course, largest_kl=1.5), out / "overoptimisation.png")
+files.save_figure(figures.overoptimisation(course), out / "overoptimisation.png")
 for beta in (BETA, 0.0):
     true, score = (courses[name].sel(beta=beta).values for name in ("expected_reward", "learned_reward"))
     console.say(

@@ -72,12 +72,12 @@ def rlhf_frontier(
     return as_written(figure)
 
 
-def overoptimisation(courses: Mapping[str, Points], *, largest_kl: float) -> Figure:
-    """What the reward model says of a policy, and what is true, while training carries it away from the reference.
+def overoptimisation(courses: Mapping[str, Points], *, largest_kl: float | None = None) -> Figure:
+    """True reward and the reward model's score of a policy, while training moves it away from the reference.
 
     Args:
       courses: for each method its policies, from the start on.
-      largest_kl: the largest KL to show.
+      largest_kl: the largest KL to show; by default all.
     """
     figure, (axes,) = _row(1, height=4.6, below=0.6, width=6.6, right=2.4)
     for i, (name, points) in enumerate(courses.items()):

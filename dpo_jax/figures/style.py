@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,6 +19,12 @@ LINE_STYLES = (
     (0, (4, 1, 1, 1, 1, 1)),
     (0, (9, 2)),
 )
+
+
+def ordered_colours(values: Sequence[float]) -> list[tuple[float, float, float, float]]:
+    """A colour for each value, from dark to light in the order of the values."""
+    ranks = np.argsort(np.argsort(values))
+    return [colormaps["viridis"](0.85 * rank / max(1, len(values) - 1)) for rank in ranks]
 
 
 def panels(width: float, height: float, *, columns: int, legend_width: float = 0.0) -> tuple[Figure, Sequence[Axes]]:

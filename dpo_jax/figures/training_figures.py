@@ -8,16 +8,16 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from numpy import ndarray
 
-from dpo_jax.figures.style import BLUE, GREY, PALETTE, VERMILION, panels
+from dpo_jax.figures.style import BLUE, GREY, VERMILION, ordered_colours, panels
 
 
 def training(history: Mapping[str, Float[ndarray, " epochs"]], *, bayes: Mapping[str, Any] | None = None) -> Figure:
-    """How preference training went: loss, accuracy and reward margin over epochs.
+    """A preference training: loss, accuracy and reward margin over epochs.
 
     Args:
       history: `loss` (nats), `accuracy` and `reward_margin`; where it also has `held_out_loss` or the like, that is
         drawn beside it.
-      bayes: `loss` and `accuracy` of the true rewards on new comparisons, if known (`toy.bayes_prediction`).
+      bayes: `loss` and `accuracy` of the true rewards on new comparisons, which nothing beats (`toy.bayes_prediction`).
     """
     figure, all_axes = panels(13.0, 3.8, columns=3)
     titles = {"loss": "Training loss (nats) ↓", "accuracy": "Training accuracy ↑", "reward_margin": "Reward margin ↑"}
@@ -35,7 +35,7 @@ def training(history: Mapping[str, Float[ndarray, " epochs"]], *, bayes: Mapping
     all_axes[1].axhline(0.5, color=GREY, linestyle="--", label="coin toss")
     for axes, name in zip(all_axes, ("loss", "accuracy"), strict=False):
         if bayes is not None:
-            axes.axhline(bayes[name], color="black", linestyle=":", label="true rewards, new pairs")
+            axes.axhline(bayes[name], color="black", linestyle=":", label="best possible on new pairs")
     for axes in all_axes:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(loc="best")
@@ -62,7 +62,7 @@ def beta_ablation(
       stderr: standard errors of `rewards`, drawn as error bars.
     """
     figure, (left, right) = panels(12.0, 4.4, columns=2)
-    labels, colours = [f"β = {beta:g}" for beta in betas], [PALETTE[i % len(PALETTE)] for i in range(len(betas))]
+    labels, colours = [f"β = {beta:g}" for beta in betas], ordered_colours(betas)
     for loss, label, colour in zip(losses, labels, colours, strict=True):
         left.plot(range(1, len(loss) + 1), loss, color=colour, label=label)
     left.set(xlabel="Epoch", ylabel="Training loss (nats)", title="DPO loss by β")
@@ -73,7 +73,11 @@ def beta_ablation(
     right.bar_label(bars, fmt="%.3f", label_type="center", color="white", fontweight="bold")
     right.plot(labels, optimal_rewards, "D", color="black", label="closed-form optimum")
     right.axhline(sft_reward, color=GREY, linestyle="--", label=f"SFT: {sft_reward:.3f}")
-    right.set(ylabel="Expected true reward", title="Final reward by β", ylim=(0, 1.35 * float(max(optimal_rewards))))
+    right.set(
+        ylabel="Expected true reward",
+        title=f"Final reward by β{'' if stderr is None else ' (bars: standard error)'}",
+        ylim=(0, 1.35 * float(max(optimal_rewards))),
+    )
     right.legend(loc="upper right", ncols=2)
     right.grid(alpha=0.3, axis="y")
     right.set_axisbelow(True)
@@ -88,7 +92,7 @@ def frontier(
     *,
     sft_reward: float,
 ) -> Figure:
-    """Reward against KL to the reference: the best that can be had, and what was learnt.
+    """Reward against KL to the reference: the exact frontier, and the trained policies.
 
     Each mapping has `kl_to_reference` (nats) and `expected_reward`, means over prompts.
 
@@ -102,12 +106,11 @@ def frontier(
     figure, (axes,) = panels(7.5, 4.8, columns=1, legend_width=2.0)
     axes.plot(curve["kl_to_reference"], curve["expected_reward"], color="black", label="exact frontier")
     axes.plot(0.0, sft_reward, "s", color=GREY, label="SFT, the reference")
-    for i, beta in enumerate(betas):
-        colour = PALETTE[i % len(PALETTE)]
+    for i, (beta, colour) in enumerate(zip(betas, ordered_colours(betas), strict=True)):
         start, end = ((points["kl_to_reference"][i], points["expected_reward"][i]) for points in (optima, learned))
         axes.plot(*zip(start, end, strict=True), color=colour, linestyle=":")
         axes.plot(*start, "D", color=colour, markerfacecolor="white", label=f"optimum, β = {beta:g}")
-        axes.plot(*end, "o", color=colour, label=f"learnt, β = {beta:g}")
+        axes.plot(*end, "o", color=colour, label=f"learned, β = {beta:g}")
     axes.set(xlabel="KL to the reference (nats)", ylabel="Expected true reward", title="Reward against KL")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.grid(alpha=0.3)
