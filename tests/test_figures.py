@@ -5,8 +5,10 @@ from html import unescape
 import matplotlib as mpl
 import numpy as np
 import pytest
+import xarray
 
 from dpo_jax import figures
+from experiments.claims import figure as claim_figure
 
 BETAS = (0.1, 1.0)
 
@@ -129,9 +131,11 @@ def test_reinforcement_shows_ratios_only_where_they_change():
 
 
 def test_claims_are_drawn_over_numbers_and_over_names():
-    line = figures.Measured([0.1, 1.0], [1.0, 2.0], [0.1, 0.2])
-    marks = figures.Measured(["clean", "noisy"], [1.0, 2.0], [0.1, 0.2])
-    over_numbers, over_names = drawn(figures.claim({"reward": {"a": line, "b": line}, "KL": {"a": marks}}, xlabel="x"))
+    line = claim_figure.Measured([0.1, 1.0], [1.0, 2.0], [0.1, 0.2])
+    marks = claim_figure.Measured(["clean", "noisy"], [1.0, 2.0], [0.1, 0.2])
+    over_numbers, over_names = drawn(
+        claim_figure.draw({"reward": {"a": line, "b": line}, "KL": {"a": marks}}, xlabel="x")
+    )
     assert labels_of(over_numbers) == ["a", "b"]
     assert [tick.get_text() for tick in over_names.get_xticklabels()] == ["clean", "noisy"]
     assert over_numbers.get_ylabel() == "reward"
@@ -160,44 +164,64 @@ def test_costs_are_curves_over_the_number_of_runs():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "1,024"]
 
 
-def test_sweeps_show_means_with_intervals_and_mark_the_smallest_beta_largest():
-    curve = {
-        "expected_reward": np.array([0.4, 0.5]),
-        "expected_reward_stderr": np.array([0.01, np.nan]),  # one seed has no interval
-        "gain": np.array([0.1, 0.2]),
-        "gain_stderr": np.array([0.001, 0.002]),
-        "num_seeds": np.array([4, 4]),
-        "kl_to_reference": np.array([0.8, 0.2]),
+def summary_of(loss="dpo", noise="noise", x="beta"):
+    """Of two losses, two betas and two shares of noise; NaN where there is no interval."""
+    axes = {loss: ["dpo", "ipo"], x: [1.0, 0.1], noise: [0.0, 0.2], "statistic": ["mean", "stderr", "low", "high"]}
+    gain = np.arange(8.0).reshape(2, 2, 2)
+    statistics = np.stack([gain, np.ones_like(gain), gain - 2, gain + 2], axis=-1)
+    values = {
+        "gain": statistics,
+        "kl_to_reference": statistics / 10,
+        "optimal_kl": statistics,
+        "optimal_gain": statistics,
     }
-    left, right = drawn(figures.reward_against_beta(np.array(BETAS), {"dpo": curve}, sft_reward=0.3, of="Rate 1"))
-    assert [left.get_title(), right.get_title()] == ["Rate 1, 95 % intervals"] * 2
-    assert [left.get_ylabel(), right.get_ylabel()] == ["Expected true reward", "Reward gained on SFT"]
-    assert [list(line.get_ydata()) for line in left.lines] == [[0.4, 0.5], [0.3, 0.3]]
-    assert [list(line.get_ydata()) for line in right.lines] == [[0.1, 0.2], [0.0, 0.0]]
-    bands = [axes.collections[0].get_paths()[0].vertices[:, 1] for axes in (left, right)]
-    np.testing.assert_allclose(
-        [[band.min(), band.max()] for band in bands], [[0.368176, 0.5], [0.0968176, 0.2063648]], rtol=1e-5
-    )
-    (axes,) = drawn(figures.reward_against_kl(np.array(BETAS), {"dpo": curve}, sft_reward=0.3))
-    points = axes.collections[0]
-    assert points.get_offsets().tolist() == [[0.8, 0.4], [0.2, 0.5]]
-    assert points.get_sizes()[0] > points.get_sizes()[1]
+    return xarray.Dataset({name: (tuple(axes), value) for name, value in values.items()}, axes)
+
+
+def test_lines_have_a_colour_for_each_loss_and_a_panel_for_each_condition():
+    panels = drawn(figures.lines(summary_of("loss"), "gain", x="beta", colour="loss", label="Gain", title="Means"))
+    assert [axes.get_title() for axes in panels] == ["noise 0", "noise 0.2"]
+    assert [line.get_ydata().tolist() for line in panels[1].lines[:2]] == [[3, 1], [7, 5]]  # beta 0.1 first
+    band = panels[1].collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == (-1, 5)
+    assert panels[0].lines[0].get_color() == panels[1].lines[0].get_color() != panels[0].lines[1].get_color()
+    assert labels_of(panels[1]) == ["dpo", "ipo"]
+    assert panels[0].get_ylabel() == "Gain"
+
+
+def test_frontiers_show_the_optimum_and_its_betas_and_intervals_of_both():
+    panels = drawn(figures.frontiers(summary_of("loss").isel(noise=[0]), along="beta", colour="loss"))
+    (axes,) = panels
+    assert labels_of(axes) == ["exact optimum", "dpo", "ipo"]
+    assert [text.get_text() for text in axes.texts] == ["0.1", "1"]
+    (dpo, _) = axes.containers
+    np.testing.assert_allclose(dpo.lines[0].get_xydata(), [[0.2, 2.0], [0.0, 0.0]])
+    horizontal, vertical = (np.array(bars.get_segments()[0]) for bars in dpo.lines[2])
+    np.testing.assert_allclose(horizontal[:, 0], [0.0, 0.4])
+    np.testing.assert_allclose(vertical[:, 1], [0.0, 4.0])
 
 
 def test_heat_maps_write_values_where_their_axes_say():
-    table = np.array([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]])
-    figure = figures.heat_maps({"dpo": table, "ipo": table}, {"β": BETAS, "Learning rate": (1, 2, 3)}, title="Reward")
+    figure = figures.heat_maps(summary_of("loss"), "gain", x="beta", y="noise", title="Reward")
     left, right, bar = drawn(figure)
-    assert [left.get_title(), right.get_title(), bar.get_ylabel()] == ["dpo", "ipo", "Reward"]
-    assert [label.get_text() for label in left.get_yticklabels()] == ["1", "2", "3"]
-    written = {text.get_position(): text.get_text() for text in left.texts}
-    assert written[1, 2] == "0.600"
-    assert written[0, 0] == "0.100"
+    assert [left.get_title(), right.get_title(), bar.get_ylabel()] == ["loss dpo", "loss ipo", "gain"]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["1", "0.1"]
+    written = {text.get_position(): text.get_text() for text in right.texts}
+    assert (written[1, 0], written[0, 1]) == ("6.000", "5.000")
+
+
+def test_names_of_many_losses_stand_in_columns_beside_the_figure():
+    many = xarray.concat(
+        [summary_of("loss").isel(loss=[0]).assign_coords(loss=[f"loss {i}"]) for i in range(50)], "loss"
+    )
+    panels = drawn(figure := figures.lines(many, "gain", x="beta", colour="loss"))
+    legend = panels[1].get_legend()
+    box = legend.get_window_extent().transformed(figure.transFigure.inverted())
+    assert len(legend.get_texts()) == 50
+    assert box.x0 >= 0 and box.x1 <= 1 and box.y0 >= 0 and box.y1 <= 1
 
 
 CURVE = {"kl_to_reference": np.array([0.0, 1.0]), "expected_reward": np.array([0.3, 0.6])}
-SWEPT = {**CURVE, "expected_reward_stderr": np.ones(2), "gain": np.ones(2), "gain_stderr": np.ones(2)}
-SWEPT |= {"num_seeds": np.array([4, 4])}
 STRANGE = r"_{} $b$ c^2 a\b x_y ß"
 
 
@@ -229,10 +253,10 @@ def frontiers_of(name):
 
 
 def claim_of(name):
-    by_name = figures.Measured([name.first, name.second], [1.0, 2.0], [0.1, 0.2])
+    by_name = claim_figure.Measured([name.first, name.second], [1.0, 2.0], [0.1, 0.2])
     by_number = by_name._replace(x=[0.1, 1.0])
     panels = {name.panel: {name.line: by_number, name.line2: by_number}, name.panel2: {"": by_name}}
-    return figures.claim(panels, xlabel=name.x, log=False)
+    return claim_figure.draw(panels, xlabel=name.x, log=False)
 
 
 @pytest.mark.parametrize(
@@ -249,9 +273,9 @@ def claim_of(name):
         lambda name: figures.overoptimisation({name.method: POINTS}, largest_kl=1.0),
         lambda name: figures.learning_rates([1e-3, 1e-2], *[{name.method: np.ones(2)}] * 2),
         claim_of,
-        lambda name: figures.reward_against_beta(np.array(BETAS), {name.loss: SWEPT}, sft_reward=0.3, of=name.of),
-        lambda name: figures.reward_against_kl(np.array(BETAS), {name.loss: SWEPT}, sft_reward=0.3, of=name.of),
-        lambda name: figures.heat_maps({name.loss: np.eye(2)}, {name.x: BETAS, name.y: BETAS}, title=name.title),
+        lambda name: figures.lines(summary_of(loss := name.loss), "gain", x="beta", colour=loss, title=name.title),
+        lambda name: figures.frontiers(summary_of(loss := name.loss, name.noise), along="beta", colour=loss),
+        lambda name: figures.heat_maps(summary_of(loss := name.loss), "gain", x=loss, y="noise", label=name.label),
     ],
 )
 def test_names_are_drawn_as_they_are(draw):

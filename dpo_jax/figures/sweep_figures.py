@@ -74,7 +74,7 @@ def frontiers(
             best = here.isel({colour: 0}).sortby(along).sel(statistic="mean")
             axes.plot(best[optimum[0]], best[optimum[1]], "k--s", markersize=4, label="exact optimum")
             for value, kl, reward in zip(best[along].values, best[optimum[0]], best[optimum[1]], strict=True):
-                axes.annotate(f"{value:g}", (kl, reward), xytext=(3, 4), textcoords="offset points", fontsize=7)
+                axes.annotate(_written(value), (kl, reward), xytext=(3, 4), textcoords="offset points", fontsize=7)
         for style, value, line in _styled(here, colour):
             line = line.sortby(along)
             centre = {which: line[which].sel(statistic="mean") for which in (x, y)}
@@ -104,8 +104,8 @@ def heat_maps(summary: "xarray.Dataset", name: str, *, x: str, y: str, label: st
         table = here[name].sel(statistic="mean").transpose(y, x).values
         image = axes.imshow(table, origin="lower", aspect="auto", cmap="cividis", vmin=low, vmax=high)
         axes.set(xlabel=x, ylabel=y, xticks=range(table.shape[1]), yticks=range(table.shape[0]))
-        axes.set_xticklabels([f"{value:g}" for value in here[x].values])
-        axes.set_yticklabels([f"{value:g}" for value in here[y].values])
+        axes.set_xticklabels(map(_written, here[x].values), parse_math=False)
+        axes.set_yticklabels(map(_written, here[y].values), parse_math=False)
         axes.grid(visible=False)
         for (i, j), value in np.ndenumerate(table):
             dark = value < (low + high) / 2
@@ -156,11 +156,7 @@ def _conditions(summary: "xarray.Dataset", shown: Sequence[str]) -> Iterator[tup
     others = [str(axis) for axis in summary.indexes if axis not in (*shown, "statistic")]
     for values in itertools.product(*(summary[axis].values for axis in others)):
         point = dict(zip(others, values, strict=True))
-        varied = [
-            f"{axis} {value:g}" if isinstance(value, int | float | np.number) else f"{axis} {value}"
-            for axis, value in point.items()
-            if summary.sizes[axis] > 1
-        ]
+        varied = [f"{axis} {_written(value)}" for axis, value in point.items() if summary.sizes[axis] > 1]
         yield ", ".join(varied), summary.sel(point)
 
 
@@ -179,3 +175,7 @@ def _finished(figure: Figure) -> Figure:
         handles, names, loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9, ncols=columns
     )
     return as_written(figure)
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float | np.number) else str(value)

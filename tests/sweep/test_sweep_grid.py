@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import sweep
+from dpo_jax.types import Ratio
 from tests.sweep import sweeps
 
 AXES = {"draws": sweep.static([2, 3]), "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
@@ -267,6 +268,11 @@ def test_results_keep_their_dtype(key):
 
 def test_one_result_without_a_name_is_called_result(key):
     assert list(sweep.grid(lambda key: jax.random.normal(key), key, num_seeds=2)) == ["result"]
+
+
+def test_a_ratio_is_one_number(key):
+    results = sweep.grid(lambda _, x: {"share": Ratio(x, 4.0)}, key, num_seeds=1, x=[1.0, 2.0])
+    assert results.share.values.ravel().tolist() == [0.25, 0.5]
 
 
 def test_double_precision_holds_in_every_program(key):
