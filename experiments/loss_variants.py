@@ -26,10 +26,10 @@ from dpo_jax import figures, sweep, toy
 from dpo_jax.intervals import half_width
 from dpo_jax.types import Metrics
 from experiments.lab import commands, console, devices, files, page, tuning
-from experiments.lab.feedback import SETTINGS, Feedback, Setting, coin_tosses
+from experiments.lab.feedback import SETTINGS, Setting, coin_tosses
 from experiments.lab.methods import METHODS, Method
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline, Start
-from experiments.lab.runs import measured, standard_run
+from experiments.lab.runs import feedback_of, measured, standard_run
 from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
 from experiments.lab.tuning import Range, Seeds, Trials
 
@@ -136,8 +136,7 @@ def baseline(pipeline: Pipeline, start: Start, *, setting: Setting) -> dict[str,
     To sharpen is to raise probabilities to a power, which takes no label.
     """
     rewards, reference = start.world.rewards, start.log_probs
-    feedback_key, *_ = jax.random.split(start.key, 3)
-    measure = partial(measured, start, Feedback(pipeline, feedback_key, start, setting))
+    measure = partial(measured, start, feedback_of(pipeline, start, setting))
     powers = jnp.geomspace(1.0, 30.0, 20)
     return {
         "sft": measure(reference),

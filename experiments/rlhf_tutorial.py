@@ -84,7 +84,7 @@ BETA, LEARNING_RATE = 0.1, 1e-3
 
 # %%
 start = TUTORIAL.start(jax.random.key(options.seed))
-pairs_key, reward_key, init_key, train_key = jax.random.split(start.key, 4)
+pairs_key, reward_key, init_key, value_key, ppo_key, dpo_key, grpo_key, sweep_key = jax.random.split(start.key, 8)
 world, sft_params, sft_log_probs = start.world, start.params, start.log_probs
 pairs = TUTORIAL.comparisons(pairs_key, start)
 policy, table = TUTORIAL.policy, TUTORIAL.table(world)
@@ -177,8 +177,8 @@ def respond_to(num: int, group_size: int) -> dict[str, Any]:
 ppo_learner = rlhf.ppo(**respond_to(256, group_size=1), value=toy.value_fn(value_network, world.embeddings), beta=BETA)
 with console.waiting("PPO"):
     ppo_params, ppo = train.fit_online(
-        train_key,
-        rlhf.ActorCritic(sft_params, value_network.init(init_key, world.embeddings)),
+        ppo_key,
+        rlhf.ActorCritic(sft_params, value_network.init(value_key, world.embeddings)),
         learner=ppo_learner,
         optimizer=optax.adam(LEARNING_RATE),
         num_epochs=30,
@@ -212,7 +212,7 @@ files.save_figure(figures.reinforcement(jax.device_get(ppo)), out / "ppo_trainin
 # %%
 with console.waiting("DPO"):
     dpo_params, _ = train.fit(
-        train_key,
+        dpo_key,
         sft_params,
         pairs,
         objective=train.preference_objective(log_prob, losses.dpo_loss, beta=BETA),
@@ -275,7 +275,7 @@ def watch(scene: contenders.Scene, *, beta: Numeric) -> Metrics:
 with console.progress("Runs") as report:
     courses = sweep.grid(
         watch,
-        jax.random.key(options.seed),
+        sweep_key,
         num_seeds=options.num_seeds,
         prepare=partial(contenders.scene, TUTORIAL),
         report=report,
@@ -316,7 +316,7 @@ for beta in (BETA, 0.0):
 def reinforce(learner: Learner) -> tuple[Params, Metrics]:
     """One optimizer step on each batch of 64 fresh responses, as many steps as DPO takes."""
     return train.fit_online(
-        train_key,
+        grpo_key,
         sft_params,
         learner=learner,
         optimizer=optax.adam(LEARNING_RATE),

@@ -143,7 +143,7 @@ def save_figures(summary: "xarray.Dataset", num_seeds: int, out: Path) -> None:
     """Draws gain against beta, gain against KL, and heat maps: a colour for each loss, a panel for each condition."""
     at_best, which = summary, ""
     if summary.sizes["learning_rate"] > 1:
-        best = summary.gain.sel(statistic="mean").argmax("learning_rate")
+        best = summary.gain.sel(statistic="mean", drop=True).argmax("learning_rate")
         at_best, which = summary.isel(learning_rate=best).drop_vars("learning_rate"), ", at the best learning rate"
     means = f"Means over {num_seeds} worlds, 95 % intervals{which}"
     gained = "Reward gained over SFT"

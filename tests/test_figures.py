@@ -273,8 +273,8 @@ def claim_of(name):
         lambda name: figures.overoptimisation({name.method: POINTS}, largest_kl=1.0),
         lambda name: figures.learning_rates([1e-3, 1e-2], *[{name.method: np.ones(2)}] * 2),
         claim_of,
-        lambda name: figures.lines(summary_of(loss := name.loss), "gain", x="beta", colour=loss, title=name.title),
-        lambda name: figures.frontiers(summary_of(loss := name.loss, name.noise), along="beta", colour=loss),
+        lambda name: figures.lines(summary_of("loss", name.noise), "gain", x="beta", colour="loss", title=name.title),
+        lambda name: figures.frontiers(summary_of("loss", name.noise), along="beta", colour="loss", title=name.title),
         lambda name: figures.heat_maps(summary_of(loss := name.loss), "gain", x=loss, y="noise", label=name.label),
     ],
 )

@@ -9,7 +9,7 @@ import inspect
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -138,7 +138,7 @@ def label(value: Any) -> str | int | float | bool:
     return re.sub(r" at 0x[0-9a-f]+", "", str(getattr(value, "__name__", value)))  # another one in each process
 
 
-def coordinate(values: Sequence[Any], *, floats: bool = False) -> np.ndarray:
+def coordinate(values: Iterable[Any], *, floats: bool = False) -> np.ndarray:
     """By what values are selected in results: themselves, or what they are called.
 
     A float32 that is 0.1 up to rounding is found by 0.1, though 0.1 is no float32: an axis of float32 has float32
@@ -150,6 +150,7 @@ def coordinate(values: Sequence[Any], *, floats: bool = False) -> np.ndarray:
       values: of an axis.
       floats: whether all of them shall be floats.
     """
+    values = list(values)
     called = [float(value) if floats else label(_plain(value)) for value in values]
     narrow = [_is_narrow(value) for value in values]
     written = [_written(value) if narrow[i] else called[i] for i, value in enumerate(values)]

@@ -34,7 +34,7 @@ from dpo_jax.sweep.progress import Progress, on_terminal
 from dpo_jax.sweep.results import Results, check_results_fit, dimension_names, labelled, read_blocks
 from dpo_jax.sweep.starts import Starts
 from dpo_jax.sweep.stopping import Stop, stopping
-from dpo_jax.sweep.store import Block, check_place, locked
+from dpo_jax.sweep.store import Block, check_place, locked, refuse_other
 
 if TYPE_CHECKING:
     import xarray
@@ -221,6 +221,8 @@ def _compute_in_folder(
     assert work.folder is not None
     path, lock = work.folder.path, "share-{}-of-{}.lock".format(*share)
     if work.folder.manifest:
+        wanted = {name: list(own) for name, own in names.items()}
+        refuse_other(path, {"dims": work.folder.manifest["dims"]}, {"dims": wanted})
         check_same_programs(work.folder, work)
         read_blocks(work.folder, work.boxes, results, work.result_shapes, repair=repair)
         if results.done.all():
@@ -331,14 +333,17 @@ def _share_of(work: Plan, share: tuple[int, int]) -> list[Block]:
     for _, of_box in itertools.groupby(work.blocks(), key=lambda block: block.box):
         blocks = list(of_box)
         mine += blocks[len(blocks) * (which - 1) // num_shares : len(blocks) * which // num_shares]
-    return [block for block in mine if _is_asked_for(work, block)]
+    done = work.folder.done() if work.folder else set()
+    return [block for block in mine if _is_asked_for(work, block, done)]
 
 
-def _is_asked_for(work: Plan, block: Block) -> bool:
+def _is_asked_for(work: Plan, block: Block, done: set[int]) -> bool:
     """Whether a block of the folder belongs to what is asked for now, and can be made."""
     if block.combination < 0 or all(point < 0 for point in block.points):
         return False
     if any(point < 0 for point in block.points):
+        if block.number in done:
+            return False
         assert work.folder is not None
         raise ValueError(f"{work.folder.path} holds a sweep of more values, which is not complete: ask for them, too")
     return True

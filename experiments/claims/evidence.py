@@ -121,7 +121,7 @@ def gather(pipeline: Pipeline, seed: int, amounts: Amounts, seconds: Seconds) ->
         "tuning": found["by_clip"][..., len(seeds.reported) :],
         "reported": found["by_clip"][..., : len(seeds.reported)],
     }
-    return found | compare_variants(pipeline, key, amounts, seconds)
+    return found | compare_variants(pipeline, key, amounts, seconds)  # same key: the same worlds
 
 
 def at_rates(strengths: Sequence[float], rates: Sequence[float]) -> Trials:
@@ -142,8 +142,9 @@ def dpo_to_the_end(pipeline: Pipeline, scene: Scene, *, beta: Numeric) -> Metric
 
 def dpo_on_policy(pipeline: Pipeline, scene: Scene, *, beta: Numeric) -> Metrics:
     """The same on comparisons of responses of the SFT policy."""
-    pairs = pipeline.comparisons(scene.key, scene.start, log_probs=scene.start.log_probs)
-    return dpo_measured(pipeline, scene, pairs, beta)
+    pairs_key, train_key = jax.random.split(scene.key)
+    pairs = pipeline.comparisons(pairs_key, scene.start, log_probs=scene.start.log_probs)
+    return dpo_measured(pipeline, scene._replace(key=train_key), pairs, beta)
 
 
 def dpo_measured(pipeline: Pipeline, scene: Scene, pairs: Preferences, beta: Numeric) -> Metrics:
@@ -240,12 +241,13 @@ def regularised(pipeline: Pipeline, scene: Scene, *, loss: str, learning_rate: N
     `margin` is the mean absolute log-ratio (nats) of chosen to rejected; `merit` the expected reward minus beta times
     KL.
     """
-    pairs = pipeline.comparisons(scene.key, scene.start, temperature=0.0)
+    pairs_key, train_key = jax.random.split(scene.key)
+    pairs = pipeline.comparisons(pairs_key, scene.start, temperature=0.0)
     objective = train.preference_objective(
         pipeline.log_prob(scene.world), {"dpo": losses.dpo_loss, "ipo": losses.ipo_loss}[loss], beta=BETA
     )
     params, history = pipeline.fit(
-        scene.key, scene.start.params, pairs, objective=objective, learning_rate=learning_rate
+        train_key, scene.start.params, pairs, objective=objective, learning_rate=learning_rate
     )
     log_probs = pipeline.table(scene.world)(params)
     chosen, rejected = toy.lookup(log_probs - scene.start.log_probs, pairs.prompts, pairs.responses)

@@ -47,14 +47,14 @@ def standard_run(
     Returns:
       What `measured` returns; NaN if training diverged.
     """
-    feedback_key, train_key, method_key = jax.random.split(start.key, 3)
-    feedback = Feedback(pipeline, feedback_key, start, setting)
+    _, train_key, method_key, init_key = jax.random.split(start.key, 4)
+    feedback = feedback_of(pipeline, start, setting)
     log_prob, table = pipeline.log_prob(start.world), pipeline.table(start.world)
     setup = Setup(method_key, log_prob, table, start.params, start.log_probs)
     tuned = {name: value for name, value in hyperparameters.items() if name != "learning_rate"}
     params, history = pipeline.fit(
         train_key,
-        method.initial(method_key, start),
+        method.initial(init_key, start),
         method.data(feedback),
         objective=method.objective(setup, tuned),
         learning_rate=hyperparameters["learning_rate"],
@@ -62,6 +62,12 @@ def standard_run(
     finished = jnp.isfinite(history["loss"][-1])
     found = measured(start, feedback, table(params))
     return {name: jnp.where(finished, value, jnp.nan) for name, value in found.items()}
+
+
+def feedback_of(pipeline: Pipeline, start: Start, setting: Setting) -> Feedback:
+    """What people say in the standard run."""
+    feedback_key, *_ = jax.random.split(start.key, 4)
+    return Feedback(pipeline, feedback_key, start, setting)
 
 
 def measured(start: Start, feedback: Feedback, log_probs: Float[Array, "prompts responses"]) -> dict[str, Any]:

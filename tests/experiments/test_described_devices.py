@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import described_devices
-from experiments.benchmark import NOTEBOOK_STEPS
+from experiments.benchmark.workloads import EXPERIMENT_STEPS
 from experiments.described_devices import DEVICES, Kernel
 
 PROGRAM = """HloModule jit_run, is_scheduled=true
@@ -155,7 +155,7 @@ def test_time_is_bytes_by_bandwidth():
     total = 2240 + 28 * (144 + 94)
     assert summary["seconds_at_least"] == pytest.approx(total / 1e3)
     assert summary["seconds_at_least_for_100000"] == pytest.approx(total / 1e3 * 2000)
-    assert summary["bytes_per_step_and_run"] == pytest.approx(total / 50 / NOTEBOOK_STEPS)
+    assert summary["bytes_per_step_and_run"] == pytest.approx(total / 50 / EXPERIMENT_STEPS)
     assert summary["kernels_per_step"] == pytest.approx(57 / (1600 + 2 * 1450))
     assert [kernel["name"] for kernel in summary["kernels"]] == ["part_fusion", "store_fusion", "copied"]
 
@@ -175,7 +175,7 @@ def test_the_script_writes_its_summary(tmp_path, monkeypatch, capsys, device):
     monkeypatch.setattr(described_devices, "compiled_for", lambda device, num: Compiled())
     monkeypatch.setattr("sys.argv", ["described_devices", "--device", device, "--out", str(tmp_path)])
     described_devices.main()
-    assert "100,000 notebooks take" in " ".join(capsys.readouterr().out.split())
+    assert "100,000 experiments take" in " ".join(capsys.readouterr().out.split())
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["num"] == DEVICES[device].num
     assert summary["memory"]["argument"] == 28

@@ -18,8 +18,10 @@ import optax
 import xarray  # noqa: F401  (so that the processes below start with it)
 
 from dpo_jax import losses, sweep, toy, train
+from dpo_jax.fast import compiling
 from dpo_jax.sweep import processes, store
 
+compiling.CPU_OPTIONS.clear()  # also in processes of their own, which compile as this one does
 POLICY = toy.ToyLM(num_responses=4)
 
 
@@ -47,7 +49,7 @@ def training(key, *, beta, learning_rate):
     log_prob = toy.log_prob_fn(POLICY, made.embeddings)
     data = train.with_reference(log_prob, params, toy.sample_preferences(data_key, made, num=20))
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=beta)
-    options = {"learning_rate": learning_rate, "num_epochs": 3, "batch_size": 10, "optimizer": optax.sgd}
+    options = {"optimizer": optax.sgd(learning_rate), "num_epochs": 3, "batch_size": 10}
     _, history = train.fit(fit_key, params, data, objective=objective, **options)
     return {name: history[name] for name in ("loss", "reward_margin", "step")}
 

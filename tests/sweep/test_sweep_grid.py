@@ -207,9 +207,9 @@ def test_programs_are_kept_for_a_function_and_its_values(key, monkeypatch):
     monkeypatch.setattr(programs, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
 
     def run(key, *, size, scale):
-        return scale * jnp.ones(int(size) + 1).sum() + (0.5 if size is True else 0.0)
+        return scale * jnp.ones(int(size) + 1).sum() * (1.25 if size is True else 1.0)
 
-    options = {"num_seeds": 2, "runs_at_once": (2, 2)}
+    options = {"num_seeds": 2, "runs_at_once": (2, 2), "prepare": lambda key: key}
     for scales in ([1.0, 2.0], [3.0, 4.0, 5.0]):
         for size, factor in ((1, 2.0), (True, 2.5)):
             results = sweep.grid(run, key, size=sweep.static([size]), scale=scales, **options)
@@ -222,7 +222,7 @@ def test_compiling_does_not_repeat_for_further_blocks(key, monkeypatch):
     compile_fast = programs.compile_fast
     monkeypatch.setattr(programs, "compile_fast", lambda lowered: compiled.append(1) or compile_fast(lowered))
     run = lambda key, **point: sweeps.noisy(key, **point)  # noqa: E731
-    sweep.grid(run, key, num_seeds=5, runs_at_once=2, **AXES)
+    sweep.grid(run, key, num_seeds=5, runs_at_once=2, prepare=lambda key: key, **AXES)
     assert len(compiled) == 3  # for two values of draws, and for keys
 
 

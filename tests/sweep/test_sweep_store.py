@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ import pytest
 from dpo_jax import sweep
 from dpo_jax.sweep import store
 from tests.sweep import sweeps
+
+grid_module = importlib.import_module("dpo_jax.sweep.grid")
 
 planning = importlib.import_module("dpo_jax.sweep.planning")
 
@@ -206,9 +209,10 @@ def test_functions_without_names_of_their_own_can_go_on(tmp_path, key):
         )
 
 
-def test_what_the_disk_cannot_hold_is_not_begun(tmp_path, key):
-    with pytest.raises(ValueError, match=r"need 40,000,000,000,000,000 more bytes in .*, and only .* are free"):
-        sweep.grid(lambda key: jnp.zeros((10**7,)), key, num_seeds=10**9, runs_at_once=1, out=tmp_path / "out")
+def test_what_the_disk_cannot_hold_is_not_begun(tmp_path, key, monkeypatch):
+    monkeypatch.setattr(grid_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=399))
+    with pytest.raises(ValueError, match=r"need 400 more bytes in .*, and only 399 are free"):
+        sweep.grid(lambda key: jnp.zeros((10,)), key, num_seeds=10, runs_at_once=1, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

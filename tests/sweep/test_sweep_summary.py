@@ -1,5 +1,7 @@
 """Summaries against SciPy's t intervals, and the tables made of them."""
 
+import io
+
 import numpy as np
 import pytest
 import xarray
@@ -14,7 +16,7 @@ AXES = {"loss": ["dpo", "i_po"], "beta": [0.1, 0.5, 2.0], "seed": np.arange(9)}
 
 @pytest.fixture
 def results():
-    return xarray.Dataset({"reward": (tuple(AXES), VALUES)}, AXES).assign_attrs(run_seconds=1.0)
+    return xarray.Dataset({"reward": (tuple(AXES), VALUES.copy())}, AXES).assign_attrs(run_seconds=1.0)
 
 
 def test_intervals_are_students(results):
@@ -31,8 +33,8 @@ def test_differences_to_a_baseline_are_paired(results):
     np.testing.assert_array_equal(found.sel(loss="dpo", statistic=["mean", "stderr"]), 0)
     paired = stats.ttest_rel(VALUES[1, 2], VALUES[0, 2]).confidence_interval(0.95)
     at = {"loss": "i_po", "beta": 2.0}
-    np.testing.assert_allclose(found.sel(at, statistic="low"), paired.low)
-    np.testing.assert_allclose(found.sel(at, statistic="high"), paired.high)
+    np.testing.assert_allclose(found.sel(statistic="low", **at), paired.low)
+    np.testing.assert_allclose(found.sel(statistic="high", **at), paired.high)
     with pytest.raises(ValueError, match="baseline .*is no point of the grid"):
         summarise(results, baseline={"loss": "kto"})
     with pytest.raises(ValueError, match="no dimension 'world'; they have loss, beta, seed"):
@@ -43,16 +45,16 @@ def test_runs_without_a_number_do_not_count(results):
     results.reward[0, 1, :4] = np.nan
     summary = summarise(results)
     at = {"loss": "dpo", "beta": 0.5}
-    np.testing.assert_allclose(summary.reward.sel(at, statistic="mean"), VALUES[0, 1, 4:].mean())
-    np.testing.assert_allclose(summary.reward.sel(at, statistic="stderr"), stats.sem(VALUES[0, 1, 4:]))
-    np.testing.assert_allclose(summary.finished.sel(at), 5 / 9)
+    np.testing.assert_allclose(summary.reward.sel(statistic="mean", **at), VALUES[0, 1, 4:].mean())
+    np.testing.assert_allclose(summary.reward.sel(statistic="stderr", **at), stats.sem(VALUES[0, 1, 4:]))
+    np.testing.assert_allclose(summary.finished.sel(**at), 5 / 9)
     assert summary.finished.sel(loss="i_po").min() == 1
 
 
 def test_one_run_has_no_interval(results):
     summary = summarise(results.isel(seed=[0]))
     assert np.isnan(summary.reward.sel(statistic="high")).all()
-    assert interval(summary.reward[0, 0]) == f"{VALUES[0, 0, 0]:.3f}"
+    assert interval(summary.reward.isel(loss=0, beta=0)) == f"{VALUES[0, 0, 0]:.3f}"
 
 
 def test_tables_have_a_row_for_each_point(results):
@@ -67,18 +69,10 @@ def test_tables_have_a_row_for_each_point(results):
     assert f"i\\_po & 0.1 & ${VALUES[1, 0].mean():.2f} \\pm {(high - low) / 2:.2f}$ \\\\" in text
 
 
-def test_the_line_on_a_terminal_is_rewritten_and_removed():
-    class Terminal:
-        text = ""
-
+def test_the_line_on_a_terminal_is_rewritten_and_removed(as_users_have_it):
+    class Terminal(io.StringIO):
         def isatty(self):
             return True
-
-        def write(self, text):
-            self.text += text
-
-        def flush(self):
-            pass
 
     def progress(done):
         return sweep.Progress(done, 40, resumed=0, compile_seconds=1.25, run_seconds=done / 10)
@@ -86,7 +80,7 @@ def test_the_line_on_a_terminal_is_rewritten_and_removed():
     with sweep.on_terminal("Runs", terminal := Terminal(), seconds_between=0.0) as report:
         report(progress(10))
         report(progress(40))
-    lines = terminal.text.split("\r")
+    lines = terminal.getvalue().split("\r")
     assert lines[1] == "Runs: 10 of 40 runs, 10.0 per second, about 3 s left (compiled in 1.2 s)"
     assert lines[2].startswith("Runs: 40 of 40 runs")
     assert lines[-2].isspace()

@@ -293,10 +293,10 @@ def test_hyperparameters_may_have_a_value_for_each_comparison(start):
 @pytest.mark.parametrize(
     ("make", "loss", "given", "message"),
     [
-        ("unpaired", losses.bco_loss, "preferences", "is for Labels, got Preferences, use train.preference"),
-        ("preference", losses.dpo_loss, "labels", "is for Preferences, got Labels, use train.unpaired"),
+        ("unpaired", losses.bco_loss, "preferences", "is for Labels, got Preferences: use train.preference"),
+        ("preference", losses.dpo_loss, "labels", "is for Preferences, got Labels: use train.unpaired"),
         ("reference_free", losses.simpo_loss, "labels", "is for Preferences, got Labels"),
-        ("preference", losses.dpo_loss, "demos", "got Demonstrations, use train.sft_objective"),
+        ("preference", losses.dpo_loss, "demos", "got Demonstrations: use train.sft_objective"),
         ("sft", None, "preferences", "is for Demonstrations, got Preferences"),
     ],
 )
