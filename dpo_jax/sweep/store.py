@@ -165,7 +165,7 @@ class Folder:
           DamagedStoreError: the file is not what was written.
         """
         try:
-            with np.load(self._file(block.number), allow_pickle=False) as file:
+            with self._file(block.number).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[f"_{name}"] for name in shapes}
         except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile) as problem:
             raise DamagedStoreError(f"{self._file(block.number)} cannot be read ({problem})") from problem
