@@ -283,7 +283,7 @@ def compiled_for(device: Device, num: int) -> jax.stages.Compiled:
     return lowered.compile(compiler_options=device.compiler_options)
 
 
-def reckon(text: str, num: int, bandwidth: float) -> dict[str, Any]:
+def estimate(text: str, num: int, bandwidth: float) -> dict[str, Any]:
     """How many kernels, how many bytes, and how long at least, by estimate."""
     found = list(kernels(*read_module(text)))
     total = sum(kernel.runs * kernel.bytes for kernel in found)
@@ -318,7 +318,7 @@ def main() -> None:
     start = time.perf_counter()
     with commands.clear_errors():
         program = compiled_for(device, num)
-        summary = reckon(str(program.as_text()), num, bandwidth)
+        summary = estimate(str(program.as_text()), num, bandwidth)
     summary |= {"memory": memory(program), "compile_seconds": time.perf_counter() - start, "device": device.name}
     files.save_summary({**summary, "versions": files.provenance()["versions"]}, folder)
     console.print_table(

@@ -66,7 +66,7 @@ class Options:
 
 
 class Trials(NamedTuple):
-    """An axis of a sweep: in each row a strength and a learning rate. `place` tells rows apart that are equal."""
+    """An axis of a sweep: in each row a strength and a learning rate. `place` distinguishes equal rows."""
 
     place: Any
     strength: Any

@@ -1,7 +1,7 @@
-"""The family of losses in one picture: what each costs, and how hard it pulls at the policy.
+"""All losses in one figure: their values and gradients.
 
-A loss acts on the policy through its gradient alone. So beside the values stand the pulls: minus the derivatives with
-respect to what the loss eats. They are those of the library's functions, by `jax.grad`.
+A loss acts on the policy through its gradient alone. Beside each value the figure shows minus the derivative with respect
+to the loss's input, by `jax.grad` of the library's functions.
 """
 
 import time

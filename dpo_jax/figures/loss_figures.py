@@ -26,7 +26,7 @@ from dpo_jax.figures.style import (
 
 
 class LossFamily(NamedTuple):
-    """Losses that eat the same, as two panels, one above the other.
+    """Losses of the same input, as two panels, one above the other.
 
     Attributes:
       title: what they have in common.

@@ -21,7 +21,7 @@ class Points(NamedTuple):
     Attributes:
       kl: KL to the reference (nats).
       gain: expected true reward, beyond that of the reference.
-      learned_gain: what a reward model makes of that, if there is one.
+      learned_gain: the same by a reward model, if there is one.
     """
 
     kl: Float[ndarray, " points"]

@@ -1,4 +1,4 @@
-"""What figures share. Colours are those of Okabe and Ito (2008), told apart by the colour-blind too."""
+"""What figures share. Colours are those of Okabe and Ito (2008), which the colour-blind can distinguish."""
 
 from collections.abc import Mapping, Sequence
 

@@ -41,7 +41,7 @@ class Axis:
 
     Attributes:
       values: of a traced axis, a pytree of arrays with a leading axis; of a static one, a tuple.
-      names: what tells its values apart, for a folder: numbers, what static values are called, rows of a table.
+      names: of its values in a folder: numbers, names of static values, rows of a table.
       coordinate: by what its values are selected in results.
       traced: whether one program serves all its values.
       columns: further coordinates, of tables: the leaves, by name.

@@ -96,7 +96,7 @@ def grid(
         below a name.
       out: folder for the results, stored block by block. What it holds of the same sweep is kept, and the rest
         computed. Asked for more seeds, more values of an axis, or both, it grows. Required for several processes.
-      share: `(3, 16)` computes the third of sixteen parts into `out`, and waits for nobody: for job arrays. Each part
+      share: `(3, 16)` computes the third of sixteen parts into `out` without waiting for others, for job arrays. Each part
         can be started again on its own. What others have not computed yet is NaN in the results.
       repair: whether damaged blocks of a folder are made again, instead of raising an error.
       runs_at_once: how many runs a device makes at once at most; by default what suits the device. A pair says how
@@ -350,7 +350,7 @@ def _is_asked_for(work: Plan, block: Block, done: set[int]) -> bool:
 
 
 def _check_space(work: Plan, results: Results) -> None:
-    """Raises ValueError if the disk has no room for the results that are still to come."""
+    """Raises ValueError if the disk has no room for the missing results."""
     assert work.folder is not None
     folder = work.folder.path
     missing = work.result_bytes // results.done.size * int(np.sum(~results.done))

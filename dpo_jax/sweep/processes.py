@@ -99,13 +99,13 @@ class Others:
         self.say(self.state)
 
     def say(self, state: str) -> None:
-        """Tells the others: `begun`, or `failed: ` and why."""
+        """Tells the other processes the state: `begun`, or `failed: ` and the reason."""
         with self.lock:
             self.state = state
         self.sign()
 
     def sign(self) -> None:
-        """Gives a sign of life. A file keeps its size, so that even a full disk has room for the next one."""
+        """Writes a heartbeat. The file keeps its size, so that it can be written even if the disk is full."""
         with self.lock, self._file(self.number).open("r+b") as file:
             self.signs += 1
             file.write(f"{self.signs} {self.state}".encode()[:1024].ljust(1024))

@@ -103,7 +103,7 @@ class TracedRun:
     """`run` for one combination of static values.
 
     Attributes:
-      jaxpr: what it makes of the leaves of a start and of one value of each traced axis.
+      jaxpr: from the leaves of a start and of one value of each traced axis to the results.
       outputs: the shape and dtype of each result, by name.
       start, point: the structure of its arguments.
       combination: the static values.
@@ -211,10 +211,10 @@ def naming(combination: dict[str, Any], traced: Sequence[str]) -> Iterator[None]
 
 @contextmanager
 def impatient(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads to wait for: a Ctrl-C reaches the main thread while they work.
+    """Threads for work that the main thread waits for, so that Ctrl-C reaches it meanwhile.
 
-    After an error nothing more is begun and nobody waits for what has begun, but the end of the process does: what XLA
-    compiles or runs cannot be cancelled.
+    After an error no more work is started, and running work is not waited for until the process ends: XLA can cancel
+    neither a compilation nor a program.
     """
     executor = ThreadPoolExecutor(num_threads)
     try:

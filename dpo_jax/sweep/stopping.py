@@ -18,10 +18,10 @@ SECONDS_BETWEEN = 0.5
 
 
 class Stop:
-    """A request to stop, made until it is obeyed.
+    """A request to stop, repeated until it takes effect.
 
     Attributes:
-      why: makes the exception to be raised; `None` as long as nobody wants to stop.
+      why: makes the exception to be raised; `None` without a request.
       signals: signals by which the main thread can be interrupted; none if the sweep runs in another thread.
     """
 
@@ -39,7 +39,7 @@ class Stop:
                 self._insisting.start()
 
     def check(self) -> None:
-        """Raises what was asked for, if somebody has asked to stop."""
+        """Raises the exception of a request to stop, if there is one."""
         if self.why is not None:
             raise self.why()
 

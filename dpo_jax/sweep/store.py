@@ -283,7 +283,7 @@ def locked(path: Path, name: str = "lock", *, wait: bool = False) -> Iterator[No
     """Holds a folder, made if there is none, against other processes; the lock ends with the process, however it ends.
 
     Raises:
-      BlockingIOError: somebody else holds it.
+      BlockingIOError: another process holds it.
     """
     path.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -155,7 +155,7 @@ class Clock:
     repeats: int
 
     def timed(self, measure: Callable[[], float], work: Work, **counts: int) -> dict[str, Any]:
-        """A time and what it comes to: how many of each per second, FLOP/s, bytes/s, as shares of the peaks.
+        """A time and its rates: how many of each per second, FLOP/s, bytes/s, as shares of the peaks.
 
         The peaks are measured before and after, since a machine changes its speed: the shares are those of their mean.
         """

@@ -40,7 +40,7 @@ CLIPS = (0.02, 0.05, 0.2, 0.5, 2.0)
 FASTER = (1, 10)
 """Factors on the tutorial's learning rate at which PPO's clip is varied."""
 POWERS = (1.0, 0.5, 0.25, 0.0, -0.125, -0.25, -0.5)
-"""Factors on the logits of the SFT policy: references that know less (0 knows nothing) or rank the wrong way."""
+"""Factors on the logits of the SFT policy: references that know less (0: uniform) or rank the wrong way."""
 EXPLORERS = ("offline", "online", "xpo")
 REGULARISED = ("dpo", "ipo")
 """Losses whose regularisation is watched while the learning rate grows."""

@@ -84,7 +84,7 @@ def reference_free(name: str, loss: Any, **ranges: Range) -> Method:
 
 
 def method_of(name: str, loss: Callable[..., Array]) -> Method:
-    """A method made of a loss of one's own, by its positional arguments; the others are its hyperparameters.
+    """A method made of your own loss, by its positional arguments; its other arguments are hyperparameters.
 
     Args:
       name: of the method.
@@ -102,7 +102,7 @@ def method_of(name: str, loss: Callable[..., Array]) -> Method:
     if "beta" not in ranges:
         raise TypeError(f"{name} must take beta, as a keyword: it also scales the implicit rewards of the metrics")
     if len(positional) == 2:
-        return pairwise(name, loss, "of one's own", **ranges)
+        return pairwise(name, loss, "your own", **ranges)
     if len(positional) == 3:
 
         def objective(setup: Setup, h: Hyperparameters) -> Objective:

@@ -151,7 +151,7 @@ def test_loops_of_unknown_length_count_once(limit):
 
 
 def test_time_is_bytes_by_bandwidth():
-    summary = described_devices.reckon(PROGRAM, num=50, bandwidth=1e3)
+    summary = described_devices.estimate(PROGRAM, num=50, bandwidth=1e3)
     total = 2240 + 28 * (144 + 94)
     assert summary["seconds_at_least"] == pytest.approx(total / 1e3)
     assert summary["seconds_at_least_for_100000"] == pytest.approx(total / 1e3 * 2000)
