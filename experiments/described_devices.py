@@ -309,7 +309,7 @@ def memory(program: jax.stages.Compiled) -> dict[str, int]:
 
 
 def main() -> None:
-    """Compiles, reckons, and writes the summary."""
+    """Compiles, estimates, and writes the summary."""
     options = commands.parse(Options)
     device = DEVICES[options.device]
     num, bandwidth = options.num or device.num, options.bandwidth or device.bandwidth

@@ -1,7 +1,7 @@
 """All losses in one figure: their values and gradients.
 
-A loss acts on the policy through its gradient alone. Beside each value the figure shows minus the derivative with respect
-to the loss's input, by `jax.grad` of the library's functions.
+A loss acts on the policy through its gradient alone. Beside each value the figure shows minus the derivative with
+respect to the loss's input, by `jax.grad` of the library's functions.
 """
 
 import time

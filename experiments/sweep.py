@@ -69,7 +69,7 @@ class Options:
     num_seeds: int = 64
     """How many worlds, each with its own data, network and training."""
     share: str = "1/1"
-    """Which part to compute, of how many: `3/16`. Parts do not wait for each other; tables are made of what is there."""
+    """Which part to compute, of how many: `3/16`. Parts do not wait for each other; tables show what is there."""
     runs_at_once: int | None = None
     """How many runs a device makes at once; by default what suits the device."""
     memory_limit: int | None = None

@@ -96,8 +96,8 @@ def grid(
         below a name.
       out: folder for the results, stored block by block. What it holds of the same sweep is kept, and the rest
         computed. Asked for more seeds, more values of an axis, or both, it grows. Required for several processes.
-      share: `(3, 16)` computes the third of sixteen parts into `out` without waiting for others, for job arrays. Each part
-        can be started again on its own. What others have not computed yet is NaN in the results.
+      share: `(3, 16)` computes the third of sixteen parts into `out` without waiting for the others: for job arrays.
+        Each part can be started again on its own. What others have not computed yet is NaN in the results.
       repair: whether damaged blocks of a folder are made again, instead of raising an error.
       runs_at_once: how many runs a device makes at once at most; by default what suits the device. A pair says how
         many seeds, and how many points for each.

@@ -40,7 +40,7 @@ Ranges = Mapping[str, Range]
 
 
 class Trials(NamedTuple):
-    """An axis of a sweep: in each row a setting and a candidate. `place` distinguishes rows that are otherwise equal."""
+    """An axis of a sweep: in each row a setting and a candidate. `place` distinguishes equal rows."""
 
     place: Int[np.ndarray, " trials"]
     setting: Setting
