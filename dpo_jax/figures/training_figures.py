@@ -75,7 +75,7 @@ def beta_ablation(
     right.axhline(sft_reward, color=GREY, linestyle="--", label=f"SFT: {sft_reward:.3f}")
     right.set(
         ylabel="Expected true reward",
-        title=f"Final reward by β{'' if stderr is None else ' (bars: standard error)'}",
+        title=f"Final reward by β{'' if stderr is None else ' (± standard error)'}",
         ylim=(0, 1.35 * float(max(optimal_rewards))),
     )
     right.legend(loc="upper right", ncols=2)
