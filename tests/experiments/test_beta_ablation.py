@@ -100,6 +100,7 @@ def compare(theirs, ours):
     return abs(theirs.mean() - ours["mean"]) / np.hypot(stderr, ours["stderr"])
 
 
+@pytest.mark.slow
 def test_a_fresh_run_is_like_pytorch():
     """64 new seeds beside PyTorch's 500: nothing differs by more than three combined standard errors."""
     summary, _ = beta_ablation.ablate(10_000, 64, BETAS)

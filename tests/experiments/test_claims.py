@@ -8,6 +8,7 @@ from dpo_jax import toy
 from experiments.claims import __main__ as script
 from experiments.claims import evidence, judging, statements
 from experiments.claims.evidence import MANY_BETAS
+from experiments.claims.figure import draw
 from experiments.claims.judging import (
     FAILS,
     HOLDS,
@@ -20,6 +21,7 @@ from experiments.claims.judging import (
     verdict,
 )
 from experiments.lab import contenders, devices
+from tests.experiments.evidence import made_up
 from tests.experiments.small import PIPELINE
 
 
@@ -139,6 +141,36 @@ def test_what_is_exact_is_that_of_the_closed_forms(scene):
     np.testing.assert_allclose(found["maximised"]["overestimate"][beta], excess, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def claims():
+    return statements.judge(made_up())
+
+
+def test_every_claim_has_an_effect_a_verdict_a_figure_and_a_text(claims):
+    entries = [script.as_entry(claim) for claim in claims]
+    texts = script.page_texts({"claims": entries})
+    assert len({entry["id"] for entry in entries}) == len(entries) >= 19
+    for claim, entry in zip(claims, entries, strict=True):
+        low, high = entry["interval"]
+        assert low <= entry["effect"] <= high
+        assert entry["verdict"].startswith((HOLDS, FAILS, OPEN, NO_DIFFERENCE, "depends on"))
+        assert texts[entry["id"]].startswith(f"**{entry['verdict'][0].upper()}{entry['verdict'][1:]}.**")
+        assert f"reported/claims/{entry['id']}.png" in texts[entry["id"]]
+        figure = draw(claim.panels, xlabel=claim.xlabel, title=claim.claim, log=claim.log)
+        assert len(figure.axes) == len(claim.panels)
+
+
+def test_numbers_on_the_page_have_the_digits_of_their_intervals():
+    def number(effect, half):
+        return script._number({"effect": effect, "interval": [effect - half, effect + half]})
+
+    assert number(0.12345, 0.0123) == "0.123 ± 0.012"
+    assert number(-2.345, 0.5) == "-2.35 ± 0.50"
+    assert number(0.00012345, 0.0000123) == "0.000123 ± 0.000012"
+    assert script._number(0.2) == "0.2"
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_have_it")
 def test_the_script_judges_every_claim(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)

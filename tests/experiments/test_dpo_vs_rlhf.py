@@ -88,6 +88,7 @@ def test_runs_that_end_worse_or_not_at_all_are_counted():
     np.testing.assert_allclose(entry["spread_of_gain"], np.std([0.1, 0.3], ddof=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_have_it")
 def test_the_script_writes_table_figures_and_summary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
