@@ -169,7 +169,13 @@ def estimators(scene: Scene) -> dict[str, Any]:
 
 
 def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Seconds) -> list[dict[str, Any]]:
-    """Tunes and runs every contender; see `tune_and_run`."""
+    """Chooses a learning rate for each method and strength in the tuning worlds, then runs all strengths and all rates.
+
+    Methods of the same strengths are tuned in one sweep, so that their programs are compiled side by side.
+
+    Returns:
+      For each method what `run_reported` returns.
+    """
     with console.progress("Runs") as report:
 
         def sweep_of(methods: Sequence[str], trials: Trials, where: range) -> Any:
@@ -179,23 +185,26 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
                 sweep.grid(run, scenes, seeds=where, runs_at_once=shape, report=report, method=methods, trial=trials)
             )
 
-        run = runner(pipeline)
-        return [tune_and_run(sweep_of, seeds, contender) for contender in CONTENDERS]
+        run, tuned = runner(pipeline), {}
+        for strengths in dict.fromkeys(each.strengths for each in CONTENDERS):
+            names = [each.name for each in CONTENDERS if each.strengths == strengths]
+            tried = Trials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
+            results = sweep_of(names, tried, seeds.tuning)
+            tuned |= {name: results.sel(method=name) for name in names}
+        return [run_reported(sweep_of, seeds, each, tuned[each.name]) for each in CONTENDERS]
 
 
-def tune_and_run(
-    sweep_of: Callable[[Sequence[str], Trials, range], Any], seeds: Seeds, contender: Contender
+def run_reported(
+    sweep_of: Callable[[Sequence[str], Trials, range], Any], seeds: Seeds, contender: Contender, tuned: Any
 ) -> dict[str, Any]:
-    """Chooses a learning rate for each strength in the tuning worlds, then runs all strengths, and all rates.
+    """Chooses the best learning rate for each strength, and runs these, and all rates at the usual strength.
 
     Returns:
       The chosen learning rates, and arrays `[points, worlds]` of what was measured `by_strength` and `by_rate`.
     """
     strengths, name = contender.strengths, contender.name
-    tried = Trials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
-    scores = merit(contender, sweep_of([name], tried, seeds.tuning).isel(method=0)).mean("seed", skipna=False)
-    best = np.argmax(np.nan_to_num(scores.values, nan=-np.inf).reshape(len(strengths), -1), axis=1)
-    chosen = [LEARNING_RATES[place] for place in best]
+    scores = merit(contender, tuned).mean("seed", skipna=False).values.reshape(len(strengths), -1)
+    chosen = [LEARNING_RATES[place] for place in np.argmax(np.nan_to_num(scores, nan=-np.inf), axis=1)]
     reported = Trials.of([*zip(strengths, chosen, strict=True), *((contender.usual, rate) for rate in LEARNING_RATES)])
     found = {
         name: values.transpose("trial", "seed").values
