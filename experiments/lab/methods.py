@@ -239,7 +239,7 @@ METHODS = (
     reference_free(
         "alphapo", losses.alphapo_loss, beta=BETA, gamma=Range(0.01, 3.0), alpha=Range(-1.0, 1.0, linear=True)
     ),
-    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=Range(0.001, 3.0)),
+    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=Range(1e-5, 3.0)),
     reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 100.0)),
     reference_free("unlikelihood", losses.unlikelihood_loss, alpha=Range(0.0, 1.0, linear=True)),
     reference_free("preferred fine-tuning", losses.sft_loss),
