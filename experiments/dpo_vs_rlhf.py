@@ -46,7 +46,7 @@ PANELS = {
     "stored comparisons": (contenders.COMPARISONS,),
     "reward model; REINFORCE, RLOO, PPO": ONE_BY_ONE,
     "reward model; groups, pairs, best of n": IN_GROUPS,
-    "people, asked during training; true reward": (contenders.PEOPLE, contenders.TRUTH),
+    "people or truth, during training": (contenders.PEOPLE, contenders.TRUTH),
 }
 """Which judges or methods are in each panel of the figure of reward against KL."""
 
@@ -435,7 +435,7 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         for title, which in PANELS.items()
     }
     panels["reward model; groups, pairs, best of n"]["best of n"] = points(known["best of n, reward model"])
-    figure = figures.rlhf_frontier(panels, bounds, limits=(1.5, -0.05))
+    figure = figures.rlhf_frontier(panels, bounds, limits=(1.5, -0.01))
     files.save_figure(figure, out / "frontier.png")
 
     courses = {name.removesuffix(", reward model"): points(entry) for name, entry in summary["courses"].items()}

@@ -72,13 +72,16 @@ def page_texts(summary: dict[str, Any]) -> dict[str, str]:
     rows = [[str(i), f"[{c['claim']}](#{c['id']})", c["verdict"]] for i, c in enumerate(summary["claims"], 1)]
     texts = {"verdicts": page.table(["", "claim", "verdict"], rows)}
     for claim in summary["claims"]:
-        verdict = claim["verdict"]
         numbers = [[claim["quantity"], _number(claim)], *([n, _number(d)] for n, d in claim["details"].items())]
         texts[claim["id"]] = (
-            f"**{verdict[0].upper()}{verdict[1:]}.**\n\n{page.table(['measured', 'mean ± 95 %'], numbers)}\n\n"
+            f"**{_sentence(claim['verdict'])}**\n\n{page.table(['measured', 'mean ± 95 %'], numbers)}\n\n"
             f"![{claim['claim']}](../reported/claims/{claim['id']}.png)"
         )
     return texts
+
+
+def _sentence(verdict: str) -> str:
+    return f"{verdict[0].upper()}{verdict[1:]}."
 
 
 def _number(measured: dict[str, Any] | float) -> str:
@@ -120,7 +123,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     files.save_summary(summary, out)
     page.update(page_texts(summary), out, path=PAGE)
     for claim in claims:
-        title = f"“{claim.claim}” {claim.verdict.capitalize()}."
+        title = f"“{claim.claim}” {_sentence(claim.verdict)}"
         files.save_figure(draw(claim.panels, xlabel=claim.xlabel, title=title, log=claim.log), out / f"{claim.id}.png")
     print_results(claims)
     if options.num_candidates < ENOUGH_CANDIDATES or options.num_tuning_seeds < ENOUGH_TUNING_SEEDS:

@@ -34,11 +34,14 @@ def draw(panels: Mapping[str, Mapping[str, Measured]], *, xlabel: str, title: st
       title: the claim and its verdict.
       log: whether the x axis is logarithmic.
     """
-    width, height = 4.6 * len(panels) + 0.6, 4.0
+    width = 4.6 * len(panels) + 0.6
+    lines = textwrap.wrap(title, int(11.5 * (width - 0.9)))
+    above = 0.3 + 0.17 * len(lines)
+    height = 3.2 + above
     figure = Figure(figsize=(width, height))
-    margins = {"left": 0.9 / width, "right": 1 - 0.15 / width, "bottom": 0.6 / height, "top": 1 - 0.8 / height}
+    margins = {"left": 0.9 / width, "right": 1 - 0.15 / width, "bottom": 0.6 / height, "top": 1 - above / height}
     all_axes = figure.subplots(1, len(panels), squeeze=False, gridspec_kw={**margins, "wspace": 0.24})[0]
-    figure.suptitle("\n".join(textwrap.wrap(title, int(13 * width))), x=0.9 / width, ha="left", fontsize=10)
+    figure.suptitle("\n".join(lines), x=0.9 / width, y=1 - 0.1 / height, ha="left", va="top", fontsize=10)
     for axes, (quantity, series) in zip(all_axes, panels.items(), strict=True):
         for i, (name, measured) in enumerate(series.items()):
             by_name = isinstance(measured.x[0], str)

@@ -71,7 +71,7 @@ def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
 
     Returns:
       - `holds`: the interval lies above what matters;
-      - `holds slightly`: it lies above zero, and below what matters;
+      - `holds slightly`: it lies above zero, but not all of it above what matters;
       - `no difference`: it lies within what matters on both sides of zero;
       - `fails`: it lies below zero, and not all of it within what matters;
       - `not shown`: anything else.
@@ -79,7 +79,7 @@ def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
     low, high = effect.interval
     if low > matters:
         return HOLDS
-    if low > 0 and high <= matters:
+    if low > 0:
         return SLIGHT
     if -matters < low and high < matters:
         return NO_DIFFERENCE
@@ -88,15 +88,20 @@ def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
 
 def equivalence(effect: Estimate) -> str:
     """The word for a claim that there is no difference in reward."""
-    return {HOLDS: FAILS, FAILS: FAILS, SLIGHT: HOLDS, NO_DIFFERENCE: HOLDS}.get(verdict(effect, matters=NOTHING), OPEN)
+    low, high = effect.interval
+    if low > -NOTHING and high < NOTHING:
+        return HOLDS
+    return FAILS if low > NOTHING or high < -NOTHING else OPEN
 
 
 def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels", *, matters: float = NOTHING) -> str:
-    """A word if all conditions agree; otherwise the word for each."""
-    verdicts = {name: verdict(effect, matters=matters) for name, effect in effects.items()}
-    if len(set(verdicts.values())) == 1:
-        return next(iter(verdicts.values()))
-    return f"depends on {condition}: " + ", ".join(f"{name} {found}" for name, found in verdicts.items())
+    """A word if all conditions agree; otherwise each word, with the conditions in which it is right."""
+    names: dict[str, list[str]] = {}
+    for name, effect in effects.items():
+        names.setdefault(verdict(effect, matters=matters), []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return f"depends on {condition}: " + ", ".join(f"{word} ({'; '.join(where)})" for word, where in names.items())
 
 
 def series(x: Any, rows: Any) -> Measured:

@@ -499,11 +499,12 @@ def smoothing_helps(evidence: dict[str, Any]) -> Claim:
     """Beyond the notebook: conservative and robust DPO expect that labels are flipped."""
     reward = evidence["smoothing"]["expected_reward"]
     place = SMOOTHINGS.index(0.2)
-    effects = {
-        f"{name}, {training}": estimate(reward[i, j, place] - reward[i, j, 0])
+    trainings = {
+        f"{name.replace('dpo', 'DPO')}, {rate}": (i, j)
         for i, name in enumerate(SMOOTHED)
-        for j, training in enumerate(("tuned", "ten times the learning rate"))
+        for j, rate in enumerate(("tuned", "ten times the learning rate"))
     }
+    effects = {name: estimate(reward[i, j, place] - reward[i, j, 0]) for name, (i, j) in trainings.items()}
     first = next(iter(effects))
     sft = evidence["variants_sft_reward"]
     return Claim(
@@ -514,9 +515,7 @@ def smoothing_helps(evidence: dict[str, Any]) -> Claim:
         by_condition(effects, "the method and the learning rate"),
         {
             "Gain in true reward over SFT": {
-                f"{name}, {training}": series(SMOOTHINGS, reward[i, j] - sft)
-                for i, name in enumerate(SMOOTHED)
-                for j, training in enumerate(("tuned", "ten times the learning rate"))
+                name: series(SMOOTHINGS, reward[i, j] - sft) for name, (i, j) in trainings.items()
             }
         },
         "Label smoothing",
