@@ -369,7 +369,9 @@ ends = {
     )
     for name in ("DPO", "PPO", "GRPO", "Dr. GRPO")
 }
-figure = figures.rlhf_frontier({f"After training, β = {BETA}": ends}, bounds, limits=(0.8, 0.0))
+kls, gains = ([getattr(end, name).item() for end in ends.values()] for name in ("kl", "gain"))
+limits = (1.1 * max(kls), min(0.0, *gains) - 0.01)
+figure = figures.rlhf_frontier({f"After training, β = {BETA}": ends}, bounds, limits=limits)
 files.save_figure(figure, out / "frontier.png")
 
 # %% [markdown]
