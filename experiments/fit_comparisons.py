@@ -160,10 +160,10 @@ def log_probs(compared: Array, logits: Float[Array, "prompts responses"]) -> Flo
 
 
 def evaluate(policy: toy.NamedPolicy, training: Preferences, held_out: Preferences) -> dict[str, Any]:
-    """How often held-out comparisons are foretold: by the policy, by a majority vote, by tossing a coin.
+    """How often held-out comparisons are predicted: by the policy, by a majority vote, by tossing a coin.
 
-    The majority rule foretells what most training comparisons of the same two responses said. A tie, but for rounding
-    errors of the weights, and a pair never seen in training, counts as half foretold.
+    The majority rule predicts what most training comparisons of the same two responses said. A tie, but for rounding
+    errors of the weights, and a pair never seen in training, counts as half predicted.
 
     Returns:
       `num_training`, `num_held_out`; and `accuracy`, `majority_accuracy` and their difference `gain`, each with `mean`
@@ -174,14 +174,14 @@ def evaluate(policy: toy.NamedPolicy, training: Preferences, held_out: Preferenc
         votes[comparison] += weight
     score = [policy.log_probs[p, c] - policy.log_probs[p, r] for p, c, r in _triples(held_out)]
     majority = [_majority(votes[p, c, r], votes[p, r, c]) for p, c, r in _triples(held_out)]
-    foretold, foretold_by_majority = (0.5 + 0.5 * np.sign(margins) for margins in (score, majority))
+    predicted, predicted_by_majority = (0.5 + 0.5 * np.sign(margins) for margins in (score, majority))
     weights = _weights(held_out)
     return {
         "num_training": len(training.prompts),
         "num_held_out": len(held_out.prompts),
-        "accuracy": _weighted_mean_and_stderr(foretold, weights),
-        "majority_accuracy": _weighted_mean_and_stderr(foretold_by_majority, weights),
-        "gain": _weighted_mean_and_stderr(foretold - foretold_by_majority, weights),
+        "accuracy": _weighted_mean_and_stderr(predicted, weights),
+        "majority_accuracy": _weighted_mean_and_stderr(predicted_by_majority, weights),
+        "gain": _weighted_mean_and_stderr(predicted - predicted_by_majority, weights),
     }
 
 
@@ -232,7 +232,7 @@ def print_test(test: dict[str, Any]) -> None:
     """Prints the held-out accuracies."""
     rows = {"policy, by DPO": "accuracy", "majority vote of the training comparisons": "majority_accuracy"}
     console.print_table(
-        f"Foretelling {test['num_held_out']:,} held-out comparisons, from {test['num_training']:,}",
+        f"Predicting {test['num_held_out']:,} held-out comparisons, from {test['num_training']:,}",
         ["rule", "accuracy (a tie is half right)"],
         [
             *([rule, f"{test[name]['mean']:.1%} ± {test[name]['stderr']:.1%}"] for rule, name in rows.items()),

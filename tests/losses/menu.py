@@ -29,7 +29,7 @@ class Case:
       loss: the function.
       equation: `(x, h) -> [batch]`, of `quantities` and of a namespace of hyperparameters.
       hyperparameters: values that are not special.
-      kind: what it eats.
+      kind: what it takes.
       paper: who published it, and where.
     """
 

@@ -36,7 +36,7 @@ def loss_of(entry: dict[str, Any], dtype: Any) -> tuple[Any, Any]:
     """Our loss as a function of what the oracle differentiates by, and the point at which it was asked."""
     name, hyperparameters = entry["loss"], dict(entry["hyperparameters"])
     policy, reference, lengths = pair("policy", dtype), pair("reference", dtype), pair("lengths", jnp.int32)
-    if entry["eats"] == "means":
+    if entry["takes"] == "means":
         policy, reference = _per_token(policy, lengths), _per_token(reference, lengths)
     if name == "ld_dpo":
         return _length_desensitized(hyperparameters, lengths, dtype)

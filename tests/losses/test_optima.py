@@ -217,7 +217,7 @@ def without_reference(loss):
 
 
 def population(case, world, **noise):
-    """The menu's loss, and infinite data of the sort that it eats."""
+    """The menu's loss, and infinite data of the sort that it takes."""
     if case.kind == RANKED:
         return case.loss, toy.all_rankings(world, num_ranked=3)
     if case.kind == UNPAIRED:

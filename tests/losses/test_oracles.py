@@ -53,8 +53,8 @@ def test_dialects():
     smoothed = {e["oracle"] for e in ENTRIES if e["loss"] == "dpo_loss" and e["hyperparameters"].get("label_smoothing")}
     assert "TRL 0.28.0" in smoothed
     assert "TRL 1.16.0" not in smoothed
-    eaten = {(e["oracle"], e["eats"]) for e in ENTRIES if e["loss"] == "ipo_loss" and not e["divergence"]}
-    assert {("TRL 0.28.0", "sums"), ("TRL 1.16.0", "means")} <= eaten
+    taken = {(e["oracle"], e["takes"]) for e in ENTRIES if e["loss"] == "ipo_loss" and not e["divergence"]}
+    assert {("TRL 0.28.0", "sums"), ("TRL 1.16.0", "means")} <= taken
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e["loss"] == "kto_reference_point"], ids=lambda e: e["oracle"])

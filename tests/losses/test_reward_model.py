@@ -37,7 +37,7 @@ def test_infinite_rewards_have_the_loss_of_the_limit():
 
 
 @pytest.mark.parametrize("win", [0.5, 0.8, 0.99])
-def test_it_comes_to_rest_at_the_log_odds_of_the_preference(win):
+def test_it_converges_to_the_log_odds_of_the_preference(win):
     def risk(difference):
         one, other = 0.5 * difference, -0.5 * difference
         return win * bradley_terry_loss((one, other)) + (1 - win) * bradley_terry_loss((other, one))

@@ -1,4 +1,4 @@
-"""Where the learners come to rest: at the optimum of the RLHF objective, and if not there, where theory says."""
+"""What the learners converge to: the optimum of the RLHF objective, and if not there, where theory says."""
 
 from functools import partial
 
@@ -90,7 +90,7 @@ def distance_at_a_constant_rate(bandit, make):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_baseline_that_counts_the_response_itself_comes_to_rest_at_a_larger_beta(bandit, size):
+def test_a_baseline_that_counts_the_response_itself_converges_as_for_a_larger_beta(bandit, size):
     """Dr. GRPO: the gradient of the reward is shorter by one part in the size of the group, that of the KL is not."""
     params = trained(
         bandit,
@@ -104,7 +104,7 @@ def test_a_baseline_that_counts_the_response_itself_comes_to_rest_at_a_larger_be
     assert bandit.distance(params, optimum(bandit)) > 3e-2
 
 
-def test_grpo_as_published_comes_to_rest_elsewhere(bandit):
+def test_grpo_as_published_converges_elsewhere(bandit):
     """At pi_ref / (1 - A / beta), which is not the optimum at that beta."""
     beta = 3.0
     params = trained(bandit, rlhf.grpo, rounds=2000, rate=0.05, beta=beta)

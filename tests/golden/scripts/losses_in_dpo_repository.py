@@ -49,7 +49,7 @@ def entry(name: str, hyperparameters: dict, preference_loss: Callable, **argumen
     return {
         "loss": name,
         "hyperparameters": hyperparameters,
-        "eats": "sums",
+        "takes": "sums",
         "dtype": "float64",
         "divergence": None,
         "reduction": "none",

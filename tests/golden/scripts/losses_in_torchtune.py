@@ -35,7 +35,7 @@ def entry(name: str, loss: torch.nn.Module, hyperparameters: dict, note: str) ->
     return {
         "loss": name,
         "hyperparameters": hyperparameters,
-        "eats": "sums",
+        "takes": "sums",
         "dtype": str(values.dtype).removeprefix("torch."),
         "divergence": None,
         "reduction": "none",

@@ -116,13 +116,13 @@ def reference_free_entries():
         yield pair_entry("cpo_loss", cpo_loss("sigmoid", beta=beta), {"beta": beta, "sft_weight": 0.0}, note=note)
         for gamma in (0.5, 1.5):
             loss, hyperparameters = cpo_loss("simpo", beta=beta, simpo_gamma=gamma), {"beta": beta, "gamma": gamma}
-            yield pair_entry("simpo_loss", loss, hyperparameters, eats="means", note="loss_type simpo, no NLL")
+            yield pair_entry("simpo_loss", loss, hyperparameters, takes="means", note="loss_type simpo, no NLL")
             for alpha in (0.25, -0.25):
                 loss = cpo_loss("simpo", beta=beta, simpo_gamma=gamma, alpha=alpha)
                 hyperparameters = {"beta": beta, "gamma": gamma, "alpha": alpha}
-                yield pair_entry("alphapo_loss", loss, hyperparameters, eats="means", note="loss_type simpo, no NLL")
+                yield pair_entry("alphapo_loss", loss, hyperparameters, takes="means", note="loss_type simpo, no NLL")
         note = f"the odds-ratio part with TRL's sign, beta * log sigmoid(log odds); {FLOAT32_NOTE}"
-        yield pair_entry("orpo_odds_ratio", orpo_loss(beta), {"beta": beta}, eats="means", dtype="float32", note=note)
+        yield pair_entry("orpo_odds_ratio", orpo_loss(beta), {"beta": beta}, takes="means", dtype="float32", note=note)
 
 
 def kto_entries():
@@ -227,15 +227,15 @@ def in_row_order(losses: torch.Tensor, number: int) -> torch.Tensor:
     return losses[torch.argsort(order)]
 
 
-def pair_entry(name, loss, hyperparameters, *, eats="sums", **more) -> dict:
+def pair_entry(name, loss, hyperparameters, *, takes="sums", **more) -> dict:
     """The values of a loss of pairs, and the gradients of their sum with respect to the policy's pair."""
     pairs = [loss_inputs.POLICY, loss_inputs.REFERENCE]
-    policy, reference = (tensors(loss_inputs.means(pair) if eats == "means" else pair) for pair in pairs)
+    policy, reference = (tensors(loss_inputs.means(pair) if takes == "means" else pair) for pair in pairs)
     policy = [logps.requires_grad_() for logps in policy]
     values = loss(policy, reference)
     chosen, rejected = (gradient.tolist() for gradient in torch.autograd.grad(values.sum(), policy))
     gradients = {"chosen": chosen, "rejected": rejected}
-    return new_entry(name, hyperparameters, eats, "none", values.tolist(), gradients, **more)
+    return new_entry(name, hyperparameters, takes, "none", values.tolist(), gradients, **more)
 
 
 def single_entry(name, loss, hyperparameters, **more) -> dict:
@@ -246,11 +246,11 @@ def single_entry(name, loss, hyperparameters, **more) -> dict:
     return new_entry(name, hyperparameters, "sums", "none", values.tolist(), {"policy": gradient.tolist()}, **more)
 
 
-def new_entry(name, hyperparameters, eats, reduction, values, gradients, *, dtype="float64", divergence=None, note=""):
+def new_entry(name, hyperparameters, takes, reduction, values, gradients, *, dtype="float64", divergence=None, note=""):
     return {
         "loss": name,
         "hyperparameters": hyperparameters,
-        "eats": eats,
+        "takes": takes,
         "dtype": dtype,
         "divergence": divergence,
         "reduction": reduction,

@@ -52,7 +52,7 @@ def dpo_entries():
             hyperparameters = {"beta": beta} | ({"shift": 0.0} if loss_type == "bco_pair" else {})
             yield dpo_entry(name, hyperparameters, f"loss_type {loss_type}", loss_types=[loss_type])
         note = "loss_type ipo, which divides sums by LENGTHS; inputs and gradient are of the means"
-        yield dpo_entry("ipo_loss", {"beta": beta}, note, eats="means", loss_types=["ipo"])
+        yield dpo_entry("ipo_loss", {"beta": beta}, note, takes="means", loss_types=["ipo"])
         note = f"loss_type sigmoid_norm, which divides by LENGTHS; {SUM_OF_LOGPS}"
         yield dpo_entry("length_normalized_dpo_loss", {"beta": beta}, note, loss_types=["sigmoid_norm"])
         for name, loss_type, label_smoothings in [
@@ -173,16 +173,16 @@ def kto_entries():
 
 
 def dpo_entry(
-    name, hyperparameters, note, *, eats="sums", reduction="none", dtype=torch.float64, shares=SHARES, **attributes
+    name, hyperparameters, note, *, takes="sums", reduction="none", dtype=torch.float64, shares=SHARES, **attributes
 ) -> dict:
     """A loss of `DPOTrainer`: a value for each row, or one for the batch; and the gradients of the sum of values."""
     lengths = [(share > 0).sum(-1) for share in shares]
 
     def sums(pair):
-        return [logps * length for logps, length in zip(pair, lengths, strict=True)] if eats == "means" else pair
+        return [logps * length for logps, length in zip(pair, lengths, strict=True)] if takes == "means" else pair
 
     pairs = loss_inputs.POLICY, loss_inputs.REFERENCE
-    policy, reference = (tensors(loss_inputs.means(pair) if eats == "means" else pair, dtype) for pair in pairs)
+    policy, reference = (tensors(loss_inputs.means(pair) if takes == "means" else pair, dtype) for pair in pairs)
     policy = [logps.requires_grad_() for logps in policy]
     policy_tokens = [logps[:, None] * share.to(dtype) for logps, share in zip(sums(policy), shares, strict=True)]
     loss = dpo_loss(**attributes, **{key: value for key, value in hyperparameters.items() if key in READ_BY_TRAINER})
@@ -191,7 +191,7 @@ def dpo_entry(
     values = values if reduction == "none" else values[0]
     note += "" if values.isfinite().all() else "; null: not a number in TRL, where an exponential overflows, times zero"
     gradients = pair_gradients(values, policy)
-    return new_entry(name, hyperparameters, eats, values.to(dtype), gradients, note, reduction=reduction)
+    return new_entry(name, hyperparameters, takes, values.to(dtype), gradients, note, reduction=reduction)
 
 
 def dpo_loss(*, loss_types: list[str], temperature: float = 0.05, **attributes) -> Callable:
@@ -264,11 +264,11 @@ def orpo_loss(beta: float) -> Callable:
     return lambda policy: ORPOTrainer.odds_ratio_loss(trainer, *policy)[0]
 
 
-def reference_free_entry(name, loss, hyperparameters, eats, note) -> dict:
-    pair = loss_inputs.means(loss_inputs.POLICY) if eats == "means" else loss_inputs.POLICY
+def reference_free_entry(name, loss, hyperparameters, takes, note) -> dict:
+    pair = loss_inputs.means(loss_inputs.POLICY) if takes == "means" else loss_inputs.POLICY
     policy = [logps.requires_grad_() for logps in tensors(pair)]
     values = loss(policy)
-    return new_entry(name, hyperparameters, eats, values, pair_gradients(values, policy), note)
+    return new_entry(name, hyperparameters, takes, values, pair_gradients(values, policy), note)
 
 
 def fake_trainer(**attributes) -> SimpleNamespace:
@@ -319,11 +319,11 @@ def pair_gradients(values: torch.Tensor, policy: list[torch.Tensor]) -> dict[str
     return {"chosen": chosen.tolist(), "rejected": rejected.tolist()}
 
 
-def new_entry(name, hyperparameters, eats, values, gradients, note, *, reduction="none", divergence=None) -> dict:
+def new_entry(name, hyperparameters, takes, values, gradients, note, *, reduction="none", divergence=None) -> dict:
     return {
         "loss": name,
         "hyperparameters": hyperparameters,
-        "eats": eats,
+        "takes": takes,
         "dtype": str(values.dtype).removeprefix("torch."),
         "divergence": divergence,
         "reduction": reduction,
