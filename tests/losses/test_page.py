@@ -49,7 +49,7 @@ def test_the_reported_results_are_of_all_losses_and_small():
                 assert (row[source][dtype] or 0) < tolerance, row
 
 
-@pytest.mark.parametrize("name", ["dpo_loss", "orpo_loss", "wpo_weights"])
+@pytest.mark.parametrize("name", ["dpo_loss", "orpo_loss", pytest.param("wpo_weights", marks=pytest.mark.slow)])
 def test_the_reported_results_can_be_had_again(name):
     """Up to the last digits, which depend on the machine."""
     (row,) = deviations.summarise([name])["losses"]
@@ -69,6 +69,7 @@ def test_deviations_are_rounded_up(number, text):
     assert deviations.rounded_up(number) == text
 
 
+@pytest.mark.slow
 def test_all_code_runs_and_every_training_earns_reward():
     scope = {}
     exec(BLOCKS[0], scope)

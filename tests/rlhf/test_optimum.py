@@ -51,18 +51,21 @@ def test_exact_expectations_lead_to_the_optimum(bandit, make):
     assert bandit.distance(params, optimum(bandit)) < 1e-4
 
 
+@pytest.mark.slow
 @every_learner
 def test_samples_lead_to_the_optimum(bandit, make):
     params = trained(bandit, make, 4, 128, rounds=3000, rate=0.01)
     assert bandit.distance(params, optimum(bandit)) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [rlhf.rloo, partial(rlhf.ppo, advantages=lambda advantages, _: advantages)])
 def test_with_the_kl_in_the_reward_samples_lead_there_exactly(bandit, make):
     """At the optimum all responses to a prompt earn the same, so there is no noise left, however few they are."""
     assert distance_at_a_constant_rate(bandit, make) < 1e-5
 
 
+@pytest.mark.slow
 def test_whitening_keeps_the_noise_alive(bandit):
     assert distance_at_a_constant_rate(bandit, rlhf.ppo) > 1e-3
 
@@ -89,6 +92,7 @@ def distance_at_a_constant_rate(bandit, make):
     return bandit.distance(run(jax.random.key(1)), optimum(bandit))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_baseline_that_counts_the_response_itself_converges_as_for_a_larger_beta(bandit, size):
     """Dr. GRPO: the gradient of the reward is shorter by one part in the size of the group, that of the KL is not."""
@@ -104,6 +108,7 @@ def test_a_baseline_that_counts_the_response_itself_converges_as_for_a_larger_be
     assert bandit.distance(params, optimum(bandit)) > 3e-2
 
 
+@pytest.mark.slow
 def test_grpo_as_published_converges_elsewhere(bandit):
     """At pi_ref / (1 - A / beta), which is not the optimum at that beta."""
     beta = 3.0
@@ -116,6 +121,7 @@ def test_grpo_as_published_converges_elsewhere(bandit):
     assert bandit.distance(params, optimum(bandit, beta)) > 0.05
 
 
+@pytest.mark.slow
 def test_the_kl_term_of_grpo_alone_holds_to_the_other_divergence(bandit):
     """Without standard deviations it comes to the maximum of reward minus beta times KL(reference || policy)."""
     params = trained(bandit, rlhf.grpo, rounds=2000, rate=0.05, advantages=losses.centred_advantages)
@@ -131,6 +137,7 @@ def test_the_kl_term_of_grpo_alone_holds_to_the_other_divergence(bandit):
         np.testing.assert_allclose(np.exp(learned), np.exp(best) / np.exp(best).sum(), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_held_kl_stays_on_target(bandit):
     target = 0.05
     control = rlhf.AdaptiveKL(initial=1.0, target=target)
@@ -139,6 +146,7 @@ def test_a_held_kl_stays_on_target(bandit):
     np.testing.assert_allclose(kl, target, rtol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LEARNERS.values(), ids=LEARNERS)
 def test_a_learned_reward_leads_to_its_own_optimum(bandit, make):
     learned = jnp.flip(bandit.world.rewards, axis=-1)
@@ -146,16 +154,19 @@ def test_a_learned_reward_leads_to_its_own_optimum(bandit, make):
     assert bandit.distance(params, toy.optimal_policy(bandit.table, learned, beta=BETA)) < 1e-4
 
 
+@pytest.mark.slow
 def test_online_dpo_leads_to_the_optimum(bandit):
     params = trained_on_preferences(bandit, rlhf.online_dpo, 2)
     assert bandit.distance(params, optimum(bandit)) < 2e-2
 
 
+@pytest.mark.slow
 def test_xpo_without_optimism_leads_to_the_optimum(bandit):
     params = trained_on_preferences(bandit, rlhf.xpo, 1, alpha=0.0)
     assert bandit.distance(params, optimum(bandit)) < 2e-2
 
 
+@pytest.mark.slow
 def test_optimism_pulls_away_from_what_the_reference_answers(bandit):
     params = trained_on_preferences(bandit, rlhf.xpo, 1, alpha=0.05)
 
@@ -188,6 +199,7 @@ def trained_on_preferences(bandit, make, group_size, **hyperparameters):
     return run(jax.random.key(2))[0]
 
 
+@pytest.mark.slow
 def test_best_of_n_chooses_as_its_closed_form_says(bandit, key):
     num, size = 20_000, 3
     prompts = jnp.arange(num) % 2

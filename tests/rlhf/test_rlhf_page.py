@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax.numpy as jnp
+import pytest
 
 from dpo_jax import losses, rlhf, toy
 from dpo_jax.intervals import half_width
@@ -25,6 +26,7 @@ def estimators_table(estimators):
     return "\n".join(rows)
 
 
+@pytest.mark.slow
 def test_all_code_runs_and_every_training_earns_reward():
     scope = {}
     for block in BLOCKS:

@@ -45,7 +45,7 @@ def reinforced(bandit, make, rewards, log_prob):
     return policy_of(run(jax.random.key(1)))
 
 
-@pytest.mark.parametrize("make", [rlhf.rloo, rlhf.ppo])
+@pytest.mark.parametrize("make", [rlhf.rloo, pytest.param(rlhf.ppo, marks=pytest.mark.slow)])
 def test_with_infinite_data_and_a_table_they_are_the_same(bandit, make):
     learned = reward_model(bandit)
     np.testing.assert_allclose(

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from dpo_jax import train
 
 PAGE = Path(train.__file__).parent / "README.md"
 
 
+@pytest.mark.slow
 def test_all_code_runs_and_every_training_learns(as_users_have_it, capsys):
     scope = {}
     with jax.numpy_rank_promotion("allow"):  # as users have it
