@@ -126,6 +126,7 @@ def test_markup_in_names_is_left_alone(tmp_path, capsys):
     assert (tmp_path / "out[x]" / "policy.npz").exists()
 
 
+@pytest.mark.slow
 def test_options_matter(tmp_path):
     def ranking(**changes):
         options = fit_comparisons.Options(EXAMPLE, num_epochs=5, out=tmp_path / "out", **changes)

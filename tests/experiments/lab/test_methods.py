@@ -33,14 +33,18 @@ def data(feedback):
     return {kind: kind(feedback) for kind in kinds}
 
 
-def steps(method, feedback, data, candidate):
-    """Two optimizer steps of a method: its parameters, and the metrics of the second step."""
+def objective_of(method, feedback, candidate):
     start = feedback.start
     log_prob, table = PIPELINE.log_prob(start.world), PIPELINE.table(start.world)
     setup = Setup(jax.random.key(5), log_prob, table, start.params, start.log_probs)
-    objective = method.objective(setup, tuning.hyperparameters(method.ranges, candidate))
-    optimizer = optax.sgd(0.1)
-    state = train.init_state(method.initial(jax.random.key(6), start), objective=objective, optimizer=optimizer)
+    return method.objective(setup, tuning.hyperparameters(method.ranges, candidate))
+
+
+def steps(method, feedback, data, candidate):
+    """Two optimizer steps of a method: its parameters, and the metrics of the second step."""
+    objective, optimizer = objective_of(method, feedback, candidate), optax.sgd(0.1)
+    initial = method.initial(jax.random.key(6), feedback.start)
+    state = train.init_state(initial, objective=objective, optimizer=optimizer)
     state, _ = train.update(state, data, objective=objective, optimizer=optimizer)
     state, metrics = train.update(state, data, objective=objective, optimizer=optimizer)
     return state.params, metrics
@@ -66,7 +70,8 @@ def test_every_loss_takes_part(feedback, data, monkeypatch):
         monkeypatch.setattr(losses, name, noting(called, name, getattr(losses, name)))
     by_name = {kind.__name__: drawn for kind, drawn in data.items()}
     for method in importlib.reload(methods).METHODS:
-        jax.eval_shape(functools.partial(steps, method, feedback, by_name[method.data.__name__]), CANDIDATES[0])
+        objective = objective_of(method, feedback, CANDIDATES[0])
+        jax.eval_shape(objective, feedback.start.params, by_name[method.data.__name__])
     assert public - called == {"length_normalized_dpo_loss", "length_regularized_dpo_loss"}
 
 
