@@ -1,4 +1,4 @@
-"""What learners keep beside the policy, by hand: baselines, values, the price of KL; on all responses to all prompts."""
+"""What learners keep beside the policy, by hand, on all responses to all prompts: baselines, values, prices of KL."""
 
 import jax
 import jax.numpy as jnp
