@@ -70,3 +70,15 @@ def test_each_setting_has_finalists_of_its_own():
 
     chosen = tune(rigged, ["dpo"], settings, Seeds.of(3, 8), points=points)
     np.testing.assert_array_equal(chosen, [[points.max(0), points.min(0)]])
+
+
+def test_what_diverges_in_one_world_is_not_chosen():
+    points = candidates(6, 1)
+
+    def rigged(methods, trials, seeds):
+        scores = np.tile(trials.candidate[:, :1], (len(methods), 1, len(seeds)))
+        scores[scores[..., -1] == points.max(), 0] = np.nan
+        return xarray.Dataset({"expected_reward": (("method", "trial", "seed"), scores)})
+
+    chosen = tune(rigged, ["dpo"], [Setting()], Seeds.of(3, 8), points=points)
+    np.testing.assert_array_equal(chosen[0, 0], np.sort(points, axis=0)[-2])
