@@ -240,6 +240,14 @@ def test_numbers_that_a_run_closes_over_belong_to_the_sweep(tmp_path, key, num_r
         sweep.grid(run, key, out=tmp_path, **{**SWEEP, "runs_at_once": num_runs})
 
 
+def test_starts_belong_to_the_sweep_with_their_seeds(tmp_path, key):
+    starts = sweep.prepare(jax.random.normal, key, num_seeds=2)
+    sweep.grid(lambda start: start, starts, out=tmp_path)
+    swapped = sweep.Starts(starts.values, [1, 0])
+    with pytest.raises(ValueError, match="another sweep: key was"):
+        sweep.grid(lambda start: start, swapped, out=tmp_path)
+
+
 # Growing
 
 
@@ -274,6 +282,19 @@ def test_a_static_axis_grows(tmp_path, whole, expected):
     for draws in ([3], [2, 3]):
         grown = sweep.grid(sweeps.noisy, sweeps.base_key(), out=tmp_path, **{**SWEEP, "draws": sweep.static(draws)})
     sweeps.assert_same(grown, sweeps.make(None))
+
+
+def test_code_of_a_value_that_was_added_belongs_to_the_sweep(tmp_path, key):
+    def run_with(factor):
+        def run(key, *, draws):
+            return jax.random.normal(key, (draws,)).sum() * (factor if draws == 3 else 1.0)
+
+        return run
+
+    for draws in ([2], [2, 3]):
+        sweep.grid(run_with(1.0), key, num_seeds=2, out=tmp_path, draws=sweep.static(draws))
+    with pytest.raises(ValueError, match="what run computes with draws=3 has changed"):
+        sweep.grid(run_with(5.0), key, num_seeds=2, out=tmp_path, draws=sweep.static([2, 3]))
 
 
 def test_less_may_be_asked_of_a_folder_than_it_holds(whole, expected):
