@@ -44,6 +44,14 @@ def test_errors_of_values_count_by_the_weights_of_responses_and_by_their_share_o
     np.testing.assert_allclose(losses[0.3] - losses[0.0], 0.3 * metrics["value_loss"], rtol=1e-3)
 
 
+def test_advantages_of_ppo_are_relative_to_the_values(bandit, moved, key):
+    values = jnp.array([[0.5], [2.0]])
+    learner = bandit.learner(rlhf.ppo, beta=BETA, advantages=lambda advantages, _: advantages)
+    rollouts, _ = learner.collect(key, rlhf.ActorCritic(moved, {"params": {"logits": values}}), None)
+    expected = by_hand(bandit, moved)[2] - values
+    np.testing.assert_allclose(rollouts.advantages, expected.ravel(), rtol=1e-4, atol=1e-6)
+
+
 def test_the_price_of_kl_follows_the_kl_of_the_policy(bandit, moved, key):
     probs, ratios, _ = by_hand(bandit, moved)
     kl = (probs * ratios).sum(-1).mean()
