@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import io
 import itertools
 import json
 import os
@@ -398,10 +399,18 @@ def say(**changes):
     return change("sweep.json", lambda data: json.dumps({**json.loads(data), **changes}).encode())
 
 
+def shortened(data):
+    """A block of fewer points."""
+    with np.load(io.BytesIO(data)) as block:
+        np.savez(made := io.BytesIO(), **{name: array[:1] for name, array in block.items()})
+    return made.getvalue()
+
+
 DAMAGE = {
     "a block is cut": ("block 1 is not what was written", change("blocks/1.npz", lambda data: data[:-1])),
     "a block is empty": ("block 1 is not what was written", change("blocks/1.npz", lambda data: b"")),
     "a block is garbage": ("block 1 is not what was written", change("blocks/1.npz", lambda data: b"x" * len(data))),
+    "another shape": ("block 1 is not what was written .*something else", change("blocks/1.npz", shortened)),
     "another dtype": ("block 1 is not", change("blocks/1.npz", lambda data: data.replace(b"<f4", b">f4"))),
     "another order": ("block 1 is not", change("blocks/1.npz", lambda data: data.replace(b"False", b"True ", 1))),
     "a byte of a result": ("block 1 is not what was written", change("blocks/1.npz", lambda data: flipped(data, 200))),
