@@ -302,6 +302,15 @@ def test_double_precision_holds_in_every_program(key):
     np.testing.assert_allclose(results["total"], looped["total"], rtol=1e-12)
 
 
+def test_programs_of_another_precision_are_others(key):
+    def run(key):
+        return jax.random.uniform(key)
+
+    assert sweep.grid(run, key, num_seeds=1).result.dtype == np.float32
+    with jax.enable_x64(True):
+        assert sweep.grid(run, key, num_seeds=1).result.dtype == np.float64
+
+
 def test_a_constant_and_a_computed_number_are_the_same_result(key):
     run = lambda key, *, name: 0.0 if name == "none" else jax.random.normal(key)  # noqa: E731
     results = sweep.grid(run, key, num_seeds=3, name=["none", "some"])
