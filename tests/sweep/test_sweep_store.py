@@ -441,12 +441,14 @@ def test_damage_is_found_and_nothing_written_over_it(out, what, make):
     assert sweeps.contents(out) == before
 
 
-def test_all_damage_is_named_at_once(tmp_path, whole):
+def test_all_damage_is_named_and_repaired_at_once(tmp_path, whole, expected):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     for number in range(3, 15):
         (out / "blocks" / f"{number}.npz").write_bytes(b"")
     with pytest.raises(sweep.DamagedStoreError, match=r"blocks 3, .*, 12, ... \(12 in all\) are not .*repair=True"):
         sweeps.make(out)
+    sweeps.make(out, repair=True)
+    assert sweeps.contents(out) == expected
 
 
 @pytest.mark.parametrize("what", DAMAGE)
