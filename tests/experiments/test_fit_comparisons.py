@@ -80,6 +80,7 @@ def test_accuracy_and_majority_by_hand():
     assert test["majority_accuracy"]["mean"] == (0 + 1 + 0 + 0.5) / 4  # (1, 2) was never seen
     weighted = fit_comparisons.evaluate(policy, training, preferences([(0, 1), (1, 0)], np.array([3.0, 1.0])))
     assert weighted["accuracy"]["mean"] == 0.75
+    np.testing.assert_allclose(weighted["accuracy"]["stderr"], 0.75 * 0.25 * np.sqrt(2))
 
 
 def test_weights_average_one_in_both_parts_and_accuracies_are_shares(tmp_path):

@@ -147,7 +147,7 @@ def test_no_gradient_flows_through_statistics():
         rewards = scale * jnp.array([1.0, 2.0])
         shift = update_shift(Shift(), rewards, jnp.array([True, False])).value
         moments = update_margin_moments(MarginMoments(jax.random.key(0)), rewards)
-        return shift + moments.mean + moments.std + losses.kto_reference_point(-rewards, -jnp.ones(2))
+        return shift + moments.mean + moments.std + losses.kto_reference_point(-rewards, jnp.full(2, -3.0))
 
     assert jax.grad(value)(1.0) == 0
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from dpo_jax.losses import dpo_loss, log_ratios
-from dpo_jax.losses.ratios import bounded_exp, difference, log1mexp, times
+from dpo_jax.losses.ratios import bounded_exp, difference, log1mexp, power_score, times
 from dpo_jax.types import Pair
 
 POLICY = Pair(jnp.array([-1.0, -0.2, -7.0]), jnp.array([-3.0, -2.5, -0.1]))
@@ -83,6 +83,14 @@ def test_bounded_exp_goes_on_along_its_tangent(dtype):
     np.testing.assert_allclose(np.float32(slope), np.exp(np.log(float(jnp.finfo(dtype).max)) / 4), rtol=0.2)
     assert jnp.all(jnp.diff(value) > 0)
     assert value.dtype == dtype
+
+
+@pytest.mark.parametrize("power", [0.1, 1e-3, -1e-3, 1e-5])
+def test_power_score_has_all_digits_near_its_limit(power):
+    logps = np.array([-2.0, -0.9, -0.1])
+    with jax.enable_x64(True):
+        found = power_score(jnp.asarray(logps), power)
+    np.testing.assert_allclose(found, np.float64(np.expm1(power * np.longdouble(logps)) / power), rtol=1e-12)
 
 
 @given(logp=st.floats(-80, -1e-30))

@@ -61,6 +61,12 @@ def test_rows_that_depend_on_others(of_margin):
     assert mixes(of_margin)
 
 
+def test_any_two_rows_of_a_large_batch_are_told_apart():
+    rows = jnp.zeros(100), jnp.zeros(100)
+    assert mixes(lambda m: m.at[0].add(m[64]), rows)
+    assert mixes(lambda m: m.at[99].add(m[98]), rows)
+
+
 def test_random_numbers_disturb_nobody(capfd):
     """Neither the search for NaN nor what a loss prints."""
 

@@ -60,6 +60,7 @@ def test_numbers_are_traced(values, expected):
         ([None, 0.5], ["None", 0.5]),
         ([(8,), (8, 8)], ["(8,)", "(8, 8)"]),
         ([((1,), (1, 2)), ()], ["((1,), (1, 2))", "()"]),
+        ([object(), "x"], ["<object object>", "x"]),  # its address is another one in each process
         ([functools.partial(double, 1), "x"], ["double(1)", "x"]),
         ([functools.partial(functools.partial(double, x=1), y=triple)], ["double(x=1, y=triple)"]),
     ],

@@ -104,6 +104,24 @@ def test_memory_is_that_of_all_programs(key, sizes):
         sweep.grid(product, key, memory_limit=large // 64, size=sweep.static(sizes), **options)
 
 
+def test_memory_is_that_of_preparing_too(key):
+    def run(start, *, scale):
+        return scale * start
+
+    prepare = partial(product, size=300, scale=1.0)
+    alone, prepared = (
+        sweep.plan(run, key, num_seeds=16, scale=[1.0], prepare=of).programs.memory
+        for of in (jax.random.uniform, prepare)
+    )
+    assert prepared > 10 * alone
+
+
+def test_memory_holds_the_results_of_two_blocks():
+    """One block is computed while the one before it is fetched."""
+    program = jax.jit(lambda x: jnp.full(1000, x)).lower(1.0).compile()
+    assert programs.bytes_needed(program) >= 2 * 4000
+
+
 @pytest.mark.parametrize("num_points", [128, 129, 200, 256, 257])
 def test_blocks_are_as_even_as_can_be(key, num_points):
     plan = sweep.plan(sweeps.noisy, key, num_seeds=1, runs_at_once=128, scale=np.linspace(1, 2, num_points))
@@ -284,6 +302,15 @@ def test_double_precision_holds_in_every_program(key):
     np.testing.assert_allclose(results["total"], looped["total"], rtol=1e-12)
 
 
+def test_programs_of_another_precision_are_others(key):
+    def run(key):
+        return jax.random.uniform(key)
+
+    assert sweep.grid(run, key, num_seeds=1).result.dtype == np.float32
+    with jax.enable_x64(True):
+        assert sweep.grid(run, key, num_seeds=1).result.dtype == np.float64
+
+
 def test_a_constant_and_a_computed_number_are_the_same_result(key):
     run = lambda key, *, name: 0.0 if name == "none" else jax.random.normal(key)  # noqa: E731
     results = sweep.grid(run, key, num_seeds=3, name=["none", "some"])
@@ -352,6 +379,7 @@ BAD = {
     "little memory": (ValueError, "one run takes .* bytes", scaled, {"memory_limit": 10, "scale": [1.0]}),
     "unknown axis": (TypeError, "takes no argument 'size'.*: scale, shift", scaled, {"scale": [1.0], "size": [2]}),
     "a share of nowhere": (ValueError, "shares need a folder", scaled, {"scale": [1.0], "share": (1, 2), "out": None}),
+    "a share before": (ValueError, "i from 1 to n", scaled, {"scale": [1.0], "share": (0, 2)}),
     "a share beyond": (ValueError, "i from 1 to n", scaled, {"scale": [1.0], "share": (3, 2)}),
     "missing axis": (TypeError, "also needs 'scale'", scaled, {"shift": [1.0]}),
     "empty axis": (ValueError, "axis scale has no values", scaled, {"scale": []}),

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import io
 import itertools
 import json
 import os
@@ -240,6 +241,14 @@ def test_numbers_that_a_run_closes_over_belong_to_the_sweep(tmp_path, key, num_r
         sweep.grid(run, key, out=tmp_path, **{**SWEEP, "runs_at_once": num_runs})
 
 
+def test_starts_belong_to_the_sweep_with_their_seeds(tmp_path, key):
+    starts = sweep.prepare(jax.random.normal, key, num_seeds=2)
+    sweep.grid(lambda start: start, starts, out=tmp_path)
+    swapped = sweep.Starts(starts.values, [1, 0])
+    with pytest.raises(ValueError, match="another sweep: key was"):
+        sweep.grid(lambda start: start, swapped, out=tmp_path)
+
+
 # Growing
 
 
@@ -274,6 +283,19 @@ def test_a_static_axis_grows(tmp_path, whole, expected):
     for draws in ([3], [2, 3]):
         grown = sweep.grid(sweeps.noisy, sweeps.base_key(), out=tmp_path, **{**SWEEP, "draws": sweep.static(draws)})
     sweeps.assert_same(grown, sweeps.make(None))
+
+
+def test_code_of_a_value_that_was_added_belongs_to_the_sweep(tmp_path, key):
+    def run_with(factor):
+        def run(key, *, draws):
+            return jax.random.normal(key, (draws,)).sum() * (factor if draws == 3 else 1.0)
+
+        return run
+
+    for draws in ([2], [2, 3]):
+        sweep.grid(run_with(1.0), key, num_seeds=2, out=tmp_path, draws=sweep.static(draws))
+    with pytest.raises(ValueError, match="what run computes with draws=3 has changed"):
+        sweep.grid(run_with(5.0), key, num_seeds=2, out=tmp_path, draws=sweep.static([2, 3]))
 
 
 def test_less_may_be_asked_of_a_folder_than_it_holds(whole, expected):
@@ -377,10 +399,18 @@ def say(**changes):
     return change("sweep.json", lambda data: json.dumps({**json.loads(data), **changes}).encode())
 
 
+def shortened(data):
+    """A block of fewer points."""
+    with np.load(io.BytesIO(data)) as block:
+        np.savez(made := io.BytesIO(), **{name: array[:1] for name, array in block.items()})
+    return made.getvalue()
+
+
 DAMAGE = {
     "a block is cut": ("block 1 is not what was written", change("blocks/1.npz", lambda data: data[:-1])),
     "a block is empty": ("block 1 is not what was written", change("blocks/1.npz", lambda data: b"")),
     "a block is garbage": ("block 1 is not what was written", change("blocks/1.npz", lambda data: b"x" * len(data))),
+    "another shape": ("block 1 is not what was written .*something else", change("blocks/1.npz", shortened)),
     "another dtype": ("block 1 is not", change("blocks/1.npz", lambda data: data.replace(b"<f4", b">f4"))),
     "another order": ("block 1 is not", change("blocks/1.npz", lambda data: data.replace(b"False", b"True ", 1))),
     "a byte of a result": ("block 1 is not what was written", change("blocks/1.npz", lambda data: flipped(data, 200))),
@@ -411,12 +441,14 @@ def test_damage_is_found_and_nothing_written_over_it(out, what, make):
     assert sweeps.contents(out) == before
 
 
-def test_all_damage_is_named_at_once(tmp_path, whole):
+def test_all_damage_is_named_and_repaired_at_once(tmp_path, whole, expected):
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     for number in range(3, 15):
         (out / "blocks" / f"{number}.npz").write_bytes(b"")
     with pytest.raises(sweep.DamagedStoreError, match=r"blocks 3, .*, 12, ... \(12 in all\) are not .*repair=True"):
         sweeps.make(out)
+    sweeps.make(out, repair=True)
+    assert sweeps.contents(out) == expected
 
 
 @pytest.mark.parametrize("what", DAMAGE)

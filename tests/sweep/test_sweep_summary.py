@@ -69,6 +69,11 @@ def test_tables_have_a_row_for_each_point(results):
     assert f"i\\_po & 0.1 & ${VALUES[1, 0].mean():.2f} \\pm {(high - low) / 2:.2f}$ \\\\" in text
 
 
+def test_what_was_done_before_is_not_counted_in_the_rate():
+    progress = sweep.Progress(30, 40, resumed=20, compile_seconds=1.0, run_seconds=2.0)
+    assert str(progress) == "30 of 40 runs, 5.0 per second, about 2 s left (compiled in 1.0 s)"
+
+
 def test_the_line_on_a_terminal_is_rewritten_and_removed(as_users_have_it):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -152,6 +152,11 @@ def test_weights_of_zero_are_never_drawn_at_the_edges():
     assert drawn.tolist() == [1, 1, 3, 3]
 
 
+def test_many_weights_of_bfloat16_are_added_up_in_float32():
+    weights = jnp.ones((2, 300), jnp.bfloat16)  # in bfloat16, 256 + 1 is 256
+    assert invert_cumulative(jnp.array([0.5, 0.999]), weights).tolist() == [150, 299]
+
+
 def test_greedy_picks_the_most_probable():
     assert toy.greedy(jnp.log(jnp.array([[0.2, 0.5, 0.3], [0.4, 0.2, 0.4]]))).tolist() == [1, 0]
 

@@ -36,6 +36,13 @@ def test_batches_in_chunks_train_as_whole_batches_do(key):
         assert whole[1]["step"].tolist() == [2, 4]
 
 
+@pytest.mark.parametrize("rows_per_chunk", [3, 7, 20])
+def test_scores_of_chunks_stand_in_the_order_of_the_rows(rows_per_chunk):
+    rows = jnp.arange(14)
+    scores = train.in_chunks(lambda params, prompts, responses: params * responses, rows_per_chunk)(2.0, rows, rows)
+    assert scores.tolist() == [2.0 * row for row in range(14)]
+
+
 def test_a_chunk_at_a_time_needs_less_memory():
     """Of a wide model, whose activations are the largest arrays."""
     width, num_rows = 512, 256

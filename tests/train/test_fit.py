@@ -320,6 +320,17 @@ def test_nan_stops_training_with_the_step_and_the_last_good_parameters(key, bad_
     assert not jnp.any(jnp.isnan(history["loss"][: bad_step // 3]))
 
 
+def test_after_a_bad_batch_nothing_is_learnt_from_good_ones():
+    def objective(params, batch):
+        return params + jnp.sum(batch), {}
+
+    options = {"objective": objective, "optimizer": optax.sgd(1.0)}
+    state = train.init_state(jnp.float32(0.0), **options)
+    data = jnp.zeros(10).at[3].set(jnp.nan)  # in the second batch of five
+    state, _ = train.run_epoch(state, data, jnp.arange(10), batch_size=2, **options)
+    assert (state.step, state.params, state.finite) == (1, -1.0, False)
+
+
 def test_an_infinite_update_is_not_taken(key):
     def objective(params, batch):
         return jnp.sqrt(jnp.abs(params)).sum(), {}  # finite at 0, but not its slope

@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -65,3 +67,10 @@ def test_all_kinds_cost_about_as_many_judgements_and_carry_their_reference(draw)
 def test_split_pairs_are_the_pairs(start):
     feedback = Feedback(PIPELINE, jax.random.key(4), start, SETTINGS["clean"])
     chex.assert_trees_all_equal(feedback.split_pairs(), toy.split_pairs(feedback.pairs()))
+
+
+def test_each_kind_is_drawn_by_a_key_of_its_own(draw):
+    drawn = [data.prompts for data in draw("clean")]
+    num = min(map(len, drawn))
+    for first, second in itertools.combinations(drawn, 2):
+        assert abs(jnp.mean(first[:num] == second[:num]) - 0.2) < 0.1  # five prompts

@@ -57,3 +57,28 @@ def test_tuning_finds_the_best_where_it_may_look(num):
     assert asked == [(names, 2 * num, range(3, 5)), *(([name], 2 * finalists, range(3, 11)) for name in names)]
     num_runs = sum(len(methods) * num_trials * len(seeds) for methods, num_trials, seeds in asked)
     assert num_runs + 2 * 2 * 3 == tuning.num_runs(seeds, 2, 2, num)
+
+
+def test_each_setting_has_finalists_of_its_own():
+    """The best candidate of one setting is the worst of the other."""
+    points, settings = candidates(6, 1), [SETTINGS["clean"], SETTINGS["noisy"]]
+
+    def rigged(methods, trials, seeds):
+        sign = np.where(trials.setting.flip_probability > 0, -1, 1)
+        scores = np.broadcast_to((sign * trials.candidate[:, 0])[:, None], (len(methods), len(sign), len(seeds)))
+        return xarray.Dataset({"expected_reward": (("method", "trial", "seed"), scores)})
+
+    chosen = tune(rigged, ["dpo"], settings, Seeds.of(3, 8), points=points)
+    np.testing.assert_array_equal(chosen, [[points.max(0), points.min(0)]])
+
+
+def test_what_diverges_in_one_world_is_not_chosen():
+    points = candidates(6, 1)
+
+    def rigged(methods, trials, seeds):
+        scores = np.tile(trials.candidate[:, :1], (len(methods), 1, len(seeds)))
+        scores[scores[..., -1] == points.max(), 0] = np.nan
+        return xarray.Dataset({"expected_reward": (("method", "trial", "seed"), scores)})
+
+    chosen = tune(rigged, ["dpo"], [Setting()], Seeds.of(3, 8), points=points)
+    np.testing.assert_array_equal(chosen[0, 0], np.sort(points, axis=0)[-2])
