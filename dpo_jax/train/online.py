@@ -91,8 +91,7 @@ def fit_online(
             state._replace(memory=objective_memory),
             jax.random.split(train_key, passes_per_round),
         )
-        new_memory = memory_like(memory, new_memory, "learner.collect")
-        memory = jax.tree.map(lambda old, new: jnp.where(state.finite, new, old), memory, new_memory)
+        memory = memory_like(memory, new_memory, "learner.collect")
         return state._replace(memory=(state.memory, memory)), pooled(metrics)
 
     def epoch(state: TrainState, epoch_key: Key[Array, ""]) -> tuple[TrainState, Metrics]:

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +19,10 @@ def test_it_is_ziegler_et_als_equation(kl, factor):
 
 
 def test_it_is_traced():
-    update = jax.jit(
-        lambda target: rlhf.update_coefficient(
-            jnp.float32(0.5), jnp.float32(6.0), control=CONTROL._replace(target=target)
-        )
-    )
-    np.testing.assert_allclose([update(6.0), update(3.0)], [0.5, 0.51], rtol=1e-6)
-    assert update._cache_size() == 1
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def updated(target):
+        control = CONTROL._replace(target=target)
+        return rlhf.update_coefficient(jnp.float32(0.5), jnp.float32(6.0), control=control)
+
+    np.testing.assert_allclose([updated(6.0), updated(3.0)], [0.5, 0.51], rtol=1e-6)

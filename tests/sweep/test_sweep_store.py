@@ -329,7 +329,9 @@ def test_a_share_that_died_is_started_again_alone(tmp_path, expected):
     for i in (1, 2):
         with pytest.raises(sweeps.StoppedError) if i == 1 else contextlib.nullcontext():
             sweeps.make(tmp_path / "out", share=(i, 2), report=(lambda _: sweeps.stop()) if i == 1 else None)
-    assert not sweep.open_results(tmp_path / "out").complete
+    partial = sweep.open_results(tmp_path / "out")
+    assert not partial.complete
+    assert 0 < np.isnan(partial.total).sum() < partial.total.size, "what is missing is NaN, and nothing else"
     sweeps.make(tmp_path / "out", share=(1, 2))
     assert sweeps.contents(tmp_path / "out") == expected
 

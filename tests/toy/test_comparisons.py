@@ -174,6 +174,18 @@ def test_headers_as_other_programs_write_them(tmp_path):
         assert toy.read_comparisons(path).names == toy.Names(("q",), (("a", "b"),))
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", '"prompt","chosen","rejected"\nq,a,b\n'),
+        ("a.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert toy.read_comparisons(tmp_path / name).names == toy.Names(("q",), (("a", "b"),))
+
+
 def test_spaces_before_quotes_are_not_part_of_a_name(tmp_path):
     path = tmp_path / "file.csv"
     path.write_text('prompt, chosen, rejected\nq, "a, b", c\nq,c,"a, b "\n')

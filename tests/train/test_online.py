@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,10 +114,13 @@ def test_the_same_key_gives_the_same_whether_jitted_mapped_or_reported(key):
 
 
 def test_hyperparameters_are_traced():
-    run = jax.jit(lambda rate: fit(jax.random.key(0), optimizer=optax.adam(rate))[0]["x"])
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(rate):
+        return fit(jax.random.key(0), optimizer=optax.adam(rate))[0]["x"]
+
     run(0.1)
     run(0.2)
-    assert run._cache_size() == 1
 
 
 def test_ratios_are_pooled_over_batches_passes_and_rounds(key):
