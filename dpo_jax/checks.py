@@ -1,4 +1,4 @@
-"""Checks at the eager borders.
+"""Checks of arguments, made outside of `jit`.
 
 Each check raises an error that names the argument, its value and, for arrays, the row. Traced values (under `jit`,
 `vmap` or `grad`) are unknown: only their shapes and dtypes are checked.
@@ -235,13 +235,15 @@ def rows(name: str, data: Any) -> int:
     return next(iter(shapes.values()))[0]
 
 
-def one_per_row(name: str, value: Any, num_rows: int) -> None:
-    """Each leaf of `value` has one number for each row, and no axis of tokens."""
+def one_per_row(
+    name: str, value: Any, num_rows: int, hint: str = "take sums or means over tokens (losses.sequence_logps)"
+) -> None:
+    """Each leaf of `value` has one number for each row, and no axis of tokens; otherwise the error gives a hint."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if jnp.shape(leaf) != (num_rows,):
             raise ValueError(
                 f"{name}{jax.tree_util.keystr(path)} must have one number for each of the {num_rows} rows of the "
-                f"batch, got shape {jnp.shape(leaf)}: take sums or means over tokens (losses.sequence_logps)"
+                f"batch, got shape {jnp.shape(leaf)}: {hint}"
             )
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array
 from dpo_jax import checks, figures, losses, rlhf, sweep, toy
 from dpo_jax.types import Metrics, Numeric
 from experiments.lab import commands, console, contenders, devices, files, page
-from experiments.lab.contenders import BETAS, CONTENDERS, Contender, Scene, contender
+from experiments.lab.contenders import CONTENDERS, STRENGTHS, Contender, Scene, contender
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
 from experiments.lab.tuning import Seeds
@@ -65,7 +65,7 @@ class Options:
     """Folder for summary.json and the figures."""
 
 
-class Trials(NamedTuple):
+class StrengthTrials(NamedTuple):
     """An axis of a sweep: in each row a strength and a learning rate. `place` distinguishes equal rows."""
 
     place: Any
@@ -73,7 +73,7 @@ class Trials(NamedTuple):
     learning_rate: Any
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[float, float]]) -> "Trials":
+    def of(cls, rows: Sequence[tuple[float, float]]) -> "StrengthTrials":
         """The trials of some pairs of a strength and a learning rate."""
         return cls(np.arange(len(rows)), *(np.array(column, np.float32) for column in zip(*rows, strict=True)))
 
@@ -81,7 +81,7 @@ class Trials(NamedTuple):
 def runner(pipeline: Pipeline) -> Callable[..., Metrics]:
     """`run(scene, method=..., trial=...)`: trains one policy and measures it exactly; NaN if training diverged."""
 
-    def run(scene: Scene, *, method: str, trial: Trials) -> Metrics:
+    def run(scene: Scene, *, method: str, trial: StrengthTrials) -> Metrics:
         chosen = contender(method)
         log_probs, history = chosen.trained(scene, trial.strength, trial.learning_rate, pipeline=pipeline)
         found = measure(scene, log_probs, price_of(chosen, trial.strength))
@@ -178,7 +178,7 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
     """
     with console.progress("Runs") as report:
 
-        def sweep_of(methods: Sequence[str], trials: Trials, where: range) -> Any:
+        def sweep_of(methods: Sequence[str], trials: StrengthTrials, where: range) -> Any:
             num_seeds = min(BLOCK[0], -(-len(seeds.tuning) // jax.local_device_count()))
             shape = num_seeds, BLOCK[1]
             return seconds.count(
@@ -188,14 +188,14 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
         run, tuned = runner(pipeline), {}
         for strengths in dict.fromkeys(each.strengths for each in CONTENDERS):
             names = [each.name for each in CONTENDERS if each.strengths == strengths]
-            tried = Trials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
+            tried = StrengthTrials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
             results = sweep_of(names, tried, seeds.tuning)
             tuned |= {name: results.sel(method=name) for name in names}
         return [run_reported(sweep_of, seeds, each, tuned[each.name]) for each in CONTENDERS]
 
 
 def run_reported(
-    sweep_of: Callable[[Sequence[str], Trials, range], Any], seeds: Seeds, contender: Contender, tuned: Any
+    sweep_of: Callable[[Sequence[str], StrengthTrials, range], Any], seeds: Seeds, contender: Contender, tuned: Any
 ) -> dict[str, Any]:
     """Chooses the best learning rate for each strength, and runs these, and all rates at the usual strength.
 
@@ -205,7 +205,9 @@ def run_reported(
     strengths, name = contender.strengths, contender.name
     scores = merit(contender, tuned).mean("seed", skipna=False).values.reshape(len(strengths), -1)
     chosen = [LEARNING_RATES[place] for place in np.argmax(np.nan_to_num(scores, nan=-np.inf), axis=1)]
-    reported = Trials.of([*zip(strengths, chosen, strict=True), *((contender.usual, rate) for rate in LEARNING_RATES)])
+    reported = StrengthTrials.of(
+        [*zip(strengths, chosen, strict=True), *((contender.usual, rate) for rate in LEARNING_RATES)]
+    )
     found = {
         name: values.transpose("trial", "seed").values
         for name, values in sweep_of([name], reported, seeds.reported).isel(method=0).data_vars.items()
@@ -259,7 +261,7 @@ def seconds_of_all(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, dict[s
     model = seconds_of(timed(partial(fit_rewards, pipeline=pipeline), scenes))
     found = {}
     for each in CONTENDERS:
-        own = seconds_of(timed(run, scenes, method=[each.name], trial=Trials.of([(each.usual, WATCHED_RATE)])))
+        own = seconds_of(timed(run, scenes, method=[each.name], trial=StrengthTrials.of([(each.usual, WATCHED_RATE)])))
         shared = model if each.judge == contenders.MODEL else dict.fromkeys(model, 0.0)
         found[each.name] = {name: own[name] + shared[name] for name in own}
     return found
@@ -489,7 +491,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     )
     took = {"total": time.perf_counter() - clock, **vars(seconds)}
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds")}
-    files.save_summary({**sizes, "betas": BETAS, **summary, **files.provenance(**took)}, out)
+    files.save_summary({**sizes, "betas": STRENGTHS, **summary, **files.provenance(**took)}, out)
     save_figures(summary, out)
     page.update({"dpo_vs_rlhf": page_table(summary)}, out)
     print_results(summary)

@@ -1,4 +1,4 @@
-"""Every preference loss in the same worlds, each tuned over its own hyperparameters, under clean and noisy labels.
+"""Every preference loss in the same worlds, each tuned over its own hyperparameters, on feedback of four kinds.
 
 Each method trains from the same SFT policies for equally many optimizer steps: on 1,800 comparisons, the same read as
 3,600 labels, as many fresh labels, or 600 rankings of four. Hyperparameters, the learning rate among them, are chosen
@@ -164,8 +164,8 @@ def summarise(found: dict[str, Any], known: dict[str, Any], methods: Sequence[Me
     for setting, results in found.items():
         dpo = next((r for r, m in zip(results, methods, strict=True) if m.name == "dpo"), None)
         for method, result in zip(methods, results, strict=True):
-            told = {name: result[name] for name in ("hyperparameters", "at_edge")}
-            numbers = {name: values for name, values in result.items() if name not in (*told, "sft_reward")}
+            tuned = {name: result[name] for name in ("hyperparameters", "at_edge")}
+            numbers = {name: values for name, values in result.items() if name not in (*tuned, "sft_reward")}
             reward = numbers["expected_reward"]
             numbers["gain"] = reward - result["sft_reward"]
             numbers["gain_from_labels"] = reward - numbers.pop("reward_of_random_labels")
@@ -176,7 +176,7 @@ def summarise(found: dict[str, Any], known: dict[str, Any], methods: Sequence[Me
                     "name": method.name,
                     "family": method.family,
                     "setting": setting,
-                    **told,
+                    **tuned,
                     **{name: mean_and_stderr(values) for name, values in numbers.items()},
                     "diverged": float(np.mean(np.isnan(reward))),
                 }
@@ -288,9 +288,9 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     took = {"total": time.perf_counter() - clock, **vars(seconds)}
     save_figures(summary, out)
     settings = {name: setting._asdict() for name, setting in SETTINGS.items()}
-    told = {"seed": options.seed, **sizes, "settings": settings}
-    files.save_summary({**told, **summary, **files.provenance(**took)}, out)
-    page.update({"loss_variants": page_table({**told, **summary})}, out)
+    options_used = {"seed": options.seed, **sizes, "settings": settings}
+    files.save_summary({**options_used, **summary, **files.provenance(**took)}, out)
+    page.update({"loss_variants": page_table({**options_used, **summary})}, out)
     print_results(summary)
     console.say(
         f"{took['total']:.0f} s in all: {took['compile']:.0f} s compiling and {took['run']:.0f} s running. Figures and "

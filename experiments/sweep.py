@@ -23,7 +23,7 @@ from dpo_jax import checks, figures, sweep, toy
 from dpo_jax.sweep.store import check_place
 from dpo_jax.types import Metrics, Numeric
 from experiments.lab import commands, console, devices, files
-from experiments.lab.feedback import Setting
+from experiments.lab.feedback import Feedback, Setting
 from experiments.lab.methods import METHODS, Method, load_function, method_of
 from experiments.lab.pipeline import BETAS, TUTORIAL, Pipeline, Start
 from experiments.lab.runs import standard_run
@@ -42,10 +42,15 @@ FIXED = {
     "odds_weight": 0.1,
     "mix": 0.001,
 }
-"""Hyperparameters that only some losses have, unless `--fixed` says otherwise."""
-OF_PAIRS = {method.name: method for method in METHODS if "luce" not in method.name and "on labels" not in method.name}
+"""Hyperparameters of the library's losses, unless `--fixed` or `--vary` says otherwise."""
+OF_PAIRS = {method.name: method for method in METHODS if method.data in (Feedback.pairs, Feedback.split_pairs)}
 """The losses that learn from comparisons of two responses."""
-SHOWN = {"expected_reward": "reward ↑", "gain": "gain over SFT ↑", "kl_to_reference": "KL (nats)"}
+SHOWN = {
+    "expected_reward": "reward ↑",
+    "gain": "gain over SFT ↑",
+    "expected_reward_difference": "gain over the first loss ↑",
+    "kl_to_reference": "KL (nats)",
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Options:
     """Whole experiments over losses, betas, learning rates, label noise and seeds: exact reward, KL and regret."""
 
     loss: tuple[str, ...] = ("dpo",)
-    """Names of the losses (see `experiments/methods.py`), or functions of your own: `my_file.py:focal_loss`."""
+    """Names of the losses (see `experiments/lab/methods.py`), or functions of your own: `my_file.py:focal_loss`."""
     beta: tuple[float, ...] = BETAS
     """Strengths of the pull towards the reference."""
     learning_rate: tuple[float, ...] = (1e-3,)
@@ -79,7 +84,7 @@ class Options:
     repair: bool = False
     """Make blocks of the folder that are damaged again."""
     dry_run: bool = False
-    """Only say how many runs, programs and bytes there will be, and roughly how long they will take."""
+    """Only say how many runs, programs and bytes there will be."""
     out: Path = Path("results/sweep")
     """Folder for results: `runs/` holds every run, and the rest what is made of them."""
 
@@ -90,17 +95,23 @@ def runner(methods: Mapping[str, Method], fixed: Mapping[str, float], pipeline: 
     def run(
         start: Start, *, loss: str, beta: Numeric, learning_rate: Numeric, label_noise: Numeric, **varied: Numeric
     ) -> Metrics:
-        method, known = methods[loss], {"beta": beta, **FIXED, **fixed, **varied}
-        chosen = {"learning_rate": learning_rate} | {name: known[name] for name in method.ranges}
+        method, setting = methods[loss], Setting(flip_probability=label_noise)
+        chosen = hyperparameters(method, {**fixed, **varied, "beta": beta})
         reference, rewards = start.log_probs, start.world.rewards
         best = toy.evaluate(toy.optimal_policy(reference, rewards, beta=beta), reference, rewards)
         return {
-            **standard_run(pipeline, method, start, Setting(flip_probability=label_noise), chosen),
+            **standard_run(pipeline, method, start, setting, {"learning_rate": learning_rate, **chosen}),
             "optimal_reward": best["expected_reward"],
             "optimal_kl": best["kl_to_reference"],
         }
 
     return run
+
+
+def hyperparameters(method: Method, chosen: Mapping[str, Numeric]) -> dict[str, Numeric]:
+    """Those of a method: what was chosen, and the standard values of what the method needs besides."""
+    known = {**_standard(method), **chosen}
+    return {name: known[name] for name in (*method.ranges, *method.optional) if name in known}
 
 
 def summarise(results: "xarray.Dataset") -> "xarray.Dataset":
@@ -151,7 +162,7 @@ def save_figures(summary: "xarray.Dataset", num_seeds: int, out: Path) -> None:
         figure = figures.lines(at_best, "gain", x="beta", colour="loss", label=gained, title=means)
         files.save_figure(figure, out / "reward.png")
     labels = "KL to the SFT policy (nats)", gained
-    title = f"{means}; numbers are beta"
+    title = f"{means}; numbers beside the optimum are beta"
     figure = figures.frontiers(at_best, along="beta", colour="loss", labels=labels, title=title)
     files.save_figure(figure, out / "frontier.png")
     if summary.sizes["beta"] > 1 and summary.sizes["learning_rate"] > 1:
@@ -161,17 +172,17 @@ def save_figures(summary: "xarray.Dataset", num_seeds: int, out: Path) -> None:
 
 def print_results(summary: "xarray.Dataset", limit: int = 40) -> None:
     """Prints the points of the grid, as many as are readable."""
-    points = list(sweep.points(summary))
+    points, shown = list(sweep.points(summary)), [name for name in SHOWN if name in summary]
     varied = [name for name in points[0][0] if summary.sizes[name] > 1] or ["loss"]
     rows = [
         [
             *(f"{point[axis]:g}" if isinstance(point[axis], float) else str(point[axis]) for axis in varied),
-            *(sweep.interval(found[name]) for name in SHOWN),
+            *(sweep.interval(found[name]) for name in shown),
             f"{found.finished.item():.0%}",
         ]
         for point, found in points[:limit]
     ]
-    columns = [*varied, *SHOWN.values(), "runs finished"]
+    columns = [*varied, *(SHOWN[name] for name in shown), "runs finished"]
     console.print_table("Means over seeds with 95 % confidence intervals", columns, rows)
     if len(points) > limit:
         console.say(f"... and {len(points) - limit} more points in summary.csv")
@@ -234,13 +245,15 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     if len(methods) < len(options.loss):
         raise ValueError(f"--loss names a loss twice: {', '.join(options.loss)}")
     varied = dict(_varied(text) for text in options.vary)
-    needed = {name for method in methods.values() for name in method.ranges} - {"beta"}
-    for option, names, known in (("--fixed", options.fixed, needed | {*FIXED}), ("--vary", varied, needed)):
+    known = {name for method in methods.values() for name in (*method.ranges, *method.optional)} - {"beta"}
+    for option, names in (("--fixed", options.fixed), ("--vary", varied)):
         for name in names:
             if name not in known:
                 raise ValueError(f"{option}: no loss has {name!r}; there are: {', '.join(sorted(known)) or 'none'}")
-    if missing := sorted(needed - {*FIXED, *options.fixed, *varied}):
-        raise ValueError(f"a loss also needs {missing[0]}: --fixed {missing[0]} 0.5, or --vary {missing[0]}=0.5,1")
+    for method in methods.values():
+        if missing := sorted({*method.ranges} - {"beta", *_standard(method), *options.fixed, *varied}):
+            name = missing[0]
+            raise ValueError(f"{method.name} also needs {name}: --fixed {name} 0.5, or --vary {name}=0.5,1")
     if options.log_every is not None:
         checks.interval("--log-every", np.array(options.log_every), "(0, inf)")
     for name, value in options.fixed.items():
@@ -263,6 +276,12 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
+def _standard(method: Method) -> Mapping[str, float]:
+    """Values of the hyperparameters that a method needs, where nobody chose; none for a loss of your own."""
+    in_library = OF_PAIRS.get(method.name) is method
+    return {name: FIXED[name] for name in method.ranges if in_library and name in FIXED}
+
+
 def _method(name: str) -> tuple[str, Method]:
     """A loss of the library by its name, or a function in a file: `my_file.py:focal_loss`."""
     if name in OF_PAIRS:
@@ -270,6 +289,8 @@ def _method(name: str) -> tuple[str, Method]:
     path, _, function = name.rpartition(":")
     if path.endswith(".py"):
         return function, method_of(function, load_function(Path(path), function))
+    if name.endswith(".py"):
+        raise ValueError(f"--loss: name a function of the file, as in {name}:my_loss")
     close = difflib.get_close_matches(name, OF_PAIRS, n=1)
     meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OF_PAIRS)}; or my_file.py:my_loss"
     raise ValueError(f"--loss: there is no {name!r}{meant}")

@@ -130,6 +130,8 @@ def _panels(
     grid = figure.subplots(
         rows,
         columns,
+        sharex=True,
+        sharey=True,
         squeeze=False,
         gridspec_kw={
             "left": 0.75 / width,
@@ -147,6 +149,7 @@ def _panels(
     for axes, (name, here) in zip(grid.flat, conditions, strict=False):
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.3)
+        axes.tick_params(labelbottom=True, labelleft=True)
         panes.append((axes, here))
     return figure, panes
 

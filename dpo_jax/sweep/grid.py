@@ -28,8 +28,8 @@ from dpo_jax.sweep.planning import (
     plan,
     usual_runs_at_once,
 )
-from dpo_jax.sweep.processes import Others, forget_those_before, others
-from dpo_jax.sweep.programs import BlockShape, compile_all, impatient, joined, place, trace_prepare
+from dpo_jax.sweep.processes import Peers, remove_earlier_starts, watching_peers
+from dpo_jax.sweep.programs import BlockShape, compile_all, interruptible_threads, joined, place, trace_prepare
 from dpo_jax.sweep.progress import Progress, on_terminal
 from dpo_jax.sweep.results import Results, check_results_fit, dimension_names, labelled, read_blocks
 from dpo_jax.sweep.starts import Starts
@@ -127,8 +127,8 @@ def grid(
         stop = stack.enter_context(stopping())
         if out is not None:
             check_place(Path(out))
-        company = stack.enter_context(others(Path(out), stop)) if out is not None else None
-        told = stack.enter_context(nullcontext(report) if report else on_terminal())
+        peers = stack.enter_context(watching_peers(Path(out), stop)) if out is not None else None
+        progress = stack.enter_context(nullcontext(report) if report else on_terminal())
         work = plan(
             run,
             key,
@@ -147,9 +147,9 @@ def grid(
         if work.folder is None:
             work = fitted(work)
             clock.compiled()
-            _compute(work, work.blocks(), results, told, clock, stop)
+            _compute(work, work.blocks(), results, progress, clock, stop)
         else:
-            _compute_in_folder(work, names, results, told, clock, stop, share=share, repair=repair, company=company)
+            _compute_in_folder(work, names, results, progress, clock, stop, share=share, repair=repair, peers=peers)
     made = labelled(results, work.axes.axes, work.seeds, names)
     return made.assign_attrs(compile_seconds=clock.compile_seconds, run_seconds=clock.run_seconds)
 
@@ -215,7 +215,7 @@ def _compute_in_folder(
     *,
     share: tuple[int, int],
     repair: bool,
-    company: Others | None,
+    peers: Peers | None,
 ) -> None:
     """Reads what a folder holds, and computes and stores what it lacks."""
     assert work.folder is not None
@@ -236,22 +236,22 @@ def _compute_in_folder(
             work = agreed(fitted(work), names)
             stack.enter_context(locked(path, lock))
         clock.compiled()
-        forget_those_before(path, company)
+        remove_earlier_starts(path, peers)
         folder = work.folder
         assert folder is not None
         folder.tidy()
         _compute(work, _share_of(work, share), results, report, clock, stop)
-    if company:
-        _wait_for_others(work, company, stop)
+    if peers:
+        _wait_for_peers(work, peers, stop)
     read_blocks(folder, work.boxes, results, work.result_shapes)  # what others have made in the meantime
 
 
-def _wait_for_others(work: Plan, company: Others, stop: Stop) -> None:
+def _wait_for_peers(work: Plan, peers: Peers, stop: Stop) -> None:
     """Waits until all blocks are done, or another process fails."""
     assert work.folder is not None
     while not work.folder.done() >= set(range(work.num_blocks)):
         stop.check()
-        company.hear()
+        peers.check()
         time.sleep(0.2)
 
 
@@ -263,11 +263,11 @@ def _compute(
     pending = [block for block in blocks if block.number not in done]
     total, left = sum(block.num_runs for block in blocks), sum(block.num_runs for block in pending)
     resumed = total - left
-    with impatient(1) as waiting:
+    with interruptible_threads(1) as waiting:
         for by_device, arrays in _one_ahead(_dispatched(work, pending)):
             with _naming_runs(work, next(iter(by_device.values()))):
                 fetched = waiting.submit(jax.device_get, arrays).result()
-            for block, part in _taken_apart(work, by_device, fetched):
+            for block, part in _split_by_block(work, by_device, fetched):
                 if work.folder:
                     work.folder.write(block, part)
                 results.fill(block, part)
@@ -316,7 +316,7 @@ def _starts(work: Plan, seeds: Sequence[Sequence[int]]) -> list[Array]:
     return work.programs.prepare(work.source, rows)
 
 
-def _taken_apart(
+def _split_by_block(
     work: Plan, by_device: dict[int, Block], results: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[Block, dict[str, np.ndarray]]]:
     """What belongs to each block, with axes (point, seed) first, without what was only computed to fill the shape."""

@@ -79,7 +79,7 @@ def start() -> str:
     return f"{int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))):08x}"
 
 
-class Others:
+class Peers:
     """What a process says of itself to the others of this start, and hears of them: each writes one small file.
 
     Args:
@@ -102,15 +102,15 @@ class Others:
         """Tells the other processes the state: `begun`, or `failed: ` and the reason."""
         with self.lock:
             self.state = state
-        self.sign()
+        self.heartbeat()
 
-    def sign(self) -> None:
+    def heartbeat(self) -> None:
         """Writes a heartbeat. The file keeps its size, so that it can be written even if the disk is full."""
         with self.lock, self._file(self.number).open("r+b") as file:
             self.signs += 1
             file.write(f"{self.signs} {self.state}".encode()[:1024].ljust(1024))
 
-    def hear(self) -> dict[int, str]:
+    def check(self) -> dict[int, str]:
         """What each of the others says.
 
         Raises:
@@ -167,18 +167,18 @@ class Others:
             return b""
 
 
-def forget_those_before(folder: Path, company: Others | None) -> None:
+def remove_earlier_starts(folder: Path, peers: Peers | None) -> None:
     """Removes what processes of earlier starts have left in a folder."""
     for place in (folder / ".processes").glob("*"):
-        if company is None or place != company.place:
+        if peers is None or place != peers.place:
             shutil.rmtree(place, ignore_errors=True)
-    if company is None:
+    if peers is None:
         with suppress(OSError):
             (folder / ".processes").rmdir()
 
 
 @contextmanager
-def others(folder: Path, stop: Stop) -> Iterator[Others | None]:
+def watching_peers(folder: Path, stop: Stop) -> Iterator[Peers | None]:
     """Tells the other processes how this one is, and stops it if one of them fails; `None` if there are no others.
 
     Raises:
@@ -188,25 +188,25 @@ def others(folder: Path, stop: Stop) -> Iterator[Others | None]:
     if total == 1:
         yield None
         return
-    company, over = Others(folder, f"{start()}-{next(_calls)}", number, total), threading.Event()
+    peers, over = Peers(folder, f"{start()}-{next(_calls)}", number, total), threading.Event()
 
     def live() -> None:
         while not over.wait(SECONDS_BETWEEN_SIGNS):
             with suppress(OSError):
-                company.sign()
+                peers.heartbeat()
             try:
-                company.hear()
+                peers.check()
             except OtherProcessError as problem:
                 stop.ask(partial(OtherProcessError, str(problem)))
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
     try:
-        yield company
+        yield peers
     except BaseException as problem:
         over.set()
         what = "it was interrupted" if isinstance(problem, KeyboardInterrupt | SystemExit) else str(problem)
-        company.fail(what)
+        peers.fail(what)
         if isinstance(problem, Exception):
             problem.add_note(
                 f"This was process {number} of {total}; the others end, too. What is done is stored: start all of them "
@@ -215,4 +215,4 @@ def others(folder: Path, stop: Stop) -> Iterator[Others | None]:
         raise
     over.set()
     thread.join()
-    company.leave()
+    peers.leave()

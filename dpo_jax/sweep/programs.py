@@ -187,7 +187,7 @@ def compile_all(
     """Compiles what a sweep runs, as many programs at a time as there are cores; what is compiled already is kept."""
     place = shape, tuple(devices)
     todo = [each for each in (prepare, *runs) if each is not None]
-    with impatient(os.cpu_count()) as compilers:
+    with interruptible_threads(os.cpu_count()) as compilers:
         started = {}
         for each in todo:
             if place not in each.programs:
@@ -206,11 +206,13 @@ def naming(combination: dict[str, Any], traced: Sequence[str]) -> Iterator[None]
         yield
     except Exception as problem:
         name_run(problem, combination, dict.fromkeys(traced, "any"))
+        if traced and isinstance(problem, TypeError):
+            problem.add_note("Numbers of an axis are traced. If they decide a shape, write sweep.static([8, 16]).")
         raise
 
 
 @contextmanager
-def impatient(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
+def interruptible_threads(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
     """Threads for work that the main thread waits for, so that Ctrl-C reaches it meanwhile.
 
     After an error no more work is started, and running work is not waited for until the process ends: XLA can cancel

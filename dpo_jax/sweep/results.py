@@ -52,14 +52,15 @@ def open_results(path: str | os.PathLike[str]) -> "xarray.Dataset":
     `complete` says whether there is any such thing.
 
     Args:
-      path: the folder, `out` of `grid`.
+      path: the folder: `out` of `grid`, or `--out` of the command, which keeps its sweep in `runs`.
 
     Raises:
       FileNotFoundError: the folder holds no sweep.
       DamagedStoreError: the folder holds a sweep that is not what was written.
     """
-    folder = Folder(Path(path))
-    if folder.manifest is None:
+    places = [place for place in (Path(path), Path(path, "runs")) if (place / "sweep.json").exists()]
+    folder = Folder(places[0]) if places else None
+    if folder is None or folder.manifest is None:
         raise FileNotFoundError(f"{path} holds no sweep")
     axes, combinations, points, seeds = _contents(folder.manifest)
     shapes = {

@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, times
-from dpo_jax.losses.structure import refuse_weights_if_rows_mix
+from dpo_jax.losses.structure import name_of, refuse_weights_if_rows_mix
 from dpo_jax.train.families import arrays_of, check_call
 from dpo_jax.types import (
     Demonstrations,
@@ -277,10 +277,11 @@ def _objective(
         values, memory = _values(hyperparameters, memory, params, batch, jax.lax.stop_gradient(logps))
         if batch.weights is not None:
             refuse_weights_if_rows_mix(loss, *called_with, **values)
-        mean = _mean(loss(*called_with, **values), batch.weights)
+        of_loss = loss(*called_with, **values)
+        checks.one_per_row(name_of(loss), of_loss, len(batch.prompts), "the objective takes their mean")
         of_rows = metrics(logps, batch, values)
         means = {name: x if isinstance(x, Ratio) else _average(x, batch.weights) for name, x in of_rows.items()}
-        return mean, means, memory
+        return _mean(of_loss, batch.weights), means, memory
 
     memory = {name: value.memory for name, value in hyperparameters.items() if isinstance(value, Running)}
     if memory:

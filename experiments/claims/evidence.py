@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from dpo_jax import losses, rlhf, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
 from experiments import dpo_vs_rlhf, loss_variants
-from experiments.dpo_vs_rlhf import LEARNING_RATES, Trials
+from experiments.dpo_vs_rlhf import LEARNING_RATES, StrengthTrials
 from experiments.lab import console, contenders
 from experiments.lab.contenders import Scene
 from experiments.lab.feedback import SETTINGS, Setting
@@ -31,8 +31,9 @@ MANY_BETAS = (0.003, BETAS[0], 0.03, BETAS[1], BETAS[2], BETAS[3])
 RATED = ("DPO", "PPO, reward model", "RLOO, reward model", "GRPO, reward model")
 """Methods whose sensitivity to the learning rate is measured."""
 COMPARED = ("DPO", "PPO, reward model")
+"""Methods whose seconds are compared."""
 NUM_TIMES = 9
-"""Methods whose seconds are compared, and how often."""
+"""How often they are timed."""
 LONGER = 12
 """How many times longer DPO trains until it has converged."""
 HACKED_BETAS = (BETAS[0], BETA)
@@ -124,9 +125,9 @@ def gather(pipeline: Pipeline, seed: int, amounts: Amounts, seconds: Seconds) ->
     return found | compare_variants(pipeline, key, amounts, seconds)  # same key: the same worlds
 
 
-def at_rates(strengths: Sequence[float], rates: Sequence[float]) -> Trials:
+def at_rates(strengths: Sequence[float], rates: Sequence[float]) -> StrengthTrials:
     """Each strength with each learning rate."""
-    return Trials.of([(strength, rate) for strength in strengths for rate in rates])
+    return StrengthTrials.of([(strength, rate) for strength in strengths for rate in rates])
 
 
 def dpo_by_beta(pipeline: Pipeline, scene: Scene, *, beta: Numeric) -> Metrics:
@@ -283,7 +284,7 @@ def exact(scene: Scene) -> dict[str, Any]:
 
 def cost(pipeline: Pipeline, scenes: sweep.Starts) -> dict[str, np.ndarray]:
     """Seconds per run of DPO, and of reward model and PPO, in turn."""
-    run, trial = dpo_vs_rlhf.runner(pipeline), Trials.of([(BETA, pipeline.learning_rate)])
+    run, trial = dpo_vs_rlhf.runner(pipeline), StrengthTrials.of([(BETA, pipeline.learning_rate)])
     dpo, ppo = (dpo_vs_rlhf.timed(run, scenes, method=[name], trial=trial) for name in COMPARED)
     model = dpo_vs_rlhf.timed(partial(dpo_vs_rlhf.fit_rewards, pipeline=pipeline), scenes)
     for warm_up in (dpo, ppo, model):

@@ -23,7 +23,7 @@ PPO_PASSES, PPO_BATCHES = 4, 4
 GROUP_SIZE = 8
 OPTIMISM = 0.01  # XPO's alpha
 MIX = 0.125  # Nash-MD's share of the reference in the opponent, TRL's
-BETAS = (0.01, 0.03, BETA, 0.3, 1.0)
+STRENGTHS = (0.01, 0.03, BETA, 0.3, 1.0)
 VALUE = toy.ToyLM(num_responses=1)
 
 
@@ -124,7 +124,7 @@ class Contender:
     labels_per_step: int = 0
     steps_per_round: int = 1
     strength: str = "beta"
-    strengths: tuple[float, ...] = BETAS
+    strengths: tuple[float, ...] = STRENGTHS
     usual: float = BETA
 
     def trained(
@@ -392,7 +392,7 @@ CONTENDERS = (
         samples_per_step=2 * BATCH_SIZE,
         labels_per_step=BATCH_SIZE,
         strength="tau",
-        strengths=tuple(beta / 4 for beta in BETAS),
+        strengths=tuple(beta / 4 for beta in STRENGTHS),
         usual=BETA / 4,
     ),
     by_truth("PPO", ppo, **PPO_NEEDS),

@@ -17,11 +17,11 @@ class Setting(NamedTuple):
     """How feedback arises. All numbers may be traced.
 
     Attributes:
-      temperature, flip_probability: how people judge, see `toy.preference_probability`.
+      judge_temperature, flip_probability: how people judge, see `toy.preference_probability`.
       on_policy: 1 if they judge responses of the SFT policy, 0 if they judge uniform ones.
     """
 
-    temperature: Numeric = 1.0
+    judge_temperature: Numeric = 1.0
     flip_probability: Numeric = 0.0
     on_policy: Numeric = 0.0
 
@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 SETTINGS = {
     "clean": Setting(),
     "noisy": Setting(flip_probability=0.2),
-    "deterministic": Setting(temperature=0.0),
+    "deterministic": Setting(judge_temperature=0.0),
     "on-policy": Setting(on_policy=1.0),
 }
 """People judge by the Bradley-Terry model; a fifth of their labels is flipped; they are always right; they judge
@@ -81,11 +81,10 @@ class Feedback:
 
     @property
     def _judged(self) -> dict[str, Any]:
-        temperature, flip_probability, on_policy = self.setting
         return {
-            "log_probs": jax.nn.log_softmax(on_policy * self.start.log_probs),
-            "temperature": temperature,
-            "flip_probability": flip_probability,
+            "log_probs": jax.nn.log_softmax(self.setting.on_policy * self.start.log_probs),
+            "temperature": self.setting.judge_temperature,
+            "flip_probability": self.setting.flip_probability,
         }
 
     def _scored(self, data: Any) -> Any:

@@ -48,6 +48,7 @@ class Method:
       family: the kind of its input, or what it adds to a loss.
       objective: from a setup and hyperparameters to an objective.
       ranges: the hyperparameters to tune, and where; the learning rate, which all methods tune, is not among them.
+      optional: hyperparameters that have a default in the loss and are not tuned.
       data: which feedback it learns from.
       initial: from a key and a start to the parameters that training starts from.
     """
@@ -58,6 +59,7 @@ class Method:
     ranges: Mapping[str, Range]
     data: Callable[[Feedback], Any] = Feedback.pairs
     initial: Callable[[Key[Array, ""], Start], Params] = lambda _, start: start.params
+    optional: tuple[str, ...] = ()
 
 
 MARGIN, BOTH_RATIOS, BATCH, RANKED = "margin", "both log-ratios", "batch statistics", "rankings"
@@ -72,35 +74,41 @@ SFT_WEIGHT = Range(1e-5, 3.0)
 
 def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
     """A method whose loss takes policy and reference, and nothing but tuned hyperparameters."""
-    return Method(
-        name, family, lambda setup, h: train.preference_objective(setup.log_prob, loss, **h), {"beta": BETA, **ranges}
-    )
+
+    def objective(setup: Setup, h: Hyperparameters) -> Objective:
+        return train.preference_objective(setup.log_prob, loss, **h)
+
+    ranges = {"beta": BETA, **ranges}
+    return Method(name, family, objective, ranges, optional=_defaults(loss, ranges))
 
 
 def reference_free(name: str, loss: Any, **ranges: Range) -> Method:
     """A method whose loss takes the policy alone."""
-    return Method(
-        name, REFERENCE_FREE, lambda setup, h: train.reference_free_objective(setup.log_prob, loss, **h), ranges
-    )
+
+    def objective(setup: Setup, h: Hyperparameters) -> Objective:
+        return train.reference_free_objective(setup.log_prob, loss, **h)
+
+    return Method(name, REFERENCE_FREE, objective, ranges, optional=_defaults(loss, ranges))
 
 
 def method_of(name: str, loss: Callable[..., Array]) -> Method:
-    """A method made of your own loss, by its positional arguments; its other arguments are hyperparameters.
+    """A method made of your own loss, by its positional arguments; its keyword arguments are hyperparameters.
 
     Args:
       name: of the method.
       loss: `(policy, reference, *, beta, ...)` of pairs, `(policy, *, ...)` without a reference, or
-        `(policy, reference, desirable, *, beta, ...)` of single responses.
+        `(policy, reference, desirable, *, beta, ...)` of single responses. Hyperparameters with a default are optional.
 
     Raises:
       TypeError: it takes something else.
     """
     parameters = inspect.signature(loss).parameters.values()
     positional = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
-    ranges = {p.name: UNKNOWN for p in parameters if p.kind == p.KEYWORD_ONLY and p.default is p.empty}
+    keywords = [p for p in parameters if p.kind == p.KEYWORD_ONLY]
+    ranges = {p.name: UNKNOWN for p in keywords if p.default is p.empty}
     if len(positional) == 1:
         return reference_free(name, loss, **ranges)
-    if "beta" not in ranges:
+    if "beta" not in [p.name for p in keywords]:
         raise TypeError(f"{name} must take beta, as a keyword: it also scales the implicit rewards of the metrics")
     if len(positional) == 2:
         return pairwise(name, loss, "your own", **ranges)
@@ -109,11 +117,18 @@ def method_of(name: str, loss: Callable[..., Array]) -> Method:
         def objective(setup: Setup, h: Hyperparameters) -> Objective:
             return train.unpaired_objective(setup.log_prob, loss, **h)
 
-        return Method(name, UNPAIRED, objective, ranges, Feedback.split_pairs)
+        ranges = {"beta": UNKNOWN, **ranges}
+        return Method(name, UNPAIRED, objective, ranges, Feedback.split_pairs, optional=_defaults(loss, ranges))
     raise TypeError(
         f"{name} must take (policy), (policy, reference) or (policy, reference, desirable), and hyperparameters as "
         f"keywords; it takes ({', '.join(positional)})"
     )
+
+
+def _defaults(loss: Callable[..., Array], ranges: Mapping[str, Range]) -> tuple[str, ...]:
+    """The keyword arguments of a loss that have a default and are not tuned."""
+    parameters = inspect.signature(loss).parameters.values()
+    return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in ranges)
 
 
 def load_function(path: Path, name: str) -> Callable[..., Any]:

@@ -45,6 +45,7 @@ class Pipeline:
     """The steps of the experiment, and the tutorial notebook's numbers.
 
     Attributes:
+      make_world: from a key to a world: prompts, responses and rewards; see `toy.World`.
       policy: the network.
       num_demonstrations: of how many demonstrations SFT learns.
       num_preferences: how many comparisons are made. The notebook draws 2,000 pairs and drops the tenth of them that
@@ -53,6 +54,7 @@ class Pipeline:
       num_epochs, batch_size, learning_rate: of training on comparisons.
     """
 
+    make_world: Callable[[Key[Array, ""]], toy.World] = toy.make_world
     policy: nn.Module = POLICY
     num_demonstrations: int = 500
     num_preferences: int = 1800
@@ -89,7 +91,7 @@ class Pipeline:
     def start(self, key: Key[Array, ""]) -> Start:
         """Makes a world, and a policy that imitates demonstrations."""
         world_key, demonstration_key, init_key, fit_key, rest = jax.random.split(key, 5)
-        world = toy.make_world(world_key)
+        world = self.make_world(world_key)
         params, history = train.fit(
             fit_key,
             self.policy.init(init_key, world.embeddings),
@@ -149,4 +151,4 @@ class Pipeline:
 
 
 TUTORIAL = Pipeline()
-"""The tutorial's."""
+"""With the tutorial's numbers."""

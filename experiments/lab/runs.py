@@ -22,15 +22,20 @@ def run_of(loss: Callable[..., Array], pipeline: Pipeline = TUTORIAL) -> Callabl
         )
 
     Args:
-      loss: see `methods.method_of`; its keyword arguments without default are axes, and so may be `learning_rate` and
-        what `Setting` lists.
+      loss: see `methods.method_of`; its keyword arguments may be axes, and so may `learning_rate` and what `Setting`
+        lists.
       pipeline: the sizes.
 
     Returns:
-      `run(start, *, learning_rate=..., temperature=1, flip_probability=0, on_policy=0, **hyperparameters)`, which
-      returns what `standard_run` returns.
+      `run(start, *, learning_rate=..., judge_temperature=1, flip_probability=0, on_policy=0, **hyperparameters)`,
+      which returns what `standard_run` returns.
+
+    Raises:
+      TypeError: the loss takes something else, or an argument of the same name as one of `Setting`.
     """
     method = method_of(getattr(loss, "__name__", "loss"), loss)
+    if both := {*method.ranges, *method.optional} & {"learning_rate", *Setting._fields}:
+        raise TypeError(f"{method.name} has an argument {min(both)!r}, as the run has: rename it")
 
     def run(start: Start, *, learning_rate: Numeric = pipeline.learning_rate, **values: Numeric) -> Metrics:
         setting = Setting(**{name: values.pop(name) for name in Setting._fields if name in values})

@@ -137,6 +137,7 @@ def test_a_step_of_a_run_is_a_step_of_the_tutorial(starts):
     assert 0 < max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(change)) < 1.1e-3
 
 
+@pytest.mark.slow
 def test_every_workload_runs_and_is_reported(tmp_path, capsys):
     benchmark.main(benchmark.Options(quick=True, repeats=1, torch=False, out=tmp_path))
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -7,7 +7,15 @@ import pytest
 from dpo_jax import toy
 from experiments import dpo_vs_rlhf
 from experiments.claims import __main__ as claims
-from experiments.dpo_vs_rlhf import LEARNING_RATES, Options, Trials, gains, measure, price_of, summarise_contender
+from experiments.dpo_vs_rlhf import (
+    LEARNING_RATES,
+    Options,
+    StrengthTrials,
+    gains,
+    measure,
+    price_of,
+    summarise_contender,
+)
 from experiments.lab import contenders, devices
 from experiments.lab.contenders import CONTENDERS, contender
 from tests.experiments.small import PIPELINE
@@ -44,7 +52,7 @@ def test_the_price_is_that_of_the_objective():
 
 
 def test_a_run_that_diverges_is_nan(scene):
-    (trial,) = (Trials.of([(0.1, np.inf)]),)
+    (trial,) = (StrengthTrials.of([(0.1, np.inf)]),)
     row = jax.tree.map(lambda column: column[0], trial)
     run = dpo_vs_rlhf.runner(PIPELINE)
     measured = jax.jit(lambda trial: run(scene, method="RLOO, reward model", trial=trial))(row)

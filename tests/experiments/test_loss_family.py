@@ -29,6 +29,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+@pytest.mark.slow
 def test_it_writes_the_figure_and_the_curves(finished):
     out, summary = finished
     assert {path.name for path in out.iterdir()} == {"summary.json", "family.png"}
@@ -38,6 +39,7 @@ def test_it_writes_the_figure_and_the_curves(finished):
         assert all(np.all(np.isfinite(lines)) for lines in family["curves"].values())
 
 
+@pytest.mark.slow
 def test_curves_are_the_closed_forms(finished):
     families = by_title(finished[1])
     family = families["Losses of the margin: logistic kin"]
@@ -61,6 +63,7 @@ def test_curves_are_the_closed_forms(finished):
     np.testing.assert_allclose(family["curves"]["χ² + KL: chi_po"], [np.exp(u) + u, chi], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_what_is_reported_is_what_it_writes(finished):
     reported, made = by_title(json.loads(REPORTED.read_text())), by_title(finished[1])
     assert reported.keys() == made.keys()

@@ -28,6 +28,7 @@ def test_differences_are_paired():
     np.testing.assert_allclose(entry["gain_from_labels"]["mean"], 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_have_it")
 def test_the_script_writes_table_figures_and_summary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)

@@ -20,11 +20,13 @@ def walk(tmp_path_factory):
     return out, done.stdout, json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_writes_a_summary_and_figures_and_nothing_else(walk):
     out, _, _ = walk
     assert {path.name for path in out.iterdir()} == {"summary.json", *(f"{name}.png" for name in FIGURES)}
 
 
+@pytest.mark.slow
 def test_its_results_make_sense(walk):
     _, printed, summary = walk
     policies = summary["policies"]

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import json
 import os
 import signal
@@ -18,15 +20,23 @@ grid_module = sys.modules["dpo_jax.sweep.grid"]
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return script.Options(
+def swept(tmp_path_factory):
+    """A finished sweep: its options, and what it printed."""
+    options = script.Options(
         loss=("dpo", "orpo"), beta=(0.1, 0.5), learning_rate=(1e-3, 3e-3), num_seeds=3, out=tmp_path_factory.mktemp("s")
     )
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        script.main(options, PIPELINE)
+    return options, said.getvalue()
 
 
-@pytest.mark.usefixtures("as_users_have_it")
-def test_tables_and_figures_say_what_the_runs_said(options, capsys):
-    script.main(options, PIPELINE)
+@pytest.fixture
+def options(swept):
+    return swept[0]
+
+
+def test_tables_and_figures_say_what_the_runs_said(swept):
+    options, said = swept
     runs = pq.read_table(options.out / "runs.parquet").to_pandas()
     assert len(runs) == 2 * 2 * 2 * 3
     with (options.out / "summary.csv").open() as file:
@@ -45,7 +55,7 @@ def test_tables_and_figures_say_what_the_runs_said(options, capsys):
         assert float(row["expected_reward_difference_mean"]) == pytest.approx(difference, abs=1e-6)
     assert {path.name for path in options.out.glob("*.png")} == {"reward.png", "frontier.png", "heat_map.png"}
     assert json.loads((options.out / "summary.json").read_text())["options"]["num_seeds"] == 3
-    assert "dpo" in capsys.readouterr().out
+    assert "gain over the first loss" in said.replace("\n", " ")
     orpo = runs[runs.loss == "orpo"]  # has no beta
     assert np.allclose(orpo[orpo.beta == 0.1].expected_reward, orpo[orpo.beta == 0.5].expected_reward)
     assert not np.allclose(runs[runs.beta == 0.1].expected_reward[:6], runs[runs.beta == 0.5].expected_reward[:6])
@@ -105,7 +115,6 @@ def test_a_loop_of_links_is_told_in_one_line(tmp_path):
 
 @pytest.mark.usefixtures("as_users_have_it")
 def test_the_same_command_goes_on_and_another_one_is_refused(options, monkeypatch):
-    script.main(options, PIPELINE)
     computed = []
     monkeypatch.setattr(grid_module, "_dispatched", lambda work, blocks: iter(computed.extend(blocks) or ()))
     script.main(options, PIPELINE)
@@ -123,9 +132,10 @@ def test_the_same_command_goes_on_and_another_one_is_refused(options, monkeypatc
         ({"beta": ()}, "axis beta has no values"),
         ({"label_noise": (2.0,)}, "--label-noise"),
         ({"fixed": {"gama": 1.0}}, "no loss has 'gama'"),
-        ({"vary": ("gamma=1,2",)}, "--vary: no loss has 'gamma'; there are: none"),
+        ({"vary": ("gamma=1,2",)}, "--vary: no loss has 'gamma'; there are: label_smoothing"),
         ({"loss": ("simpo",), "vary": ("gamma",)}, "--vary must be a name and numbers, as in gamma=0.5,1,2"),
         ({"loss": ("nowhere.py:mine",)}, "there is no file nowhere.py"),
+        ({"loss": ("nowhere.py",)}, "name a function of the file, as in nowhere.py:my_loss"),
         ({"num_seeds": 0}, "--num-seeds"),
         ({"fixed": {"gamma": float("nan")}}, "--fixed gamma must be finite"),
         ({"log_every": 0.0}, "--log-every must be in .0, inf."),
@@ -137,21 +147,23 @@ def test_bad_options_end_with_one_line(tmp_path, change, message):
 
 
 @pytest.mark.usefixtures("as_users_have_it")
-def test_a_dry_run_says_how_much_there_is_to_do(tmp_path, capsys):
+def test_a_dry_run_says_how_much_there_is_to_do(options, tmp_path, capsys):
     script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "none"), PIPELINE)
     said = capsys.readouterr().out
     assert "20 runs: 4 points, 5 seeds each" in said
     assert "1 programs (traced: beta, learning_rate, label_noise; static: loss)" in said
     assert "0 are done already" in said
     assert not (tmp_path / "none").exists()
-    script.main(script.Options(num_seeds=5, out=tmp_path / "some"), PIPELINE)
-    script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "some"), PIPELINE)
-    assert "1 are done already" in capsys.readouterr().out
+    script.main(replace(options, dry_run=True), PIPELINE)
+    assert "2 are done already" in capsys.readouterr().out
 
 
 FOCAL = """
 import jax
 from dpo_jax import losses
+
+def margin_loss(policy, reference, *, beta, gamma):
+    return jax.nn.softplus(gamma - beta * (policy[0] - policy[1] - reference[0] + reference[1]))
 
 def focal_loss(policy, reference, *, beta, focus):
     ratios = losses.log_ratios(policy, reference)
@@ -160,18 +172,27 @@ def focal_loss(policy, reference, *, beta, focus):
 """
 
 
+def test_values_that_nobody_chose_are_those_of_the_losses():
+    dpo, simpo = script.OF_PAIRS["dpo"], script.OF_PAIRS["simpo"]
+    assert script.hyperparameters(dpo, {"beta": 0.1}) == {"beta": 0.1}, "its smoothing stays at its default"
+    assert script.hyperparameters(dpo, {"beta": 0.1, "label_smoothing": 0.2, "gamma": 1})["label_smoothing"] == 0.2
+    assert script.hyperparameters(simpo, {"beta": 2.0}) == {"beta": 2.0, "gamma": script.FIXED["gamma"]}
+    assert script.hyperparameters(simpo, {"beta": 2.0, "gamma": 0.7})["gamma"] == 0.7
+
+
 @pytest.mark.usefixtures("as_users_have_it")
 def test_a_loss_of_ones_own_is_swept_from_its_file(tmp_path, capsys):
     file = tmp_path / "my_losses.py"
     file.write_text(FOCAL)
     options = script.Options(loss=("dpo", f"{file}:focal_loss"), beta=(0.1,), num_seeds=2, out=tmp_path / "out")
-    with pytest.raises(SystemExit, match="a loss also needs focus: --fixed focus 0.5, or --vary focus=0.5,1"):
-        script.main(replace(options, loss=(f"{file}:focal_loss",), fixed={}, vary=(), out=tmp_path / "none"), PIPELINE)
+    for name, missing in (("focal_loss", "focus"), ("margin_loss", "gamma")):  # also where the library has a value
+        with pytest.raises(SystemExit, match=f"{name} also needs {missing}: --fixed {missing} 0.5, or --vary"):
+            script.main(replace(options, loss=(f"{file}:{name}",), out=tmp_path / "none"), PIPELINE)
     script.main(replace(options, vary=("focus=0,2",)), PIPELINE)
     runs = pq.read_table(tmp_path / "out" / "runs.parquet").to_pandas()
     assert sorted(set(runs.loss)) == ["dpo", "focal_loss"]
     pivot = runs.pivot_table(values="expected_reward", index="seed", columns=["loss", "focus"])
     np.testing.assert_allclose(pivot["focal_loss", 0.0], pivot["dpo", 0.0], rtol=1e-4)  # with focus 0 it is DPO
     assert not np.allclose(pivot["focal_loss", 2.0], pivot["dpo", 2.0], rtol=1e-4)
-    with pytest.raises(SystemExit, match="has no function 'fokal'; it has: focal_loss"):
+    with pytest.raises(SystemExit, match="has no function 'fokal'; it has: margin_loss, focal_loss"):
         script.main(replace(options, loss=(f"{file}:fokal",)), PIPELINE)

@@ -405,6 +405,12 @@ BAD = {
 }
 
 
+def test_an_axis_that_decides_a_shape_is_told_how_to_be_static(key):
+    with pytest.raises(TypeError) as problem:
+        sweep.grid(lambda key, *, size: {"total": jnp.zeros(size).sum()}, key, num_seeds=1, size=[2, 3])
+    assert "write sweep.static([8, 16])" in problem.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_refused_before_anything_is_computed(key, tmp_path, monkeypatch, as_users_have_it, what):
     error, message, run, options = BAD[what]

@@ -62,7 +62,7 @@ def test_two_processes_finish_what_one_began(tmp_path):
 def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
     options = {"num_seeds": 11, "runs_at_once": 3, "scale": [1.0, 2.0]}
     monkeypatch.setattr(jax, "process_count", lambda: num_processes)
-    monkeypatch.setattr(grid_module, "others", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(grid_module, "watching_peers", lambda *_: contextlib.nullcontext())
     shares = []
     for index in range(num_processes):
         told = []
@@ -95,23 +95,23 @@ def test_what_ends_one_process_ends_them_all_at_once(tmp_path, how, number):
 
 
 def test_processes_hear_of_each_other(tmp_path, monkeypatch):
-    first, second = (processes.Others(tmp_path, "start", number, 2) for number in range(2))
-    assert first.hear() == {1: "begun"}
-    assert second.hear() == {0: "begun"}
+    first, second = (processes.Peers(tmp_path, "start", number, 2) for number in range(2))
+    assert first.check() == {1: "begun"}
+    assert second.check() == {0: "begun"}
     (tmp_path / ".processes" / "before").mkdir()
-    processes.forget_those_before(tmp_path, first)
+    processes.remove_earlier_starts(tmp_path, first)
     second.say("failed: no space")
     with pytest.raises(sweep.OtherProcessError, match="process 1 of 2 failed: no space"):
-        first.hear()
+        first.check()
     monkeypatch.setattr(processes, "SECONDS_OF_SILENCE", 0.0)
     with pytest.raises(sweep.OtherProcessError, match="process 0 of 2 has given no sign of life for 0 s"):
-        second.hear()
+        second.check()
     first.leave()
     monkeypatch.setattr(processes, "SECONDS_TO_BEGIN", 0.0)
     with pytest.raises(sweep.OtherProcessError, match="process 1 of 3 has not begun"):
-        processes.Others(tmp_path, "later", 0, 3).hear()
+        processes.Peers(tmp_path, "later", 0, 3).check()
     with pytest.raises(sweep.OtherProcessError, match="started again meanwhile"):
-        first.hear()
+        first.check()
 
 
 def test_a_folder_that_holds_something_else_is_refused_by_all(tmp_path):

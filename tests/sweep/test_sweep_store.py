@@ -315,6 +315,17 @@ def test_results_are_opened_without_the_function_that_made_them(whole, half):
         sweep.open_results(whole / "nothing")
 
 
+def test_the_folder_of_the_command_is_opened_too(tmp_path):
+    """It keeps its sweep in `runs`, beside tables and figures."""
+    sweeps.make(tmp_path / "out" / "runs")
+    (tmp_path / "out" / "summary.csv").write_text("a table")
+    sweeps.assert_same(sweep.open_results(tmp_path / "out"), sweeps.make(None))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError, match="holds no sweep"):
+        sweep.open_results(tmp_path / "other")
+
+
 # Shares
 
 
@@ -329,9 +340,7 @@ def test_a_share_that_died_is_started_again_alone(tmp_path, expected):
     for i in (1, 2):
         with pytest.raises(sweeps.StoppedError) if i == 1 else contextlib.nullcontext():
             sweeps.make(tmp_path / "out", share=(i, 2), report=(lambda _: sweeps.stop()) if i == 1 else None)
-    partial = sweep.open_results(tmp_path / "out")
-    assert not partial.complete
-    assert 0 < np.isnan(partial.total).sum() < partial.total.size, "what is missing is NaN, and nothing else"
+    assert not sweep.open_results(tmp_path / "out").complete
     sweeps.make(tmp_path / "out", share=(1, 2))
     assert sweeps.contents(tmp_path / "out") == expected
 

@@ -81,6 +81,18 @@ def test_a_log_prob_that_does_not_keep_the_pair_is_refused(start):
         train.with_reference(stacked, jnp.zeros((5, 10)), start[4])
 
 
+def test_losses_that_take_the_mean_themselves_are_refused(start):
+    _, log_prob, params, _, preferences = start
+
+    def mean_of_dpo(policy, reference, *, beta):
+        return losses.dpo_loss(policy, reference, beta=beta).mean()
+
+    with pytest.raises(
+        ValueError, match=r"mean_of_dpo must have one number for each of the \d+ rows .* got shape \(\)"
+    ):
+        train.preference_objective(log_prob, mean_of_dpo, beta=0.1)(params, preferences)
+
+
 def test_numbers_of_tokens_are_refused(start):
     """A comparison is one row; the loss of its tokens is another loss."""
     _, log_prob, params, demos, preferences = start

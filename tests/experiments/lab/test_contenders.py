@@ -9,7 +9,7 @@ from dpo_jax import toy
 from experiments.lab import contenders
 from experiments.lab.contenders import CONTENDERS
 from experiments.lab.pipeline import TUTORIAL
-from tests.experiments.small import PIPELINE
+from tests.experiments.small import PIPELINE, slow_but
 
 BY_NAME = {contender.name: contender for contender in CONTENDERS}
 
@@ -27,7 +27,7 @@ def test_the_scene_has_a_reward_model(scene):
     assert scene.preferences.reference_logps is not None
 
 
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", slow_but(BY_NAME, "DPO", "PPO, reward model", "online DPO, people"))
 def test_a_few_steps_change_the_policy_and_keep_it_finite(scene, name):
     contender, start = BY_NAME[name], scene.start
     log_probs, history = jax.jit(lambda: contender.trained(scene, contender.usual, 1e-2, pipeline=PIPELINE))()

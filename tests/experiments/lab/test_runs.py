@@ -69,3 +69,17 @@ def test_a_loss_of_your_own_is_swept_in_one_call():
     same = (reward.sel(beta=0.1, sharpness=2), reward.sel(beta=0.2, sharpness=1))
     np.testing.assert_allclose(*same, rtol=1e-5)
     assert not np.allclose(reward.sel(flip_probability=0.0), reward.sel(flip_probability=0.5))
+
+
+def test_settings_and_hyperparameters_of_the_same_name_are_refused():
+    def mine(policy, reference, *, beta, on_policy):
+        return beta * on_policy * policy[0]
+
+    with pytest.raises(TypeError, match="mine has an argument 'on_policy', as the run has: rename it"):
+        run_of(mine, PIPELINE)
+
+
+def test_the_temperature_of_a_loss_is_not_that_of_people(start):
+    run = jax.jit(lambda temperature: run_of(losses.discopop_loss, PIPELINE)(start, beta=0.1, temperature=temperature))
+    sharp, flat = run(0.05), run(5.0)
+    assert not np.allclose(sharp["expected_reward"], flat["expected_reward"], rtol=1e-4)
