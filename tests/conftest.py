@@ -1,15 +1,23 @@
 """Strictness: no silent rank promotion, and every annotated shape and dtype is checked at run time.
 
-Warnings are errors too: see `filterwarnings` in pyproject.toml.
+Warnings are errors too: see `filterwarnings` in pyproject.toml. Programs are small and run for milliseconds, so compiling
+them takes most of the time. They are compiled fast, and kept from run to run.
 """
 
+import gc
 import os
 from importlib.metadata import version
+from pathlib import Path
 
-FLAGS = ["--xla_backend_optimization_level=0"]  # most programs run for milliseconds: compile them fast
+FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib") < "0.11":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time; newer versions do not know it
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/dpo_jax/tests").expanduser()))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody reads where an operation came from
+gc.set_threshold(50_000)  # JAX clears a cache of its own at every collection
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
