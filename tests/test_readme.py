@@ -1,10 +1,9 @@
-"""What the README says is true: its code runs, its numbers are right, its links lead somewhere."""
+"""What the README says is true: its code runs, its numbers are right."""
 
 import re
 from pathlib import Path
 
 import jax
-import pytest
 
 from dpo_jax import losses
 from experiments.lab.methods import METHODS
@@ -37,24 +36,8 @@ def test_the_quickstart_is_short_and_all_code_runs(capsys):
 
 def test_its_numbers_of_losses_and_methods_are_right():
     public = {name for name in dir(losses) if name.endswith("_loss")} - OF_RLHF
-    assert f"{len(public)} losses as pure functions" in README
-    assert f"{len(METHODS)} methods compared" in README
-
-
-PAGES = [
-    "README.md",
-    ".github/CONTRIBUTING.md",
-    "experiments/README.md",
-    "dpo_jax/sweep/README.md",
-    "dpo_jax/train/README.md",
-]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    path = ROOT / page
-    for link in re.findall(r"\]\(([^)#]+)", path.read_text(encoding="utf-8")):
-        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for phrase in (f"{len(public)} losses as pure functions", f"{len(METHODS)} methods compared"):
+        assert phrase in README, f"the README must say: {phrase}"
 
 
 def test_continuous_integration_runs_its_commands():

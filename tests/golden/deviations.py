@@ -4,7 +4,7 @@ From the root of the repository:
 
     python -m tests.golden.deviations
 
-writes `experiments/reported/losses/summary.json` and prints the table that stands in `dpo_jax/losses/README.md`.
+writes `experiments/reported/losses/summary.json` and the table on the page of the losses, `dpo_jax/losses/README.md`.
 
 Deviations are relative (`tests.losses.oracles.deviation`). Those from implementations cover values and gradients; those
 from the equation, in extended precision, cover values for random log-probabilities of several seeds. In float32 they
@@ -20,11 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import files
+from dpo_jax import losses
+from experiments.lab import files, page
 from tests.losses.menu import CASES, Case, evaluate, expected, make_inputs, policy_arrays
 from tests.losses.oracles import ENTRIES, compare, deviation
 
-OUT = Path(__file__).parents[2] / "experiments" / "reported" / "losses"
+OUT = page.REPORTED / "losses"
+PAGE = Path(losses.__file__).parent / "README.md"
 NUM_SEEDS = 20
 DTYPES = {"float64": jnp.float64, "float32": jnp.float32}
 WITHOUT_CASE = {
@@ -94,11 +96,11 @@ def from_equation(case: Case | None, dtype: str) -> float | None:
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS)]
+    rows = []
     for row in summary["losses"]:
         numbers = [rounded_up(row[source][dtype]) for source in ("oracle", "equation") for dtype in DTYPES]
-        lines.append((f"`{row['loss']}`", row["paper"], ", ".join(row["oracles"]) or "none", *numbers))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append((f"`{row['loss']}`", row["paper"], ", ".join(row["oracles"]) or "none", *numbers))
+    return page.table(COLUMNS, rows)
 
 
 def rounded_up(number: float | None) -> str:
@@ -113,12 +115,13 @@ def rounded_up(number: float | None) -> str:
 
 
 def main() -> None:
-    """Computes, writes and prints."""
+    """Computes and writes."""
     start = time.perf_counter()
     summary = summarise()
     seconds = time.perf_counter() - start
     files.save_summary({**summary, **files.provenance(run=seconds)}, files.output_folder(OUT))
-    print(table(summary))
+    page.update({"deviations": table(summary)}, OUT, path=PAGE)
+    print(f"{OUT / 'summary.json'} and the table of {PAGE} are written, in {seconds:.0f} s.")
 
 
 if __name__ == "__main__":

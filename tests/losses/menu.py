@@ -5,7 +5,7 @@ functions under test, and exact enough for the moderate log-ratios that they are
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,35 @@ SINGLE, BATCH, RANKED, REFERENCE_FREE, UNPAIRED = "single", "batch", "ranked", "
 
 
 @dataclass(frozen=True)
+class Swept:
+    """A hyperparameter and the values of it that tests try.
+
+    Attributes:
+      name: of the argument.
+      low, high: a range of values at which the loss differs.
+      bad: a value that the loss must refuse.
+      must_be: what its error says that the value must be.
+    """
+
+    name: str
+    low: float
+    high: float
+    bad: float
+    must_be: str
+
+    def at(self, share: float) -> float:
+        """The value at a share of the range."""
+        return self.low + share * (self.high - self.low)
+
+
+BETA = Swept("beta", 0.05, 3.0, bad=0.0, must_be="in (0, inf)")
+SMOOTHING = Swept("label_smoothing", 0.01, 0.45, bad=0.5, must_be="in [0, 0.5)")
+ALPHA = Swept("alpha", 0.1, 0.9, bad=np.inf, must_be="in [0, inf)")
+SHIFT = Swept("shift", -2.0, 2.0, bad=np.nan, must_be="finite")
+GAMMA = Swept("gamma", 0.0, 2.0, bad=-0.1, must_be="in [0, inf)")
+
+
+@dataclass(frozen=True)
 class Case:
     """A loss and what is known of it.
 
@@ -28,9 +57,11 @@ class Case:
       name: of the function, or of what is made from it.
       loss: the function.
       equation: `(x, h) -> [batch]`, of `quantities` and of a namespace of hyperparameters.
-      hyperparameters: values that are not special.
-      kind: what it takes.
+      hyperparameters: values that are not special; beta is 0.3.
       paper: who published it, and where.
+      kind: what it takes.
+      swept: the hyperparameters that are numbers, and what to test of each.
+      reaches_optimum: whether training on infinite data ends at the optimum of the RLHF objective (`test_optima`).
     """
 
     name: str
@@ -39,7 +70,12 @@ class Case:
     hyperparameters: dict[str, Any]
     paper: str
     kind: str = SINGLE
-    swept: tuple[str, ...] = field(default=("beta",))
+    swept: tuple[Swept, ...] = (BETA,)
+    reaches_optimum: bool = False
+
+    def at(self, share: float) -> dict[str, float]:
+        """All swept hyperparameters, each at a share of its range."""
+        return {swept.name: swept.at(share) for swept in self.swept}
 
 
 def sigmoid(x):
@@ -99,14 +135,21 @@ GPO = "Tang 2024 (GPO), 2402.05749, Table 1"
 DPO = "Rafailov 2023, 2305.18290"
 
 CASES = [
-    Case("dpo_loss", losses.dpo_loss, lambda x, h: nls(h.beta * x.D), {"beta": 0.3}, f"{DPO}, Eq. 7"),
+    Case(
+        "dpo_loss",
+        losses.dpo_loss,
+        lambda x, h: nls(h.beta * x.D),
+        {"beta": 0.3},
+        f"{DPO}, Eq. 7",
+        reaches_optimum=True,
+    ),
     Case(
         "dpo_loss, label_smoothing",
         losses.dpo_loss,
         lambda x, h: smoothed(h.beta * x.D, h.label_smoothing),
         {"beta": 0.3, "label_smoothing": 0.2},
         "Mitchell 2023, conservative DPO",
-        swept=("beta", "label_smoothing"),
+        swept=(BETA, SMOOTHING),
     ),
     Case(
         "robust_dpo_loss",
@@ -117,7 +160,8 @@ CASES = [
         ),
         {"beta": 0.3, "label_smoothing": 0.2},
         "Chowdhury 2024, 2403.00409, Sec. 3.1",
-        swept=("beta", "label_smoothing"),
+        swept=(BETA, SMOOTHING),
+        reaches_optimum=True,  # on labels that are flipped as often as it assumes
     ),
     Case(
         "ipo_loss",
@@ -160,6 +204,7 @@ CASES = [
         lambda x, h: 1 / (1 + np.exp(h.beta * x.D)) ** 2,
         {"beta": 0.3},
         GPO,
+        reaches_optimum=True,
     ),
     Case(
         "exo_loss",
@@ -167,7 +212,7 @@ CASES = [
         lambda x, h: exo(h.beta * x.D, h.label_smoothing),
         {"beta": 0.3, "label_smoothing": 0.1},
         "Ji 2024, 2402.00856, Eq. 16",
-        swept=("beta", "label_smoothing"),
+        swept=(BETA, replace(SMOOTHING, must_be="in (0, 0.5)")),
     ),
     Case(
         "discopop_loss",
@@ -175,7 +220,7 @@ CASES = [
         lambda x, h: discopop(h.beta * x.D, h.temperature),
         {"beta": 0.3, "temperature": 0.2},
         "Lu 2024, 2406.08414, Eq. 5",
-        swept=("beta", "temperature"),
+        swept=(BETA, Swept("temperature", 0.05, 1.0, bad=1.5, must_be="in (0, 1]")),
     ),
     Case(
         "offset_dpo_loss",
@@ -183,7 +228,7 @@ CASES = [
         lambda x, h: nls(h.beta * x.D - h.offset),
         {"beta": 0.3, "offset": 0.7},
         "Amini 2024, 2402.10571",
-        swept=("beta", "offset"),
+        swept=(BETA, Swept("offset", -2.0, 2.0, bad=np.inf, must_be="finite")),
     ),
     Case(
         "length_regularized_dpo_loss",
@@ -191,7 +236,7 @@ CASES = [
         lambda x, h: nls(h.beta * x.D + h.alpha * (x.lengths[0] - x.lengths[1])),
         {"beta": 0.3, "alpha": 0.1, "lengths": LENGTHS},
         "Park 2024, 2403.19159, Eq. 9",
-        swept=("beta", "alpha"),
+        swept=(BETA, ALPHA),
     ),
     Case(
         "nca_loss",
@@ -206,7 +251,7 @@ CASES = [
         lambda x, h: nls(h.beta * x.C - h.shift) + nls(-(h.beta * x.R - h.shift)),
         {"beta": 0.3, "shift": 0.4},
         "Jung 2024, 2404.04656",
-        swept=("beta", "shift"),
+        swept=(BETA, SHIFT),
     ),
     Case(
         "sppo_loss",
@@ -235,7 +280,7 @@ CASES = [
         lambda x, h: nls(h.beta * (x.D - h.penalty * np.maximum(0, -x.C))),
         {"beta": 0.3, "penalty": 2.0},
         "Pal 2024, 2402.13228, Eq. 3",
-        swept=("beta", "penalty"),
+        swept=(BETA, Swept("penalty", 0.0, 5.0, bad=-1.0, must_be="in [0, inf)")),
     ),
     Case(
         "chi_po_loss",
@@ -243,7 +288,7 @@ CASES = [
         lambda x, h: nls(np.clip(h.beta * (chi(x.C) - chi(x.R)), -2 * h.max_reward, 2 * h.max_reward)),
         {"beta": 0.3, "max_reward": 2.0},
         "Huang 2024, 2407.13399, Algorithm 1",
-        swept=("beta", "max_reward"),
+        swept=(BETA, Swept("max_reward", 0.5, 5.0, bad=0.0, must_be="in (0, inf]")),
     ),
     Case(
         "length_normalized_dpo_loss",
@@ -259,7 +304,7 @@ CASES = [
         {"beta": 0.3, "label_smoothing": 0.1},
         "Melnyk 2024, 2406.05882",
         BATCH,
-        ("beta", "label_smoothing"),
+        (BETA, SMOOTHING),
     ),
     Case(
         "aot_unpaired_loss",
@@ -268,7 +313,7 @@ CASES = [
         {"beta": 0.3, "label_smoothing": 0.1},
         "Melnyk 2024, 2406.05882",
         BATCH,
-        ("beta", "label_smoothing"),
+        (BETA, SMOOTHING),
     ),
     Case(
         "beta_dpo_loss",
@@ -277,7 +322,7 @@ CASES = [
         {"beta": 0.3, "alpha": 0.4, "moments": MOMENTS, "keep": 1.0},
         "Wu 2024, 2407.08639, Sec. 4",
         BATCH,
-        ("beta", "alpha"),
+        (BETA, ALPHA),
     ),
     Case(
         "plackett_luce_loss",
@@ -286,6 +331,7 @@ CASES = [
         {"beta": 0.3},
         "Rafailov 2023, 2305.18290, Eq. 20",
         RANKED,
+        reaches_optimum=True,
     ),
     Case(
         "simpo_loss",
@@ -294,7 +340,7 @@ CASES = [
         {"beta": 0.3, "gamma": 0.5},
         "Meng 2024, 2405.14734, Eq. 6",
         REFERENCE_FREE,
-        ("beta", "gamma"),
+        (BETA, GAMMA),
     ),
     Case(
         "alphapo_loss",
@@ -303,7 +349,7 @@ CASES = [
         {"beta": 0.3, "gamma": 0.5, "alpha": 0.25},
         "Gupta 2025, 2501.03884",
         REFERENCE_FREE,
-        ("beta", "gamma", "alpha"),
+        (BETA, GAMMA, replace(ALPHA, must_be="finite")),
     ),
     Case(
         "cpo_loss",
@@ -312,7 +358,7 @@ CASES = [
         {"beta": 0.3, "sft_weight": 0.8},
         "Xu 2024, 2401.08417, Eq. 3",
         REFERENCE_FREE,
-        ("beta", "sft_weight"),
+        (BETA, Swept("sft_weight", 0.0, 2.0, bad=-1.0, must_be="in [0, inf)")),
     ),
     Case(
         "orpo_loss",
@@ -321,7 +367,7 @@ CASES = [
         {"odds_weight": 0.3},
         "Hong 2024, 2403.07691, Eq. 6 and 7",
         REFERENCE_FREE,
-        ("odds_weight",),
+        (Swept("odds_weight", 0.0, 2.0, bad=-1.0, must_be="in [0, inf)"),),
     ),
     Case(
         "unlikelihood_loss",
@@ -330,7 +376,7 @@ CASES = [
         {"alpha": 0.3},
         "Rafailov 2023, 2305.18290, Sec. 6",
         REFERENCE_FREE,
-        ("alpha",),
+        (replace(ALPHA, must_be="in [0, 1]"),),
     ),
     Case("sft_loss", losses.sft_loss, lambda x, _: -x.w, {}, "Rafailov 2023, 2305.18290, Sec. 6", REFERENCE_FREE, ()),
     Case(
@@ -344,7 +390,12 @@ CASES = [
         {"beta": 0.3, "reference_point": 0.6, "desirable_weight": 1.5, "undesirable_weight": 0.75},
         "Ethayarajh 2024, 2402.01306, Sec. 4.1",
         UNPAIRED,
-        ("beta", "reference_point", "desirable_weight", "undesirable_weight"),
+        (
+            BETA,
+            Swept("reference_point", 0.0, 2.0, bad=-0.1, must_be="in [0, inf)"),
+            Swept("desirable_weight", 0.0, 2.0, bad=-1.0, must_be="in [0, inf)"),
+            Swept("undesirable_weight", 0.0, 2.0, bad=-1.0, must_be="in [0, inf)"),
+        ),
     ),
     Case(
         "bco_loss",
@@ -353,7 +404,7 @@ CASES = [
         {"beta": 0.3, "shift": 0.4},
         "Jung 2024, 2404.04656",
         UNPAIRED,
-        ("beta", "shift"),
+        (BETA, SHIFT),
     ),
     Case(
         "apo_zero_unpaired_loss",

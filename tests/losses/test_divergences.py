@@ -7,7 +7,7 @@ import pytest
 
 from dpo_jax import losses
 from dpo_jax.losses import LOSSES_OF_THE_MARGIN, alpha_divergence, forward_kl, with_divergence
-from tests.losses.menu import BY_NAME, CASES, REFERENCE_FREE, UNPAIRED, evaluate, make_inputs, policy_arrays
+from tests.losses.menu import BY_NAME, CASES, SINGLE, evaluate, make_inputs, policy_arrays
 
 LINKS = {
     "reverse_kl": losses.reverse_kl,
@@ -164,10 +164,9 @@ def test_the_list_is_that_of_losses_which_a_shift_of_both_ratios_does_not_change
     policy = policy_arrays(inputs)
     lifted = tuple(side - 0.3 for side in policy)
     for case in CASES:
-        if case.name in vars(losses) and case.kind not in (REFERENCE_FREE, UNPAIRED):
+        if case.name in vars(losses) and case.kind == SINGLE:
             unchanged = np.allclose(evaluate(case, policy, inputs), evaluate(case, lifted, inputs), rtol=1e-4)
-            exceptions = {"aot_loss", "beta_dpo_loss", "aot_unpaired_loss", "plackett_luce_loss"}  # not of two scores
-            assert unchanged == (case.loss in LOSSES_OF_THE_MARGIN) or case.name in exceptions, case.name
+            assert unchanged == (case.loss in LOSSES_OF_THE_MARGIN), f"{case.name} belongs into another file of losses"
 
 
 def test_bad_alpha_is_refused():
