@@ -27,6 +27,7 @@ from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
 from experiments.lab.tuning import Seeds
 
+RLHF_PAGE = Path(rlhf.__file__).parent / "README.md"
 LEARNING_RATES = tuple(float(f"{rate:.1g}") for rate in np.geomspace(3e-5, 1e-1, 8))
 CURVE_BETAS = np.geomspace(0.003, 20.0, 40, dtype=np.float32)
 CURVE_NUMS = np.geomspace(1.0, 1000.0, 25, dtype=np.float32)
@@ -185,7 +186,7 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
                 sweep.grid(run, scenes, seeds=where, runs_at_once=shape, report=report, method=methods, trial=trials)
             )
 
-        run, tuned = runner(pipeline), {}
+        run, tuned = runner(pipeline), dict[str, Any]()
         for strengths in dict.fromkeys(each.strengths for each in CONTENDERS):
             names = [each.name for each in CONTENDERS if each.strengths == strengths]
             tried = StrengthTrials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
@@ -423,6 +424,20 @@ def page_table(summary: dict[str, Any]) -> str:
     return page.table([*columns, "spread", "KL", "score", "worse than SFT"], rows)
 
 
+def estimators_table(summary: dict[str, Any]) -> str:
+    """The table of bias and noise on the page of RLHF."""
+    rows = [
+        [
+            name,
+            f"{quality['alignment']['mean']:.3f}",
+            f"{quality['scale']['mean']:.2f}",
+            page.interval(quality["noise"], summary["num_seeds"], digits=1),
+        ]
+        for name, quality in summary["gradient_estimators"].items()
+    ]
+    return page.table(["estimate", "alignment", "length", "noise"], rows)
+
+
 def save_figures(summary: dict[str, Any], out: Path) -> None:
     """Draws reward against KL, overoptimisation, and what the learning rate does."""
     methods, known = summary["methods"], summary["baseline_gains"]
@@ -494,6 +509,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     files.save_summary({**sizes, "betas": STRENGTHS, **summary, **files.provenance(**took)}, out)
     save_figures(summary, out)
     page.update({"dpo_vs_rlhf": page_table(summary)}, out)
+    page.update({"gradient_estimators": estimators_table(summary)}, out, path=RLHF_PAGE)
     print_results(summary)
     console.say(
         f"{took['total']:.0f} s in all; of the comparison, {took['compile']:.0f} s compiling and {took['run']:.0f} s "

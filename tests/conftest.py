@@ -1,7 +1,7 @@
 """Strictness: no silent rank promotion, and every annotated shape and dtype is checked at run time.
 
-Warnings are errors too: see `filterwarnings` in pyproject.toml. Programs are small and run for milliseconds, so compiling
-them takes most of the time. They are compiled fast, and kept from run to run.
+Warnings are errors too: see `filterwarnings` in pyproject.toml. Programs are small and run for milliseconds. Most of
+the time is spent on compiling them: they are compiled with little optimisation, and kept from run to run.
 """
 
 import gc
@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path("~/.cache/dpo_jax/te
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody reads where an operation came from
-gc.set_threshold(50_000)  # JAX clears a cache of its own at every collection
+gc.set_threshold(10_000)  # JAX clears a cache of its own at every collection
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -206,8 +206,6 @@ def naming(combination: dict[str, Any], traced: Sequence[str]) -> Iterator[None]
         yield
     except Exception as problem:
         name_run(problem, combination, dict.fromkeys(traced, "any"))
-        if traced and isinstance(problem, TypeError):
-            problem.add_note("Numbers of an axis are traced. If they decide a shape, write sweep.static([8, 16]).")
         raise
 
 

@@ -279,9 +279,10 @@ def _objective(
             refuse_weights_if_rows_mix(loss, *called_with, **values)
         of_loss = loss(*called_with, **values)
         checks.one_per_row(name_of(loss), of_loss, len(batch.prompts), "the objective takes their mean")
+        mean = _mean(of_loss, batch.weights)
         of_rows = metrics(logps, batch, values)
         means = {name: x if isinstance(x, Ratio) else _average(x, batch.weights) for name, x in of_rows.items()}
-        return _mean(of_loss, batch.weights), means, memory
+        return mean, means, memory
 
     memory = {name: value.memory for name, value in hyperparameters.items() if isinstance(value, Running)}
     if memory:

@@ -1,4 +1,4 @@
-"""What the page of RLHF says is true: its code runs, its table is the reported one, its links lead somewhere."""
+"""What the page of RLHF says is true: its code runs, and its table is the reported one."""
 
 import json
 import re
@@ -8,22 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from dpo_jax import losses, rlhf, toy
-from dpo_jax.intervals import half_width
+from experiments import dpo_vs_rlhf
+from experiments.lab import page
 
 PAGE = Path(rlhf.__file__).parent / "README.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 SUMMARY = json.loads((PAGE.parents[2] / "experiments/reported/dpo_vs_rlhf/summary.json").read_text())
-
-
-def estimators_table(estimators):
-    """The table of bias and noise."""
-    rows = ["| estimate | alignment | length | noise |", "|---|---|---|---|"]
-    for name, quality in estimators.items():
-        cells = (f"{quality[column]['mean']:.{digits}f}" for column, digits in (("alignment", 3), ("scale", 2)))
-        noise = f"{quality['noise']['mean']:.1f} ± {half_width(quality['noise']['stderr'], SUMMARY['num_seeds']):.1f}"
-        rows.append("| " + " | ".join([name, *cells, noise]) + " |")
-    return "\n".join(rows)
 
 
 @pytest.mark.slow
@@ -43,7 +34,7 @@ def test_all_code_runs_and_every_training_earns_reward():
 
 
 def test_its_table_is_that_of_the_reported_results():
-    assert estimators_table(SUMMARY["gradient_estimators"]) in TEXT
+    assert page.between(TEXT, "gradient_estimators") == dpo_vs_rlhf.estimators_table(SUMMARY)
     assert f"At the SFT policies of {SUMMARY['num_seeds']} worlds" in " ".join(TEXT.split())
 
 

@@ -47,7 +47,7 @@ def test_coin_tosses_say_nothing():
     for setting in SETTINGS.values():
         toss = coin_tosses(setting)
         assert toss.on_policy == setting.on_policy
-        noise = {"temperature": toss.temperature, "flip_probability": toss.flip_probability}
+        noise = {"temperature": toss.judge_temperature, "flip_probability": toss.flip_probability}
         assert toy.preference_probability(jnp.float32(0.9), jnp.float32(0.1), **noise) == 0.5
 
 
