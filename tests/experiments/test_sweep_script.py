@@ -88,6 +88,7 @@ def test_stopped_from_outside_it_says_how_to_go_on(tmp_path, monkeypatch, capsys
         assert "the same command goes on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_command_with_one_line(tmp_path):
     def begin(name):
         out, script = tmp_path / name, [sys.executable, "-m", "experiments.sweep", "--num-seeds", "2", "--loss"]

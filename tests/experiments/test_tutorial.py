@@ -22,12 +22,14 @@ def tutorial(tmp_path_factory):
     return out, done.stdout, json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_it_writes_a_summary_and_figures_and_nothing_else(tutorial):
     out, _, _ = tutorial
     names = {"summary.json", "dpo_training.png", "beta_ablation.png", "frontier.png"}
     assert {path.name for path in out.iterdir()} == names
 
 
+@pytest.mark.slow
 def test_its_summary_has_the_agreed_keys(tutorial):
     _, _, summary = tutorial
     assert {"sft", "dpo", "ablation", "seconds", "device", "versions"} <= summary.keys()
@@ -44,6 +46,7 @@ def test_its_summary_has_the_agreed_keys(tutorial):
     assert all(keys <= entry.keys() for entry in summary["ablation"])
 
 
+@pytest.mark.slow
 def test_its_results_make_sense(tutorial):
     _, _, summary = tutorial
     by_beta = {entry["beta"]: entry for entry in summary["ablation"]}
@@ -57,6 +60,7 @@ def test_its_results_make_sense(tutorial):
         assert abs(entry["mean_sampled_reward"] - entry["mean_expected_reward"]) < 4 * 0.5 / 1000**0.5
 
 
+@pytest.mark.slow
 def test_it_prints_what_the_notebook_prints(tutorial):
     _, printed, summary = tutorial
     assert f"[{math.log(2):.4f}" in printed

@@ -33,7 +33,8 @@ def test_small_permutations_are_all_equally_frequent(num):
     assert stats.chisquare(counts).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("num", [30, pytest.param(290, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num", [30, 290])
 def test_any_two_indices_are_placed_independently(num):
     places = permutations(num, 300_000)
     columns = _grid(num)[1]

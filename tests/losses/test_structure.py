@@ -83,6 +83,7 @@ def test_a_single_row_depends_on_no_other():
     assert not mixes(jnp.sort, rows=(jnp.zeros(1), jnp.zeros(1)))
 
 
+@pytest.mark.slow
 def test_hyperparameters_may_be_traced_also_in_closures():
     seen = []
 

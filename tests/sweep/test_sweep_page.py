@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 from matplotlib import figure as matplotlib_figure
 
 from dpo_jax import sweep
@@ -10,6 +11,7 @@ from dpo_jax import sweep
 PAGE = Path(sweep.__file__).parent / "README.md"
 
 
+@pytest.mark.slow
 def test_all_code_runs(as_users_have_it, monkeypatch, capsys):
     saved = []
     monkeypatch.setattr(matplotlib_figure.Figure, "savefig", lambda _, path: saved.append(path))

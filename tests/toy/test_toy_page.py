@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dpo_jax import toy
 
 PAGE = Path(toy.__file__).parent / "README.md"
 
 
+@pytest.mark.slow
 def test_all_code_runs(as_users_have_it):
     scope = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL):
