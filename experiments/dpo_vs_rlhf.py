@@ -191,7 +191,7 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
             names = [each.name for each in CONTENDERS if each.strengths == strengths]
             tried = StrengthTrials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
             results = sweep_of(names, tried, seeds.tuning)
-            tuned |= {name: results.sel(method=name) for name in names}
+            tuned |= {name: results.sel({"method": name}) for name in names}  # sel has an argument `method`
         return [run_reported(sweep_of, seeds, each, tuned[each.name]) for each in CONTENDERS]
 
 
