@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import beta_ablation, dpo_vs_rlhf, loss_variants
@@ -19,6 +20,19 @@ def reported(name):
 def test_a_table_is_that_of_its_reported_results(script):
     name = script.__name__.rpartition(".")[2]
     assert page.between(PAGE, name) == script.page_table(reported(name))
+
+
+def test_what_is_said_of_sharpening_is_what_was_measured():
+    summary = reported("loss_variants")
+    (dpo,) = (e for e in summary["losses"] if (e["name"], e["setting"]) == ("dpo", "clean"))
+    sharpened = summary["baselines"]["clean"]["sharpened"]
+    at_its_kl = np.interp(
+        dpo["kl_to_reference"]["mean"],
+        sharpened["kl_to_reference"]["mean"],
+        sharpened["expected_reward"]["mean"],
+    )
+    said = f"earns {at_its_kl:.3f} at the KL where DPO on clean labels earns {dpo['expected_reward']['mean']:.3f}"
+    assert said in " ".join(PAGE.split())
 
 
 def test_the_tables_of_speed_are_those_of_the_reported_benchmark():

@@ -55,7 +55,7 @@ def test_tables_and_figures_say_what_the_runs_said(swept):
         assert float(row["expected_reward_difference_mean"]) == pytest.approx(difference, abs=1e-6)
     assert {path.name for path in options.out.glob("*.png")} == {"reward.png", "frontier.png", "heat_map.png"}
     assert json.loads((options.out / "summary.json").read_text())["options"]["num_seeds"] == 3
-    assert "orpo" in said
+    assert {"orpo", "first"} <= set(said.split()), "a row for each loss, and its gain over the first one"
     orpo = runs[runs.loss == "orpo"]  # has no beta
     assert np.allclose(orpo[orpo.beta == 0.1].expected_reward, orpo[orpo.beta == 0.5].expected_reward)
     assert not np.allclose(runs[runs.beta == 0.1].expected_reward[:6], runs[runs.beta == 0.5].expected_reward[:6])
