@@ -69,6 +69,7 @@ BETA = Range(0.003, 30.0)
 UNKNOWN = Range(0.01, 10.0)
 """For hyperparameters of which nothing is known."""
 SMOOTHING = Range(0.003, 0.45)
+SFT_WEIGHT = Range(1e-5, 3.0)
 
 
 def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
@@ -254,7 +255,7 @@ METHODS = (
     reference_free(
         "alphapo", losses.alphapo_loss, beta=BETA, gamma=Range(0.01, 3.0), alpha=Range(-1.0, 1.0, linear=True)
     ),
-    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=Range(1e-5, 3.0)),
+    reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=SFT_WEIGHT),
     reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 100.0)),
     reference_free("unlikelihood", losses.unlikelihood_loss, alpha=Range(0.0, 1.0, linear=True)),
     reference_free("preferred fine-tuning", losses.sft_loss),
@@ -270,7 +271,7 @@ METHODS = (
         {"beta": BETA},
         Feedback.split_pairs,
     ),
-    Method("rpo", ADDITION, rpo, {"beta": BETA, "sft_weight": Range(0.001, 3.0)}),
+    Method("rpo", ADDITION, rpo, {"beta": BETA, "sft_weight": SFT_WEIGHT}),
     Method("mpo", ADDITION, mpo, {"beta": BETA}),
     Method("wpo", ADDITION, wpo, {"beta": BETA}),
     Method("tr-dpo", ADDITION, tr_dpo, {"beta": BETA, "mix": Range(0.0003, 0.3)}),
