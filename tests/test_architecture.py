@@ -20,6 +20,7 @@ FLOORS = {
     "intervals": 1,
     "toy": 2,
     "losses": 2,
+    "votes": 2,
     "train": 3,
     "rlhf": 4,
     "sweep": 5,

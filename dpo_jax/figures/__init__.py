@@ -18,3 +18,6 @@ from dpo_jax.figures.sweep_figures import lines as lines
 from dpo_jax.figures.training_figures import beta_ablation as beta_ablation
 from dpo_jax.figures.training_figures import frontier as frontier
 from dpo_jax.figures.training_figures import training as training
+from dpo_jax.figures.vote_figures import calibration as calibration
+from dpo_jax.figures.vote_figures import strengths as strengths
+from dpo_jax.figures.vote_figures import win_probabilities as win_probabilities

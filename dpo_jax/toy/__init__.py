@@ -1,11 +1,5 @@
 """The one-token world, a contextual bandit in which everything is known exactly."""
 
-from dpo_jax.toy.comparisons import Comparisons as Comparisons
-from dpo_jax.toy.comparisons import NamedPolicy as NamedPolicy
-from dpo_jax.toy.comparisons import Names as Names
-from dpo_jax.toy.comparisons import load_policy as load_policy
-from dpo_jax.toy.comparisons import read_comparisons as read_comparisons
-from dpo_jax.toy.comparisons import save_policy as save_policy
 from dpo_jax.toy.exact import bayes_prediction as bayes_prediction
 from dpo_jax.toy.exact import best_of_n_policy as best_of_n_policy
 from dpo_jax.toy.exact import evaluate as evaluate

@@ -1,0 +1,30 @@
+"""Rankings from votes: the Bradley-Terry model, with intervals."""
+
+from dpo_jax.votes.agreement import Agreement as Agreement
+from dpo_jax.votes.agreement import agreement as agreement
+from dpo_jax.votes.graph import Entrants as Entrants
+from dpo_jax.votes.graph import Record as Record
+from dpo_jax.votes.graph import entrants as entrants
+from dpo_jax.votes.graph import islands as islands
+from dpo_jax.votes.graph import levels as levels
+from dpo_jax.votes.graph import record as record
+from dpo_jax.votes.graph import warnings_of as warnings_of
+from dpo_jax.votes.reading import Column as Column
+from dpo_jax.votes.reading import VoteFile as VoteFile
+from dpo_jax.votes.reading import as_preferences as as_preferences
+from dpo_jax.votes.reading import read as read
+from dpo_jax.votes.strengths import Fit as Fit
+from dpo_jax.votes.strengths import LogLikelihood as LogLikelihood
+from dpo_jax.votes.strengths import Votes as Votes
+from dpo_jax.votes.strengths import davidson as davidson
+from dpo_jax.votes.strengths import fit as fit
+from dpo_jax.votes.strengths import half_wins as half_wins
+from dpo_jax.votes.uncertainty import Comparison as Comparison
+from dpo_jax.votes.uncertainty import bootstrap as bootstrap
+from dpo_jax.votes.uncertainty import compare as compare
+from dpo_jax.votes.uncertainty import covariance as covariance
+from dpo_jax.votes.uncertainty import intervals as intervals
+from dpo_jax.votes.uncertainty import rank_intervals as rank_intervals
+from dpo_jax.votes.uncertainty import ranks as ranks
+from dpo_jax.votes.uncertainty import redraw as redraw
+from dpo_jax.votes.uncertainty import tally as tally

@@ -1,0 +1,224 @@
+"""How well strengths are known: by redrawing the votes, and by the curvature of the likelihood."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dpo_jax.types import Numeric, Pair
+from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, fit, half_wins, means, penalised
+
+CONVERGED = 1e-2
+"""Refits stop after a step below this (nats): the next one would be of the order of its square."""
+
+VOTES_AT_ONCE = 2**21
+"""Refits are stacked up to this many votes."""
+
+
+COMPARED_AT_ONCE = 2**22
+"""Differences of strengths that are sorted at once."""
+
+LIMITS = (0.025, 0.975)
+
+
+def tally(votes: Votes) -> tuple[Votes, Int[np.ndarray, " n"]]:
+    """Sums up equal votes.
+
+    Returns:
+      The distinct votes, with summed weights; and for each vote which of them it is.
+    """
+    chosen, rejected = (np.asarray(side, np.int64) for side in votes.responses)
+    ties = None if votes.ties is None else np.asarray(votes.ties)
+    if ties is not None:
+        low, high = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
+        first = votes.first if votes.first is None else np.where(ties & (chosen != low), -votes.first, votes.first)
+        chosen, rejected = np.where(ties, low, chosen), np.where(ties, high, rejected)
+    else:
+        first = votes.first
+    code = chosen * (max(chosen.max(), rejected.max()) + 1) + rejected
+    for column, size in ((ties, 2), (None if first is None else np.asarray(first) + 1, 3)):
+        code = code if column is None else code * size + column
+    _, index, rows = np.unique(code, return_index=True, return_inverse=True)
+    weights = np.bincount(rows, None if votes.weights is None else votes.weights)
+    distinct = Votes(
+        Pair(chosen[index].astype(np.int32), rejected[index].astype(np.int32)),
+        None if ties is None else ties[index],
+        weights.astype(np.float64),
+        None if first is None else np.asarray(first)[index],
+    )
+    return distinct, rows
+
+
+def redraw(
+    key: Key[Array, ""], num_votes: int, num_responses: int, *, prior: Any = 1.0, clusters: Any = None
+) -> tuple[Float[Array, " n"], Pair]:
+    """Random weights of the Bayesian bootstrap (Rubin, 1981): of the votes, and of the virtual votes of the prior.
+
+    Each vote, or each cluster, has an exponential weight with mean 1; the virtual votes won and lost by a response have
+    gamma weights with mean `prior / 2`. For votes on one response against a fixed opponent, the refitted probabilities
+    of winning are draws from the exact posterior, Beta(wins + prior / 2, losses + prior / 2).
+
+    Args:
+      key: a key.
+      num_votes: how many votes there are.
+      num_responses: how many responses.
+      prior: the number of virtual votes of each response.
+      clusters: ids below `num_votes` of votes that share a weight, those of one judge, say; `None` if all are
+        independent.
+    """
+    of_votes, of_won, of_lost = jax.random.split(key, 3)
+    weights = jax.random.exponential(of_votes, (num_votes,))
+    half = jnp.full(num_responses, prior / 2, weights.dtype)
+    virtual = (jnp.where(half > 0, jax.random.gamma(k, half), 0) for k in (of_won, of_lost))
+    return weights if clusters is None else weights[clusters], Pair(*virtual)
+
+
+def bootstrap(
+    key: Key[Array, ""],
+    votes: Votes,
+    num_responses: int,
+    *,
+    num_fits: int,
+    prior: Numeric = 1.0,
+    model: LogLikelihood = half_wins,
+    groups: Any = None,
+    clusters: Any = None,
+    report: Callable[[int], object] = lambda num_done: None,
+) -> Fit:
+    """Fits redrawn votes again and again: see `redraw`.
+
+    Args:
+      key: a key.
+      votes: the votes one by one, not summed up.
+      num_responses: how many ids of responses there are.
+      num_fits: how many fits.
+      prior, model, groups: as in `fit`.
+      clusters: as in `redraw`.
+      report: called with the number of fits done.
+
+    Returns:
+      The fits, stacked: strengths `[num_fits, responses]`, and so on, in NumPy arrays.
+    """
+    distinct, rows = tally(votes)
+    distinct = jax.tree.map(jnp.asarray, distinct)
+    own = 1.0 if votes.weights is None else jnp.asarray(votes.weights)
+    refit = partial(fit, num_responses=num_responses, model=model, groups=groups)
+
+    @jax.jit
+    def refits(keys: Key[Array, " fits"], start: Fit, rows: Array, own: Any, clusters: Any) -> Fit:
+        def once(key: Key[Array, ""]) -> Fit:
+            weights, virtual = redraw(key, len(rows), num_responses, prior=prior, clusters=clusters)
+            summed = jax.ops.segment_sum(weights * own, rows, len(distinct.responses.chosen))
+            return refit(distinct._replace(weights=summed), prior=virtual, start=start, tolerance=CONVERGED)
+
+        return jax.vmap(once)(keys)
+
+    start = jax.jit(partial(refit, prior=prior))(distinct)
+    stack = int(np.clip(VOTES_AT_ONCE // len(rows), 1, num_fits))
+    keys = jax.random.split(key, num_fits)
+    done = []
+    for begin in range(0, num_fits, stack):
+        chosen = keys[np.arange(begin, begin + stack) % num_fits]
+        done.append(jax.device_get(refits(chosen, start, jnp.asarray(rows), own, clusters)))
+        report(min(begin + stack, num_fits))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_fits], *done)
+
+
+def covariance(
+    votes: Votes,
+    num_responses: int,
+    fitted: Fit,
+    *,
+    prior: Numeric = 1.0,
+    model: LogLikelihood = half_wins,
+    groups: Int[Array, " responses"] | None = None,
+) -> Float[Array, "responses responses"]:
+    """Covariance of the strengths by the curvature of the likelihood at its maximum (nats squared).
+
+    It is the inverse of the Hessian, seen from the average of each group. The table has `num_responses` rows and
+    columns; for very many responses, use `bootstrap`. It counts all votes as independent.
+    """
+    objective, _ = penalised(votes, num_responses, prior=prior, model=model)
+    flat, restored = ravel_pytree(tuple(fitted[:3]))
+    _, hessian = jax.linearize(jax.grad(lambda params: objective(restored(params))), flat)
+    table = jax.lax.map(hessian, jnp.eye(len(flat), dtype=flat.dtype))
+    inverse = jnp.linalg.pinv((table + table.T) / 2, hermitian=True)[:num_responses, :num_responses]
+    centred = inverse - jax.vmap(partial(means, groups=groups), in_axes=1, out_axes=-1)(inverse)
+    return centred - jax.vmap(partial(means, groups=groups))(centred)
+
+
+class Comparison(NamedTuple):
+    """How sure it is that one response is better than another, and by how much.
+
+    Attributes:
+      better: probability that the first is stronger.
+      win_probability: of the first against the second, in a vote without tie and order: the median.
+      low, high: its 95 % interval.
+    """
+
+    better: Float[np.ndarray, "..."]
+    win_probability: Float[np.ndarray, "..."]
+    low: Float[np.ndarray, "..."]
+    high: Float[np.ndarray, "..."]
+
+    @property
+    def separable(self) -> Bool[np.ndarray, "..."]:
+        """Whether the interval excludes one half."""
+        return (self.low > 0.5) | (self.high < 0.5)
+
+
+def compare(refits: Fit, ones: Any, others: Any) -> Comparison:
+    """Compares responses, by the fits that `bootstrap` made.
+
+    Args:
+      refits: the fits.
+      ones: ids of responses, of any shape.
+      others: ids of the responses that they are compared with, of the same shape.
+    """
+    ones, others = np.broadcast_arrays(ones, others)
+    by_response = np.ascontiguousarray(refits.strengths.T)
+    found = np.empty((4, ones.size))
+    step = max(1, COMPARED_AT_ONCE // by_response.shape[1])
+    for begin in range(0, ones.size, step):
+        part = np.s_[begin : begin + step]
+        gaps = np.sort(by_response[ones.ravel()[part]] - by_response[others.ravel()[part]])
+        found[0, part] = np.mean(gaps > 0, axis=1) + 0.5 * np.mean(gaps == 0, axis=1)
+        found[1:, part] = 1 / (1 + np.exp(-_quantiles(gaps, [0.5, *LIMITS]).T))
+    return Comparison(*found.reshape(4, *ones.shape))
+
+
+def intervals(refits: Fit) -> tuple[Float[np.ndarray, " responses"], Float[np.ndarray, " responses"]]:
+    """The 95 % interval of each strength (nats)."""
+    low, high = _quantiles(np.sort(refits.strengths.T), LIMITS).T
+    return low, high
+
+
+def ranks(strengths: Float[np.ndarray, " responses"], groups: Any = None) -> Int[np.ndarray, " responses"]:
+    """The rank of each response in its group; the strongest has rank 1, and equals are ranked by their ids."""
+    groups = np.zeros(len(strengths), int) if groups is None else np.asarray(groups)
+    order = np.lexsort((-np.asarray(strengths), groups))
+    placed = np.empty(len(order), int)
+    placed[order] = np.arange(len(order)) - np.searchsorted(groups[order], groups[order]) + 1
+    return placed
+
+
+def rank_intervals(
+    refits: Fit, groups: Any = None
+) -> tuple[Int[np.ndarray, " responses"], Int[np.ndarray, " responses"]]:
+    """The best and the worst rank of each response in its group, of 95 % of the fits."""
+    all_ranks = np.stack([ranks(strengths, groups) for strengths in refits.strengths])
+    low, high = np.round(_quantiles(np.sort(all_ranks.T), LIMITS)).astype(int).T
+    return low, high
+
+
+def _quantiles(values: Float[np.ndarray, "n draws"], shares: Sequence[float]) -> Float[np.ndarray, "n shares"]:
+    """Quantiles of sorted rows, by linear interpolation."""
+    place = np.asarray(shares) * (values.shape[1] - 1)
+    below = np.floor(place).astype(int)
+    above = np.ceil(place).astype(int)
+    return values[:, below] + (place - below) * (values[:, above] - values[:, below])

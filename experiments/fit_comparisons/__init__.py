@@ -1,0 +1,1 @@
+"""Your own comparisons: which responses people prefer, and how sure that is."""

@@ -1,0 +1,184 @@
+"""Rankings: one of all votes, and one for each category."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import votes
+from experiments.lab import console
+
+MOST_FOR_HESSIAN = 1_000
+"""Standard errors by the Hessian take a table of all pairs; beyond this many responses, there are none."""
+
+LARGEST_MATRIX = 50
+"""Matrices of win probabilities show this many of the strongest responses."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """How strengths are fitted.
+
+    Attributes:
+      prior: virtual votes of each response.
+      likelihood: how ties count.
+      num_fits: fits of the bootstrap.
+    """
+
+    prior: float
+    likelihood: votes.LogLikelihood
+    num_fits: int
+
+
+class Ranked(NamedTuple):
+    """A response in a ranking.
+
+    Attributes:
+      response, rank: the strongest has rank 1.
+      strength, low, high: above the average of its ranking (nats), and its 95 % interval.
+      stderr: of the strength, by the curvature of the likelihood; it counts all votes as independent.
+      rank_low, rank_high: the 95 % interval of the rank.
+      wins, losses, ties: numbers of votes.
+      better_than_next: the probability that it is stronger than the next one.
+    """
+
+    response: str
+    rank: int
+    strength: float
+    low: float
+    high: float
+    stderr: float
+    rank_low: int
+    rank_high: int
+    wins: int
+    losses: int
+    ties: int
+    better_than_next: float
+
+
+class Pairs(NamedTuple):
+    """Pairs of entrants, the stronger first, with what was voted and what is fitted.
+
+    Attributes:
+      ones, others: ids of entrants.
+      record: how often the first one won, lost and tied.
+      fitted: the comparison by the fits.
+    """
+
+    ones: np.ndarray
+    others: np.ndarray
+    record: votes.Record
+    fitted: votes.Comparison
+
+
+class Contest:
+    """Responses that compete in one or several rankings: the votes, the fit, and the fits of redrawn votes."""
+
+    def __init__(
+        self, key: Any, ballots: votes.Votes, responses: Sequence[str], groups: votes.Column, model: Model, clusters: Any
+    ) -> None:
+        self.names, self.responses = groups.names, responses
+        self.entrants = votes.entrants(ballots, groups.ids)
+        self.num = len(self.entrants.groups)
+        self.starts = np.searchsorted(self.entrants.groups, np.arange(len(self.names) + 1))
+        settings: dict[str, Any] = {
+            "prior": model.prior,
+            "model": model.likelihood,
+            "groups": jnp.asarray(self.entrants.groups),
+        }
+        distinct = jax.tree.map(jnp.asarray, votes.tally(self.entrants.votes)[0])
+        self.fit = jax.device_get(jax.jit(partial(votes.fit, num_responses=self.num, **settings))(distinct))
+        self.stderr = np.full(self.num, np.nan)
+        if self.num <= MOST_FOR_HESSIAN:
+            covariance = partial(votes.covariance, num_responses=self.num, **settings)
+            self.stderr = np.sqrt(np.diag(jax.device_get(jax.jit(covariance)(distinct, fitted=self.fit))))
+        with console.counting("fits", model.num_fits) as report:
+            self.refits = votes.bootstrap(
+                key,
+                self.entrants.votes,
+                self.num,
+                num_fits=model.num_fits,
+                clusters=clusters,
+                report=report,
+                **settings,
+            )
+        self.order = np.lexsort((-self.fit.strengths, self.entrants.groups))
+
+    def rankings(self) -> dict[str, list[Ranked]]:
+        """The ranking of each group, best first."""
+        low, high = votes.intervals(self.refits)
+        rank_low, rank_high = votes.rank_intervals(self.refits, self.entrants.groups)
+        record = votes.record(self.entrants.votes, self.num)
+        better = votes.compare(self.refits, self.order[:-1], self.order[1:]).better
+        found: dict[str, list[Ranked]] = {}
+        for name, begin, end in zip(self.names, self.starts[:-1], self.starts[1:], strict=True):
+            found[name] = [
+                Ranked(
+                    response=self.responses[self.entrants.responses[i]],
+                    rank=place - begin + 1,
+                    strength=float(self.fit.strengths[i]),
+                    low=float(low[i]),
+                    high=float(high[i]),
+                    stderr=float(self.stderr[i]),
+                    rank_low=int(rank_low[i]),
+                    rank_high=int(rank_high[i]),
+                    wins=int(record.wins[i]),
+                    losses=int(record.losses[i]),
+                    ties=int(record.ties[i]),
+                    better_than_next=float(better[place]) if place + 1 < end else float("nan"),
+                )
+                for place, i in enumerate(self.order[begin:end].tolist(), start=begin)
+            ]
+        return found
+
+    def warnings(self) -> list[str]:
+        """What the votes cannot say."""
+        return votes.warnings_of(self.entrants, self.names, self.responses)
+
+    def strongest(self, group: int) -> np.ndarray:
+        """The entrants of a group that its matrices show, best first."""
+        return self.order[self.starts[group] : self.starts[group + 1]][:LARGEST_MATRIX]
+
+    def pairs(self) -> Pairs:
+        """All pairs of the strongest responses of each group, and all that were compared; the stronger one first."""
+        place = np.empty(self.num, np.int64)
+        place[self.order] = np.arange(self.num)
+        ballots = self.entrants.votes
+        chosen, rejected = (place[side] for side in ballots.responses)
+        voted = np.minimum(chosen, rejected) * self.num + np.maximum(chosen, rejected)
+        shown = [np.stack(np.triu_indices(min(end - begin, LARGEST_MATRIX), 1)) + begin for begin, end in self._bounds()]
+        codes = np.unique(np.concatenate([voted, *(ones * self.num + others for ones, others in shown)]))
+        tied = np.zeros(len(chosen), bool) if ballots.ties is None else ballots.ties
+        which = np.searchsorted(codes, voted)
+
+        def count(rows: np.ndarray) -> np.ndarray:
+            return np.bincount(which[rows], minlength=len(codes))
+
+        ones, others = self.order[codes // self.num], self.order[codes % self.num]
+        record = votes.Record(count(~tied & (chosen < rejected)), count(~tied & (chosen > rejected)), count(tied))
+        return Pairs(ones, others, record, votes.compare(self.refits, ones, others))
+
+    def matrices(self, group: int, pairs: Pairs) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """The names of the strongest responses of a group, their fitted win probabilities, and the observed ones."""
+        ids = self.strongest(group)
+        gaps = self.fit.strengths[ids][:, None] - self.fit.strengths[ids][None]
+        fitted = 1 / (1 + np.exp(-gaps.astype(float)))
+        np.fill_diagonal(fitted, np.nan)
+        observed = np.full_like(fitted, np.nan)
+        column = np.full(self.num, -1)
+        column[ids] = np.arange(len(ids))
+        rows, columns = column[pairs.ones], column[pairs.others]
+        wins, losses, ties = pairs.record
+        total = wins + losses + ties
+        keep = (rows >= 0) & (columns >= 0) & (total > 0)
+        share = (wins[keep] + ties[keep] / 2) / total[keep]
+        observed[rows[keep], columns[keep]] = share
+        observed[columns[keep], rows[keep]] = 1 - share
+        return [self.responses[self.entrants.responses[i]] for i in ids], fitted, observed
+
+    def _bounds(self) -> list[tuple[int, int]]:
+        return list(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
