@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Bool, Float, Int
 
@@ -74,6 +75,7 @@ def davidson(margins: Float[Array, " n"], ties: Any, tie_parameter: Any) -> Floa
     return jnp.where(ties, logits[2], logits[0]) - jax.nn.logsumexp(logits, axis=0)
 
 
+@partial(jax.jit, static_argnames=("num_responses", "model"))
 def fit(
     votes: Votes,
     num_responses: int,
@@ -83,7 +85,7 @@ def fit(
     groups: Int[Array, " responses"] | None = None,
     start: Fit | None = None,
     max_steps: Numeric = 50,
-    tolerance: float | None = None,
+    tolerance: Numeric | None = None,
 ) -> Fit:
     r"""Maximises the log-likelihood of votes plus a weak prior, by Newton's method. A pure function.
 
@@ -110,18 +112,35 @@ def fit(
       The parameters, in the precision of `votes.weights`, or else JAX's default one. Without a prior, a response that
       never lost has no finite maximum: `unbounded` finds those.
     """
-    objective, diagonal = penalised(votes, num_responses, prior=prior, model=model)
-    dtype = jnp.zeros(()).dtype if votes.weights is None else votes.weights.dtype
-    zeros = (jnp.zeros(num_responses, dtype), jnp.zeros((), dtype), jnp.zeros((), dtype))
-    small = 1e-8 if dtype == jnp.float64 else 1e-4
-    (strengths, first, ties), steps, last_step = _newton(
-        objective,
-        diagonal,
-        zeros if start is None else start[:3],
-        max_steps,
-        small if tolerance is None else tolerance,
+    small = 1e-8 if _dtype(votes) == jnp.float64 else 1e-4
+    params, steps, last_step = maximum(
+        votes,
+        num_responses,
+        prior=prior,
+        model=model,
+        start=start,
+        max_steps=max_steps,
+        tolerance=small if tolerance is None else tolerance,
     )
-    return Fit(strengths - means(strengths, groups), first, ties, steps, last_step)
+    strengths, first, ties = params
+    return Fit(centred(strengths, groups), first, ties, steps, last_step)
+
+
+def maximum(
+    votes: Votes,
+    num_responses: int,
+    *,
+    prior: Any,
+    model: LogLikelihood,
+    start: Fit | None = None,
+    max_steps: Numeric = 50,
+    tolerance: Numeric = 0.0,
+) -> tuple[Parameters, Array, Array]:
+    """The parameters that `fit` centres, how many steps were taken, and the last one."""
+    dtype = _dtype(votes)
+    zeros = (jnp.zeros(num_responses, dtype), jnp.zeros((), dtype), jnp.zeros((), dtype))
+    functions = penalised(votes, num_responses, prior=prior, model=model)
+    return _newton(*functions, zeros if start is None else start[:3], max_steps, tolerance)
 
 
 def penalised(
@@ -159,17 +178,23 @@ def _newton(
     diagonal: Callable[[Any], Any],
     start: Any,
     max_steps: Numeric,
-    tolerance: float,
+    tolerance: Numeric,
 ) -> tuple[Any, Array, Array]:
-    """Minimises a convex function by Newton's method; returns the parameters, the steps taken, and the last one."""
+    """Minimises a convex function by Newton's method; returns the parameters, the steps taken, and the last one.
+
+    Slopes below rounding errors count as zero: without a prior, adding a constant to all strengths changes nothing, and
+    dividing an error by that curvature would.
+    """
     gradient = jax.grad(objective)
+    most = jax.tree.map(lambda x: 4 * x, diagonal(jax.tree.map(jnp.zeros_like, start)))  # what a slope can be
+    rounding = 8 * jnp.finfo(jax.tree.leaves(start)[0].dtype).eps * jnp.linalg.norm(ravel_pytree(most)[0])
 
     def step(state: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
         params, steps, _ = state
         slope, hessian = jax.linearize(gradient, params)
         scale = jax.tree.map(lambda x: jnp.where(x > 0, x, 1), diagonal(params))
         downhill = jax.tree.map(jnp.negative, slope)
-        direction, _ = cg(hessian, downhill, tol=1e-3, M=lambda x: jax.tree.map(jnp.divide, x, scale))
+        direction, _ = cg(hessian, downhill, tol=1e-2, atol=rounding, M=lambda x: jax.tree.map(jnp.divide, x, scale))
         moved = _backtrack(objective, params, direction)
         change = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), moved, params)
         return moved, steps + 1, jax.tree.reduce(jnp.maximum, change)
@@ -196,14 +221,18 @@ def _backtrack(objective: Callable[[Any], Array], params: Any, direction: Any) -
     return at(jax.lax.while_loop(too_far, lambda size: size / 2, jnp.ones((), value.dtype)))
 
 
+def _dtype(votes: Votes) -> Any:
+    return (jnp.zeros(()) if votes.weights is None else jnp.asarray(votes.weights)).dtype
+
+
 def _variance(margins: Array) -> Array:
     """sigmoid(m) sigmoid(-m): the variance of a vote."""
     return jnp.exp(jax.nn.log_sigmoid(margins) + jax.nn.log_sigmoid(-margins))
 
 
-def means(values: Float[Array, " n"], groups: Int[Array, " n"] | None) -> Array:
-    """The mean of each value's group."""
+def centred(values: Float[Array, " n"], groups: Int[Array, " n"] | None) -> Float[Array, " n"]:
+    """Values minus the mean of their group."""
     if groups is None:
-        return jnp.mean(values)
+        return values - jnp.mean(values)
     total = partial(jax.ops.segment_sum, segment_ids=groups, num_segments=len(values))
-    return (total(values) / jnp.maximum(total(jnp.ones_like(values)), 1))[groups]
+    return values - (total(values) / jnp.maximum(total(jnp.ones_like(values)), 1))[groups]

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax.types import Numeric, Pair
-from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, fit, half_wins, means, penalised
+from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, centred, fit, half_wins, maximum, penalised
 
 CONVERGED = 1e-2
 """Refits stop after a step below this (nats): the next one would be of the order of its square."""
@@ -118,7 +118,7 @@ def bootstrap(
 
         return jax.vmap(once)(keys)
 
-    start = jax.jit(partial(refit, prior=prior))(distinct)
+    start = refit(distinct, prior=prior)
     stack = int(np.clip(VOTES_AT_ONCE // len(rows), 1, num_fits))
     keys = jax.random.split(key, num_fits)
     done = []
@@ -129,10 +129,10 @@ def bootstrap(
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:num_fits], *done)
 
 
+@partial(jax.jit, static_argnames=("num_responses", "model"))
 def covariance(
     votes: Votes,
     num_responses: int,
-    fitted: Fit,
     *,
     prior: Numeric = 1.0,
     model: LogLikelihood = half_wins,
@@ -144,12 +144,12 @@ def covariance(
     columns; for very many responses, use `bootstrap`. It counts all votes as independent.
     """
     objective, _ = penalised(votes, num_responses, prior=prior, model=model)
-    flat, restored = ravel_pytree(tuple(fitted[:3]))
+    flat, restored = ravel_pytree(maximum(votes, num_responses, prior=prior, model=model)[0])
     _, hessian = jax.linearize(jax.grad(lambda params: objective(restored(params))), flat)
     table = jax.lax.map(hessian, jnp.eye(len(flat), dtype=flat.dtype))
     inverse = jnp.linalg.pinv((table + table.T) / 2, hermitian=True)[:num_responses, :num_responses]
-    centred = inverse - jax.vmap(partial(means, groups=groups), in_axes=1, out_axes=-1)(inverse)
-    return centred - jax.vmap(partial(means, groups=groups))(centred)
+    centre = jax.vmap(partial(centred, groups=groups))
+    return centre(centre(inverse).T)
 
 
 class Comparison(NamedTuple):

@@ -73,7 +73,7 @@ def evaluate(contest: votes.Entrants, parts: Split, model: Model) -> tuple[dict[
     """
     num = len(contest.groups)
     training, held_out = (_rows(contest.votes, rows) for rows in parts)
-    refit = jax.jit(partial(votes.fit, num_responses=num, prior=model.prior, model=model.likelihood))
+    refit = partial(votes.fit, num_responses=num, prior=model.prior, model=model.likelihood)
     distinct = jax.tree.map(jnp.asarray, votes.tally(training)[0])
     steps = int(refit(distinct).steps)
     history: dict[str, list[float]] = {}

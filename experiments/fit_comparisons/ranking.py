@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -91,11 +90,10 @@ class Contest:
             "groups": jnp.asarray(self.entrants.groups),
         }
         distinct = jax.tree.map(jnp.asarray, votes.tally(self.entrants.votes)[0])
-        self.fit = jax.device_get(jax.jit(partial(votes.fit, num_responses=self.num, **settings))(distinct))
+        self.fit = jax.device_get(votes.fit(distinct, self.num, **settings))
         self.stderr = np.full(self.num, np.nan)
         if self.num <= MOST_FOR_HESSIAN:
-            covariance = partial(votes.covariance, num_responses=self.num, **settings)
-            self.stderr = np.sqrt(np.diag(jax.device_get(jax.jit(covariance)(distinct, fitted=self.fit))))
+            self.stderr = np.sqrt(np.diag(jax.device_get(votes.covariance(distinct, self.num, **settings))))
         with console.counting("fits", model.num_fits) as report:
             self.refits = votes.bootstrap(
                 key,
