@@ -116,7 +116,7 @@ def warnings_of(contest: Entrants, groups: Sequence[str], responses: Sequence[st
             )
         for set_ in np.unique(level[begin:end]):
             ids = members[level[begin:end] == set_]
-            if lost[set_] == won[set_] or 1 < 2 * len(ids) > in_island[ids[0]] + 1:
+            if lost[set_] == won[set_] or (len(ids) > 1 and 2 * len(ids) > in_island[ids[0]]):
                 continue
             sentences, word, bound = (never_lost, "lost", "above") if won[set_] else (never_won, "won", "below")
             votes = f"in {played[ids].sum():,} votes" if size[set_] == 1 else "against the rest"

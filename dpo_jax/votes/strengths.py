@@ -39,6 +39,7 @@ class Fit(NamedTuple):
 
     Attributes:
       strengths: of the responses (nats: differences are log-odds of winning); 0 on average.
+      shift: what was subtracted from the strengths at the maximum, so that they are 0 on average.
       first: what being shown first adds to a strength (nats).
       ties: logarithm of Davidson's parameter nu; equal responses tie with probability nu / (2 + nu). 0 if a tie is half
         a win.
@@ -47,6 +48,7 @@ class Fit(NamedTuple):
     """
 
     strengths: Float[Array, " responses"]
+    shift: Float[Array, " responses"]
     first: Float[Array, ""]
     ties: Float[Array, ""]
     steps: Int[Array, ""]
@@ -60,10 +62,21 @@ LogLikelihood: TypeAlias = Callable[[Array, Any, Array], Array]
 """`(margins, ties, tie_parameter) -> log-likelihoods [n]` of votes, from how far the chosen response is ahead (nats)."""
 
 
+@jax.custom_jvp
+def log_sum(margins: Array) -> Array:
+    """log(exp(m / 2) + exp(-m / 2)), of which the slope is tanh(m / 2) / 2."""
+    return jnp.abs(margins) / 2 + jnp.log1p(jnp.exp(-jnp.abs(margins)))
+
+
+@log_sum.defjvp
+def _log_sum_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return log_sum(*primals), jnp.tanh(primals[0] / 2) / 2 * tangents[0]
+
+
 def half_wins(margins: Float[Array, " n"], ties: Any, tie_parameter: Any) -> Float[Array, " n"]:
     """A tie is half a win for each: log sigmoid(m), and for ties the mean of log sigmoid(m) and log sigmoid(-m)."""
     del tie_parameter
-    return jax.nn.log_sigmoid(margins) - 0.5 * ties * margins
+    return (1 - ties) * margins / 2 - log_sum(margins)
 
 
 def davidson(margins: Float[Array, " n"], ties: Any, tie_parameter: Any) -> Float[Array, " n"]:
@@ -71,8 +84,9 @@ def davidson(margins: Float[Array, " n"], ties: Any, tie_parameter: Any) -> Floa
 
     Win, loss and tie have the logits m/2, -m/2 and log nu.
     """
-    logits = jnp.stack(jnp.broadcast_arrays(margins / 2, -margins / 2, tie_parameter))
-    return jnp.where(ties, logits[2], logits[0]) - jax.nn.logsumexp(logits, axis=0)
+    without_ties = log_sum(margins)
+    odds = tie_parameter - without_ties
+    return (1 - ties) * margins / 2 + ties * tie_parameter - without_ties - odds / 2 - log_sum(odds)
 
 
 @partial(jax.jit, static_argnames=("num_responses", "model"))
@@ -112,35 +126,22 @@ def fit(
       The parameters, in the precision of `votes.weights`, or else JAX's default one. Without a prior, a response that
       never lost has no finite maximum: `unbounded` finds those.
     """
-    small = 1e-8 if _dtype(votes) == jnp.float64 else 1e-4
-    params, steps, last_step = maximum(
-        votes,
-        num_responses,
-        prior=prior,
-        model=model,
-        start=start,
-        max_steps=max_steps,
-        tolerance=small if tolerance is None else tolerance,
-    )
-    strengths, first, ties = params
-    return Fit(centred(strengths, groups), first, ties, steps, last_step)
-
-
-def maximum(
-    votes: Votes,
-    num_responses: int,
-    *,
-    prior: Any,
-    model: LogLikelihood,
-    start: Fit | None = None,
-    max_steps: Numeric = 50,
-    tolerance: Numeric = 0.0,
-) -> tuple[Parameters, Array, Array]:
-    """The parameters that `fit` centres, how many steps were taken, and the last one."""
-    dtype = _dtype(votes)
+    dtype = (jnp.zeros(()) if votes.weights is None else jnp.asarray(votes.weights)).dtype
     zeros = (jnp.zeros(num_responses, dtype), jnp.zeros((), dtype), jnp.zeros((), dtype))
-    functions = penalised(votes, num_responses, prior=prior, model=model)
-    return _newton(*functions, zeros if start is None else start[:3], max_steps, tolerance)
+    small = 1e-8 if dtype == jnp.float64 else 1e-4
+    (strengths, first, ties), steps, last_step = _newton(
+        *penalised(votes, num_responses, prior=prior, model=model),
+        zeros if start is None else parameters(start),
+        max_steps,
+        small if tolerance is None else tolerance,
+    )
+    shift = means(strengths, groups)
+    return Fit(strengths - shift, shift, first, ties, steps, last_step)
+
+
+def parameters(fitted: Fit) -> Parameters:
+    """The parameters at the maximum."""
+    return fitted.strengths + fitted.shift, fitted.first, fitted.ties
 
 
 def penalised(
@@ -161,8 +162,8 @@ def penalised(
     def objective(params: Parameters) -> Array:
         strengths, *others = params
         fit_of_votes = jnp.sum(weights * model(margins(params), ties, others[1]))
-        fit_of_prior = jnp.sum(won * jax.nn.log_sigmoid(strengths) + lost * jax.nn.log_sigmoid(-strengths))
-        return -fit_of_votes - fit_of_prior - of_others * sum(jax.nn.log_sigmoid(other) + jax.nn.log_sigmoid(-other) for other in others)
+        fit_of_prior = jnp.sum((won - lost) * strengths / 2 - (won + lost) * log_sum(strengths))
+        return -fit_of_votes - fit_of_prior + 2 * of_others * (log_sum(others[0]) + log_sum(others[1]))
 
     def diagonal(params: Parameters) -> Parameters:
         of_votes = weights * _variance(margins(params))
@@ -186,15 +187,16 @@ def _newton(
     dividing an error by that curvature would.
     """
     gradient = jax.grad(objective)
-    most = jax.tree.map(lambda x: 4 * x, diagonal(jax.tree.map(jnp.zeros_like, start)))  # what a slope can be
-    rounding = 8 * jnp.finfo(jax.tree.leaves(start)[0].dtype).eps * jnp.linalg.norm(ravel_pytree(most)[0])
+    largest = jax.tree.map(lambda x: 4 * x, diagonal(jax.tree.map(jnp.zeros_like, start)))  # slopes stay below
 
     def step(state: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
         params, steps, _ = state
         slope, hessian = jax.linearize(gradient, params)
-        scale = jax.tree.map(lambda x: jnp.where(x > 0, x, 1), diagonal(params))
-        downhill = jax.tree.map(jnp.negative, slope)
-        direction, _ = cg(hessian, downhill, tol=1e-2, atol=rounding, M=lambda x: jax.tree.map(jnp.divide, x, scale))
+        scale = jax.tree.map(lambda x: jnp.where(x > 0, jax.lax.rsqrt(x), 1), diagonal(params))
+        scaled = partial(jax.tree.map, jnp.multiply, scale)
+        downhill = scaled(jax.tree.map(jnp.negative, slope))
+        rounding = 8 * jnp.finfo(scale[0].dtype).eps * jnp.linalg.norm(ravel_pytree(scaled(largest))[0])
+        direction = scaled(cg(lambda x: scaled(hessian(scaled(x))), downhill, tol=1e-2, atol=rounding)[0])
         moved = _backtrack(objective, params, direction)
         change = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), moved, params)
         return moved, steps + 1, jax.tree.reduce(jnp.maximum, change)
@@ -218,21 +220,23 @@ def _backtrack(objective: Callable[[Any], Array], params: Any, direction: Any) -
     def too_far(size: Array) -> Array:
         return ~(objective(at(size)) <= allowed) & (size > 1e-6)
 
-    return at(jax.lax.while_loop(too_far, lambda size: size / 2, jnp.ones((), value.dtype)))
+    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return state[0] / 2, too_far(state[0] / 2)
 
-
-def _dtype(votes: Votes) -> Any:
-    return (jnp.zeros(()) if votes.weights is None else jnp.asarray(votes.weights)).dtype
+    # Under `vmap` a condition is evaluated twice, and rounded in two ways: so it is part of the state.
+    whole = jnp.ones((), value.dtype)
+    size, _ = jax.lax.while_loop(lambda state: state[1], halve, (whole, too_far(whole)))
+    return at(size)
 
 
 def _variance(margins: Array) -> Array:
     """sigmoid(m) sigmoid(-m): the variance of a vote."""
-    return jnp.exp(jax.nn.log_sigmoid(margins) + jax.nn.log_sigmoid(-margins))
+    return (1 - jnp.tanh(margins / 2) ** 2) / 4
 
 
-def centred(values: Float[Array, " n"], groups: Int[Array, " n"] | None) -> Float[Array, " n"]:
-    """Values minus the mean of their group."""
+def means(values: Float[Array, " n"], groups: Int[Array, " n"] | None) -> Float[Array, " n"]:
+    """The mean of each value's group."""
     if groups is None:
-        return values - jnp.mean(values)
+        return jnp.full_like(values, jnp.mean(values))
     total = partial(jax.ops.segment_sum, segment_ids=groups, num_segments=len(values))
-    return values - (total(values) / jnp.maximum(total(jnp.ones_like(values)), 1))[groups]
+    return (total(values) / jnp.maximum(total(jnp.ones_like(values)), 1))[groups]

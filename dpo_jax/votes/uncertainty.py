@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from dpo_jax.types import Numeric, Pair
-from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, centred, fit, half_wins, maximum, penalised
+from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, fit, half_wins, means, parameters, penalised
 
 CONVERGED = 1e-2
 """Refits stop after a step below this (nats): the next one would be of the order of its square."""
@@ -71,10 +71,10 @@ def redraw(
       clusters: ids below `num_votes` of votes that share a weight, those of one judge, say; `None` if all are
         independent.
     """
-    of_votes, of_won, of_lost = jax.random.split(key, 3)
-    weights = jax.random.exponential(of_votes, (num_votes,))
-    half = jnp.full(num_responses, prior / 2, weights.dtype)
-    virtual = (jnp.where(half > 0, jax.random.gamma(k, half), 0) for k in (of_won, of_lost))
+    votes_key, virtual_key = jax.random.split(key)
+    weights = jax.random.exponential(votes_key, (num_votes,))
+    half = jnp.full((2, num_responses), prior / 2, weights.dtype)
+    virtual = jnp.where(half > 0, jax.random.gamma(virtual_key, half), 0)
     return weights if clusters is None else weights[clusters], Pair(*virtual)
 
 
@@ -133,6 +133,7 @@ def bootstrap(
 def covariance(
     votes: Votes,
     num_responses: int,
+    fitted: Fit,
     *,
     prior: Numeric = 1.0,
     model: LogLikelihood = half_wins,
@@ -144,11 +145,11 @@ def covariance(
     columns; for very many responses, use `bootstrap`. It counts all votes as independent.
     """
     objective, _ = penalised(votes, num_responses, prior=prior, model=model)
-    flat, restored = ravel_pytree(maximum(votes, num_responses, prior=prior, model=model)[0])
+    flat, restored = ravel_pytree(parameters(fitted))
     _, hessian = jax.linearize(jax.grad(lambda params: objective(restored(params))), flat)
     table = jax.lax.map(hessian, jnp.eye(len(flat), dtype=flat.dtype))
     inverse = jnp.linalg.pinv((table + table.T) / 2, hermitian=True)[:num_responses, :num_responses]
-    centre = jax.vmap(partial(centred, groups=groups))
+    centre = jax.vmap(lambda row: row - means(row, groups))
     return centre(centre(inverse).T)
 
 
@@ -169,7 +170,7 @@ class Comparison(NamedTuple):
     @property
     def separable(self) -> Bool[np.ndarray, "..."]:
         """Whether the interval excludes one half."""
-        return (self.low > 0.5) | (self.high < 0.5)
+        return np.asarray((self.low > 0.5) | (self.high < 0.5))
 
 
 def compare(refits: Fit, ones: Any, others: Any) -> Comparison:
@@ -216,7 +217,7 @@ def rank_intervals(
     return low, high
 
 
-def _quantiles(values: Float[np.ndarray, "n draws"], shares: Sequence[float]) -> Float[np.ndarray, "n shares"]:
+def _quantiles(values: Num[np.ndarray, "n draws"], shares: Sequence[float]) -> Float[np.ndarray, "n shares"]:
     """Quantiles of sorted rows, by linear interpolation."""
     place = np.asarray(shares) * (values.shape[1] - 1)
     below = np.floor(place).astype(int)

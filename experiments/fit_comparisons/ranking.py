@@ -89,21 +89,20 @@ class Contest:
             "model": model.likelihood,
             "groups": jnp.asarray(self.entrants.groups),
         }
-        distinct = jax.tree.map(jnp.asarray, votes.tally(self.entrants.votes)[0])
-        self.fit = jax.device_get(votes.fit(distinct, self.num, **settings))
+        unknown = without_maximum(self.entrants) if model.prior == 0 else np.zeros(self.num, bool)
+        cast = without(self.entrants.votes, unknown)
+        distinct = jax.tree.map(jnp.asarray, votes.tally(cast)[0])
+        fitted = jax.device_get(votes.fit(distinct, self.num, **settings))
         self.stderr = np.full(self.num, np.nan)
         if self.num <= MOST_FOR_HESSIAN:
-            self.stderr = np.sqrt(np.diag(jax.device_get(votes.covariance(distinct, self.num, **settings))))
+            self.stderr = np.sqrt(np.diag(jax.device_get(votes.covariance(distinct, self.num, fitted, **settings))))
         with console.counting("fits", model.num_fits) as report:
-            self.refits = votes.bootstrap(
-                key,
-                self.entrants.votes,
-                self.num,
-                num_fits=model.num_fits,
-                clusters=clusters,
-                report=report,
-                **settings,
+            refits = votes.bootstrap(
+                key, cast, self.num, num_fits=model.num_fits, clusters=clusters, report=report, **settings
             )
+        self.fit, self.refits = (
+            each._replace(strengths=np.where(unknown, np.nan, each.strengths)) for each in (fitted, refits)
+        )
         self.order = np.lexsort((-self.fit.strengths, self.entrants.groups))
 
     def rankings(self) -> dict[str, list[Ranked]]:
@@ -180,3 +179,20 @@ class Contest:
 
     def _bounds(self) -> list[tuple[int, int]]:
         return list(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
+
+
+def without_maximum(contest: votes.Entrants) -> np.ndarray:
+    """Which entrants are in a group whose likelihood has no finite maximum."""
+    num = len(contest.groups)
+    island, level = votes.islands(contest.votes, num), votes.levels(contest.votes, num)
+    level_of_island = np.zeros(num, int)
+    level_of_island[island] = level
+    return np.isin(contest.groups, contest.groups[level != level_of_island[island]])
+
+
+def without(ballots: votes.Votes, left_out: np.ndarray) -> votes.Votes:
+    """Votes, with weight zero for those on some entrants."""
+    if not left_out.any():
+        return ballots
+    weights = np.ones(len(ballots.responses.chosen)) if ballots.weights is None else ballots.weights
+    return ballots._replace(weights=np.where(left_out[ballots.responses.chosen], 0.0, weights))

@@ -1,13 +1,18 @@
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
 
-from dpo_jax import toy
-from dpo_jax.types import Pair, Preferences
-from experiments import example_comparisons, fit_comparisons
-from experiments.lab import devices, files
+from dpo_jax import votes
+from dpo_jax.types import Pair
+from experiments import example_comparisons
+from experiments.fit_comparisons import __main__ as command
+from experiments.fit_comparisons.held_out import Split, evaluate
+from experiments.fit_comparisons.ranking import Model
+from experiments.fit_comparisons.report import sureness
+from experiments.lab import devices
 
 EXAMPLE = example_comparisons.PATH
 
@@ -17,13 +22,27 @@ def _no_cache(monkeypatch):
     monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
 
 
+def run(out, file=EXAMPLE, **options):
+    command.main(command.Options(file, out=out, **{"num_fits": 20, **options}))
+    return json.loads((out / "summary.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("fit")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "enable_compilation_cache", lambda: None)
-        fit_comparisons.main(fit_comparisons.Options(EXAMPLE, out=out))
-    return out, json.loads((out / "summary.json").read_text())
+        return out, run(out)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_example_is_what_its_script_makes():
@@ -33,161 +52,162 @@ def test_the_example_is_what_its_script_makes():
 
 def test_it_writes_results_and_nothing_else(finished):
     out, summary = finished
-    assert {path.name for path in out.iterdir()} == {"policy.npz", "ranking.csv", "training.png", "summary.json"}
+    tables = {"ranking.csv", "pairs.csv", "calibration.csv", "summary.json"}
+    assert {path.name for path in out.iterdir()} == tables | {"strengths.png", "win_probabilities.png", "calibration.png"}
     test = summary["test"]
-    assert test["num_training"] + test["num_held_out"] == 600
-    assert test["num_held_out"] == 120
+    assert (test["num_training"], test["num_held_out"]) == (480, 120)
     assert test["accuracy"]["mean"] > 0.5 + 2 * test["accuracy"]["stderr"]
-    assert len(summary["history"]["held_out_loss"]) == 100
     assert summary["history"]["held_out_accuracy"][-1] == pytest.approx(test["accuracy"]["mean"])
+    assert summary["history"]["loss"][0] == pytest.approx(math.log(2), rel=1e-5)
+    assert summary["history"]["loss"] == sorted(summary["history"]["loss"], reverse=True)
+    assert sum(entry["votes"] for entry in test["calibration"]) == 120
 
 
-def test_the_saved_policy_ranks_as_the_ranking_says(finished):
-    out, _ = finished
-    policy = toy.load_policy(out / "policy.npz")
-    with (out / "ranking.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {row["prompt"] for row in rows} == set(example_comparisons.TIMES)
-    for time in example_comparisons.TIMES:
-        ranked = [(row["response"], float(row["probability"])) for row in rows if row["prompt"] == time]
-        expected = policy.ranking(time)
-        assert [name for name, _ in ranked] == [name for name, _ in expected]
-        np.testing.assert_allclose([p for _, p in ranked], [p for _, p in expected], rtol=1e-5)
+def test_rankings_are_of_all_votes_and_complete(finished):
+    out, summary = finished
+    assert list(summary["rankings"]) == ["overall", *votes.read(EXAMPLE).columns["prompt"].names]
+    for name, ranking in summary["rankings"].items():
+        assert [entry["rank"] for entry in ranking] == list(range(1, len(ranking) + 1))
+        strengths = [entry["strength"] for entry in ranking]
+        assert strengths == sorted(strengths, reverse=True)
+        assert abs(np.mean(strengths)) < 1e-5
+        for entry in ranking:
+            assert entry["low"] < entry["strength"] < entry["high"]
+            assert 1 <= entry["rank_low"] <= entry["rank_high"] <= len(ranking)
+        if name == "overall":
+            assert sum(entry["wins"] for entry in ranking) == sum(entry["losses"] for entry in ranking) == 600
+    rows = table(out / "ranking.csv")
+    assert [row["response"] for row in rows if row["category"] == "overall"] == [
+        entry["response"] for entry in summary["rankings"]["overall"]
+    ]
+    assert sum(int(row["wins"]) for row in rows) == 1200
 
 
-def test_the_policy_recovers_known_odds(tmp_path):
-    """Of two responses, a wins three times as often as b: with beta = 1 it gets three times the probability."""
-    path = tmp_path / "votes.csv"
-    path.write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 300 + "q,b,a\n" * 100)
-    options = fit_comparisons.Options(path, held_out=0.01, out=tmp_path / "out")
-    fit_comparisons.main(options)
-    ranking = dict(toy.load_policy(tmp_path / "out" / "policy.npz").ranking("q"))
-    assert ranking["a"] / ranking["b"] == pytest.approx(3.0, rel=0.05)
+def test_matrices_and_pairs_say_the_same(finished):
+    out, summary = finished
+    rows = table(out / "pairs.csv")
+    for name, matrix in summary["win_probabilities"].items():
+        place = {response: i for i, response in enumerate(matrix["responses"])}
+        fitted, observed = (np.array(matrix[key], float) for key in ("fitted", "observed"))
+        np.testing.assert_allclose(fitted + fitted.T, np.where(np.eye(len(place)), np.nan, 1), atol=1e-5)
+        for row in (row for row in rows if row["category"] == name):
+            i, j = place[row["response"]], place[row["opponent"]]
+            assert fitted[i, j] >= 0.5
+            total = sum(int(row[key]) for key in ("wins", "losses", "ties"))
+            if total:
+                share = (int(row["wins"]) + int(row["ties"]) / 2) / total
+                np.testing.assert_allclose([observed[i, j], observed[j, i]], [share, 1 - share])
+                assert float(row["low"]) < float(row["win_probability"]) < float(row["high"])
+
+
+def test_known_odds_are_recovered_with_everything_that_a_file_may_hold(tmp_path, capsys):
+    """Of two responses, x wins three times as often as y, whoever judges; one vote in nine is a tie."""
+    rows = ["model_a,model_b,winner,judge,first,language,height"]
+    rows += ["x,y,model_a,me,a,en,1", "y,x,x,you,a,en,1"] * 150 + ["x,y,y,me,a,en,2", "y,x,y,you,a,en,2"] * 50
+    rows += ["x,y,tie,me,,de,1"] * 50
+    path = write(tmp_path / "votes.csv", "\n".join(rows))
+    options = {"by": "language", "clusters": "judge", "compare": ("y", "x"), "prior": 0.0, "ties": "davidson"}
+    summary = run(tmp_path / "out", path, **options)
+    (best, worst), printed = summary["rankings"]["overall"], " ".join(capsys.readouterr().out.split())
+    assert (best["response"], best["wins"], best["losses"], best["ties"]) == ("x", 300, 100, 50)
+    assert best["strength"] - worst["strength"] == pytest.approx(math.log(3), abs=1e-3)
+    assert list(summary["rankings"]) == ["overall", "en", "de"]
+    assert "Columns that are not used: 'height'." in printed
+    assert "overall: y is worse than x." in printed
+    assert summary["shown_first"]["win_probability"] == pytest.approx(0.5, abs=1e-3)
+    assert "the one shown first wins with probability 50.0%" in printed
+    assert "2 judges. Two of them" in printed
+    assert [row["judge"] for row in table(tmp_path / "out" / "judges.csv")] == ["me", "you", "overall"]
+
+
+def test_three_votes_prove_little(tmp_path, capsys):
+    path = write(tmp_path / "votes.csv", "chosen,rejected\n" + "a,b\n" * 3)
+    summary = run(tmp_path / "out", path, held_out=0.0, num_fits=200, compare=("a", "b"))
+    assert summary["test"] is None
+    assert summary["history"] == {}
+    assert len(summary["warnings"]) == 2
+    assert list(summary["rankings"]) == ["overall"]
+    best = summary["rankings"]["overall"][0]
+    assert 0.7 < 1 / (1 + math.exp(-2 * best["strength"])) < 0.95
+    assert not (tmp_path / "out" / "calibration.png").exists()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a never lost in 3 votes" in printed
+    assert ("a and b are not separable" in printed) == (best["low"] < 0)
+
+
+def test_without_a_prior_what_has_no_maximum_has_no_strength(tmp_path):
+    rows = "q,a,b\nq,b,a\nq,a,b\nr,a,b\nr,a,b\n"
+    summary = run(tmp_path / "out", write(tmp_path / "v.csv", "prompt,chosen,rejected\n" + rows), prior=0.0, held_out=0.0)
+    assert [entry["strength"] for entry in summary["rankings"]["r"]] == [None, None]
+    assert summary["rankings"]["q"][0]["strength"] == pytest.approx(math.log(2) / 2, abs=1e-3)
+    assert [sentence for sentence in summary["warnings"] if "(r)" in sentence]
 
 
 def test_accuracy_and_majority_by_hand():
-    names = toy.Names(("q",), (("a", "b", "c"),))
-    policy = toy.NamedPolicy(names, np.log([[0.5, 0.3, 0.2]]), np.log([[1 / 3] * 3]))
-
-    def preferences(pairs, weights=None):
-        chosen, rejected = np.array(pairs).T
-        return Preferences(np.zeros(len(pairs), int), Pair(chosen, rejected), weights)
-
-    training = preferences([(1, 0), (1, 0), (0, 1), (2, 0)])
-    held_out = preferences([(0, 1), (1, 0), (0, 2), (1, 2)])
-    test = fit_comparisons.evaluate(policy, training, held_out)
-    assert test["accuracy"]["mean"] == 0.75  # all but (1, 0)
+    chosen, rejected = np.array([(1, 0), (1, 0), (0, 1), (2, 0), (0, 1), (1, 0), (0, 2), (1, 2)]).T
+    contest = votes.entrants(votes.Votes(Pair(chosen, rejected)))
+    parts = Split(np.arange(4), np.arange(4, 8))
+    model = Model(1.0, votes.half_wins, 2)
+    test, _ = evaluate(contest, parts, model)
     assert test["majority_accuracy"]["mean"] == (0 + 1 + 0 + 0.5) / 4  # (1, 2) was never seen
-    weighted = fit_comparisons.evaluate(policy, training, preferences([(0, 1), (1, 0)], np.array([3.0, 1.0])))
-    assert weighted["accuracy"]["mean"] == 0.75
-    np.testing.assert_allclose(weighted["accuracy"]["stderr"], 0.75 * 0.25 * np.sqrt(2))
-
-
-def test_weights_average_one_in_both_parts_and_accuracies_are_shares(tmp_path):
-    path = tmp_path / "weighted.csv"
-    path.write_text("prompt,chosen,rejected,weight\n" + "q,a,b,1\nq,a,c,60\n" * 20)
-    options = fit_comparisons.Options(path, out=tmp_path / "out", num_epochs=20)
-    for part in fit_comparisons.split(options, toy.read_comparisons(path).preferences):
-        assert part.weights.mean() == pytest.approx(1.0)
-    fit_comparisons.main(options)
-    history = json.loads((tmp_path / "out" / "summary.json").read_text())["history"]
-    assert history["held_out_accuracy"][-1] == pytest.approx(1.0)
-    assert history["accuracy"][-1] == pytest.approx(1.0)
-
-
-def test_ties_count_half_wherever_an_accuracy_stands(tmp_path, capsys):
-    """Of 50 prompts compared once each, those held out were never seen: all ties."""
-    path = tmp_path / "votes.csv"
-    path.write_text("\n".join(["prompt,chosen,rejected,judge", *(f"{i},a,b,me" for i in range(50))]))
-    fit_comparisons.main(fit_comparisons.Options(path, out=tmp_path / "out", num_epochs=1))
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    test = summary["test"]
-    assert (test["accuracy"]["mean"], test["majority_accuracy"]["mean"], test["gain"]["mean"]) == (0.5, 0.5, 0.0)
-    assert summary["history"]["held_out_accuracy"] == [0.5]
-    assert summary["history"]["accuracy"] == [1.0]
-    assert "Columns that are not used: 'judge'." in capsys.readouterr().out
+    assert test["accuracy"]["mean"] == (0 + 1 + 0 + 0) / 4  # 2 won against 0, and is put before 1
+    weighted = contest._replace(votes=contest.votes._replace(weights=np.array([1.0] * 4 + [3, 1, 1, 1])))
+    test, _ = evaluate(weighted, parts, model)
+    assert test["majority_accuracy"]["mean"] == (0 + 1 + 0 + 0.5) / 6
+    tied = contest._replace(votes=contest.votes._replace(ties=np.arange(8) > 5))
+    assert evaluate(tied, parts, model)[0]["accuracy"]["mean"] == (0 + 1 + 0.5 + 0.5) / 4
 
 
 def test_a_vote_is_tied_whatever_rounding_errors_its_weights_have():
-    names = toy.Names(("q",), (("a", "b"),))
-    policy = toy.NamedPolicy(names, np.log([[0.5, 0.5]]), np.log([[0.5, 0.5]]))
-    weights = np.array([0.3, 0.6, 0.9], np.float32)  # the sum of the first two is not the third, by one digit
-    training = Preferences(np.zeros(3, int), Pair(np.array([0, 0, 1]), np.array([1, 1, 0])), weights)
-    test = fit_comparisons.evaluate(policy, training, training._replace(weights=None))
-    assert test["majority_accuracy"] == {"mean": 0.5, "stderr": 0.0}
-    assert test["accuracy"] == {"mean": 0.5, "stderr": 0.0}
+    weights = np.array([0.3, 0.6, 0.9, 1.0])  # the sum of the first two is not the third, by one digit
+    ballots = votes.Votes(Pair(np.array([0, 0, 1, 0]), np.array([1, 1, 0, 1])), weights=weights)
+    test, _ = evaluate(votes.entrants(ballots), Split(np.arange(3), np.array([3])), Model(1.0, votes.half_wins, 2))
+    assert test["majority_accuracy"]["mean"] == 0.5
+
+
+def test_sureness_in_words():
+    assert [sureness(x) for x in (float("nan"), 0.7, 0.98, 0.9999, 0.0)] == [
+        *("", "70%: not separable", "98.0%", "over 99.9%", "under 0.1%")
+    ]
 
 
 def test_markup_in_names_is_left_alone(tmp_path, capsys):
-    path = tmp_path / "votes.csv"
-    path.write_text("prompt,chosen,rejected\n" + "q [bold],[/INST] yes,[red]ok\n" * 20)
-    fit_comparisons.main(fit_comparisons.Options(path, out=tmp_path / "out[x]", num_epochs=2))
+    path = write(tmp_path / "votes.csv", "prompt,chosen,rejected\n" + "q [bold],[/INST] yes,[red]ok $x$\n" * 20)
+    run(tmp_path / "out[x]", path)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("q [bold]", "[/INST] yes", "[red]ok"))
-    assert (tmp_path / "out[x]" / "policy.npz").exists()
+    assert all(name in printed for name in ("q [bold]", "[/INST] yes", "[red]ok $x$"))
 
 
 @pytest.mark.slow
 def test_options_matter(tmp_path):
-    def ranking(**changes):
-        options = fit_comparisons.Options(EXAMPLE, num_epochs=5, out=tmp_path / "out", **changes)
-        fit_comparisons.main(options)
-        with (tmp_path / "out" / "ranking.csv").open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
-    usual = ranking()
-    assert ranking() == usual
-    for changes in ({"seed": 1}, {"label_smoothing": 0.3}, {"beta": 0.3}):
-        assert ranking(**changes) != usual, changes
-    first, last = usual[0], usual[len(example_comparisons.TEAS) - 1]
-    assert int(float(first["wins"])) > int(float(first["losses"]))
-    assert int(float(last["wins"])) < int(float(last["losses"]))
-    assert float(first["implicit_reward"]) > 0 > float(last["implicit_reward"])
-
-
-def test_divergence_ends_in_one_line(tmp_path):
-    options = fit_comparisons.Options(EXAMPLE, learning_rate=3e38, out=tmp_path / "out")
-    with pytest.raises(SystemExit, match="not finite in step"):
-        fit_comparisons.main(options)
-    assert list((tmp_path / "out").iterdir()) == []
+    usual = run(tmp_path)["rankings"]["overall"]
+    assert run(tmp_path)["rankings"]["overall"] == usual
+    for changes in ({"seed": 1}, {"prior": 20.0}):
+        assert run(tmp_path, **changes)["rankings"]["overall"] != usual, changes
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "--beta must be in .0, inf., got 0.0"),
-        ({"learning_rate": -1.0}, "--learning-rate must be in .0, inf., got -1.0"),
-        ({"label_smoothing": 0.5}, "--label-smoothing must be in .0, 0.5., got 0.5"),
-        ({"held_out": 1.0}, "--held-out must lie between 0 and 1, got 1.0"),
+        ({"prior": -1.0}, "--prior must be in .0, inf., got -1.0"),
+        ({"held_out": 1.0}, "--held-out must be in .0, 1., got 1.0"),
         ({"held_out": 1e-9}, "--held-out 1e-09 of 600 comparisons leaves none"),
-        ({"num_epochs": 0}, "--num-epochs must be at least 1, got 0"),
+        ({"num_fits": 1}, "--num-fits must be at least 2, got 1"),
+        ({"by": "judge"}, "no column judge; found prompt, chosen, rejected"),
+        ({"clusters": "taster"}, "no column taster; found prompt, chosen, rejected"),
+        ({"compare": ("Assam", "Senchaa")}, "--compare: no response 'Senchaa'. Is it 'Sencha'?"),
         ({"file": EXAMPLE.with_name("nowhere.csv")}, "nowhere.csv"),
     ],
 )
 def test_bad_options_end_in_one_line_and_write_nothing(tmp_path, changes, message):
-    options = fit_comparisons.Options(**{"file": EXAMPLE, "out": tmp_path / "out", **changes})
+    options = command.Options(**{"file": EXAMPLE, "out": tmp_path / "out", **changes})
     with pytest.raises(SystemExit, match=message):
-        fit_comparisons.main(options)
+        command.main(options)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_file_ends_in_one_line_and_writes_nothing(tmp_path):
-    path = tmp_path / "bad.csv"
-    path.write_text("prompt,chosen,rejected\na,b,b\n")
+    path = write(tmp_path / "bad.csv", "prompt,chosen,rejected\na,b,b\n")
     with pytest.raises(SystemExit, match="line 2: chosen and rejected are the same, 'b'"):
-        fit_comparisons.main(fit_comparisons.Options(path, out=tmp_path / "out"))
+        command.main(command.Options(path, out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-
-
-def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write_half(unfinished):
-        unfinished.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        files.save(path, write_half)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
