@@ -77,7 +77,7 @@ def poll(key: Key[Array, ""], *, num_votes: int, num_fits: int) -> dict[str, Flo
         return votes.fit(kinds._replace(weights=summed), NUM_RESPONSES, prior=virtual, start=fitted).strengths
 
     refits = jax.vmap(refit)(jax.random.split(refits_key, num_fits))
-    covariance = votes.covariance(kinds._replace(weights=counts), NUM_RESPONSES, fitted)
+    covariance = votes.covariance(kinds._replace(weights=counts), NUM_RESPONSES, fitted)[:NUM_RESPONSES, :NUM_RESPONSES]
     found = {}
     for what, contrasts in (("strengths", jnp.eye(NUM_RESPONSES) - 1 / NUM_RESPONSES), ("differences", differences())):
         true, estimate = contrasts @ truth, contrasts @ fitted.strengths

@@ -20,6 +20,7 @@ from dpo_jax.votes.strengths import davidson as davidson
 from dpo_jax.votes.strengths import fit as fit
 from dpo_jax.votes.strengths import half_wins as half_wins
 from dpo_jax.votes.uncertainty import Comparison as Comparison
+from dpo_jax.votes.uncertainty import approximate as approximate
 from dpo_jax.votes.uncertainty import bootstrap as bootstrap
 from dpo_jax.votes.uncertainty import compare as compare
 from dpo_jax.votes.uncertainty import covariance as covariance

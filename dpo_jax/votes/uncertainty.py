@@ -138,19 +138,55 @@ def covariance(
     prior: Numeric = 1.0,
     model: LogLikelihood = half_wins,
     groups: Int[Array, " responses"] | None = None,
-) -> Float[Array, "responses responses"]:
-    """Covariance of the strengths by the curvature of the likelihood at its maximum (nats squared).
+) -> Float[Array, "parameters parameters"]:
+    """Covariance of the strengths, and of `first` and `ties`, by the curvature of the likelihood (nats squared).
 
-    It is the inverse of the Hessian, seen from the average of each group. The table has `num_responses` rows and
-    columns; for very many responses, use `bootstrap`. It counts all votes as independent.
+    It is the inverse of the Hessian at the maximum, strengths seen from the average of their group. It counts all votes
+    as independent.
+
+    Args:
+      votes, num_responses, prior, model, groups: as in `fit`.
+      fitted: what `fit` found.
+
+    Returns:
+      A table with `num_responses + 2` rows and columns; for very many responses, use `bootstrap`. Where the votes say
+      nothing, it is zero.
     """
     objective, _ = penalised(votes, num_responses, prior=prior, model=model)
     flat, restored = ravel_pytree(parameters(fitted))
     _, hessian = jax.linearize(jax.grad(lambda params: objective(restored(params))), flat)
     table = jax.lax.map(hessian, jnp.eye(len(flat), dtype=flat.dtype))
-    inverse = jnp.linalg.pinv((table + table.T) / 2, hermitian=True)[:num_responses, :num_responses]
-    centre = jax.vmap(lambda row: row - means(row, groups))
-    return centre(centre(inverse).T)
+
+    def centre(row: Array) -> Array:
+        strengths = row[:num_responses]
+        return jnp.concatenate([strengths - means(strengths, groups), row[num_responses:]])
+
+    inverse = jnp.linalg.pinv((table + table.T) / 2, hermitian=True)
+    return jax.vmap(centre)(jax.vmap(centre)(inverse).T)
+
+
+@partial(jax.jit, static_argnames="num_draws")
+def approximate(
+    key: Key[Array, ""], fitted: Fit, covariance: Float[Array, "parameters parameters"], *, num_draws: int
+) -> Fit:
+    """Draws parameters from the normal distribution around the maximum.
+
+    Args:
+      key: a key.
+      fitted: what `fit` found.
+      covariance: of its parameters.
+      num_draws: how many draws.
+
+    Returns:
+      Draws, stacked like the fits of `bootstrap`.
+    """
+    num = len(fitted.strengths)
+    mean = jnp.concatenate([fitted.strengths, jnp.stack([fitted.first, fitted.ties])])
+    variances, directions = jnp.linalg.eigh(covariance)  # some are zero: strengths are 0 on average
+    root = directions * jnp.sqrt(jnp.maximum(variances, 0))[None]
+    draws = mean[None] + jax.random.normal(key, (num_draws, len(mean)), mean.dtype) @ root.T
+    rest = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_draws, *leaf.shape)), fitted)
+    return rest._replace(strengths=draws[:, :num], first=draws[:, num], ties=draws[:, num + 1])
 
 
 class Comparison(NamedTuple):
@@ -173,29 +209,29 @@ class Comparison(NamedTuple):
         return np.asarray((self.low > 0.5) | (self.high < 0.5))
 
 
-def compare(refits: Fit, ones: Any, others: Any) -> Comparison:
-    """Compares responses, by the fits that `bootstrap` made.
+def compare(draws: Fit, ones: Any, others: Any) -> Comparison:
+    """Compares responses.
 
     Args:
-      refits: the fits.
+      draws: fits that `bootstrap` made, or draws of `approximate`.
       ones: ids of responses, of any shape.
       others: ids of the responses that they are compared with, of the same shape.
     """
     ones, others = np.broadcast_arrays(ones, others)
-    by_response = np.ascontiguousarray(refits.strengths.T)
+    by_response = np.ascontiguousarray(draws.strengths.T)
     found = np.empty((4, ones.size))
     step = max(1, COMPARED_AT_ONCE // by_response.shape[1])
     for begin in range(0, ones.size, step):
         part = np.s_[begin : begin + step]
         gaps = np.sort(by_response[ones.ravel()[part]] - by_response[others.ravel()[part]])
-        found[0, part] = np.mean(gaps > 0, axis=1) + 0.5 * np.mean(gaps == 0, axis=1)
+        found[0, part] = np.mean(np.heaviside(gaps, 0.5), axis=1)
         found[1:, part] = 1 / (1 + np.exp(-_quantiles(gaps, [0.5, *LIMITS]).T))
     return Comparison(*found.reshape(4, *ones.shape))
 
 
-def intervals(refits: Fit) -> tuple[Float[np.ndarray, " responses"], Float[np.ndarray, " responses"]]:
+def intervals(draws: Fit) -> tuple[Float[np.ndarray, " responses"], Float[np.ndarray, " responses"]]:
     """The 95 % interval of each strength (nats)."""
-    low, high = _quantiles(np.sort(refits.strengths.T), LIMITS).T
+    low, high = _quantiles(np.sort(draws.strengths.T), LIMITS).T
     return low, high
 
 
@@ -209,10 +245,10 @@ def ranks(strengths: Float[np.ndarray, " responses"], groups: Any = None) -> Int
 
 
 def rank_intervals(
-    refits: Fit, groups: Any = None
+    draws: Fit, groups: Any = None
 ) -> tuple[Int[np.ndarray, " responses"], Int[np.ndarray, " responses"]]:
-    """The best and the worst rank of each response in its group, of 95 % of the fits."""
-    all_ranks = np.stack([ranks(strengths, groups) for strengths in refits.strengths])
+    """The best and the worst rank of each response in its group, of 95 % of the draws."""
+    all_ranks = np.stack([ranks(strengths, groups) for strengths in draws.strengths])
     low, high = np.round(_quantiles(np.sort(all_ranks.T), LIMITS)).astype(int).T
     return low, high
 

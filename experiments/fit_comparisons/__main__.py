@@ -1,7 +1,7 @@
 """Your own comparisons: which responses people prefer, and how sure that is.
 
 Strengths are fitted by the Bradley-Terry model, to all votes together and to each category apart: see `dpo_jax.votes`.
-Intervals come from fits of redrawn votes. A separate fit, of a part of the votes, shows how well strengths predict.
+A separate fit, of a part of the votes, shows how well strengths predict.
 """
 
 import time
@@ -43,10 +43,12 @@ class Options:
     """Virtual votes of each response against an average one, half of them won; 0 for none."""
     ties: Literal["half", "davidson"] = "half"
     """A tie is half a win for each, or an outcome of its own (Davidson's model)."""
-    clusters: str = ""
-    """Column whose values are redrawn as a whole, such as `judge`: their votes are not independent."""
+    intervals: Literal["curvature", "bootstrap"] = "curvature"
+    """Intervals by the curvature of the likelihood, or by fits of redrawn votes."""
     num_fits: int = 400
-    """Fits of redrawn votes, which intervals are made of."""
+    """Fits of redrawn votes."""
+    clusters: str = ""
+    """Column whose votes are not independent, such as `judge`: they are redrawn together (by the bootstrap)."""
     held_out: float = 0.2
     """Share of the votes for the check of predictions; 0 for no check. The rankings use all votes."""
     seed: int = 0
@@ -71,10 +73,11 @@ def main(options: Options) -> None:
     devices.enable_compilation_cache()
 
     start = time.perf_counter()
-    model = Model(options.prior, TIES[options.ties], options.num_fits)
     clusters = file.columns[options.clusters.strip().lower()].ids if options.clusters else None
+    bootstrap = options.intervals == "bootstrap" or clusters is not None
+    model = Model(options.prior, TIES[options.ties], bootstrap, options.num_fits, clusters)
     key = jax.random.key(options.seed + 1)
-    contests = [Contest(key, file.votes, file.responses, groups, model, clusters) for groups in groupings]
+    contests = [Contest(key, file.votes, file.responses, groups, model) for groups in groupings]
     tests = [evaluate(contest.entrants, parts, model) for contest in contests] if parts else []
     results = Results(
         {name: ranking for contest in contests for name, ranking in contest.rankings().items()},
@@ -157,7 +160,7 @@ def shown_first(contest: Contest, file: votes.VoteFile) -> dict[str, float] | No
     """How much the response that is shown first gains: the probability that it wins among equals, with its interval."""
     if file.votes.first is None:
         return None
-    low, high = np.quantile(contest.refits.first, [0.025, 0.975])
+    low, high = np.quantile(contest.draws.first, [0.025, 0.975])
     odds = {"win_probability": contest.fit.first, "low": low, "high": high}
     return {name: float(1 / (1 + np.exp(-value))) for name, value in odds.items()}
 
@@ -180,7 +183,7 @@ def save(out: Path, options: Options, results: Results, seconds: float) -> None:
     summary = {
         "file": options.file.name,
         "beta": 1.0,
-        **{name: getattr(options, name) for name in ("prior", "ties", "clusters", "num_fits", "held_out", "seed")},
+        **{name: getattr(options, name) for name in ("prior", "ties", "intervals", "num_fits", "clusters", "held_out", "seed")},
         "test": results.tests[-1] if results.tests else None,
         "test_overall": results.tests[0] if results.tests else None,
         "history": results.history,

@@ -11,8 +11,11 @@ import numpy as np
 from dpo_jax import votes
 from experiments.lab import console
 
-MOST_FOR_HESSIAN = 1_000
-"""Standard errors by the Hessian take a table of all pairs; beyond this many responses, there are none."""
+MOST_FOR_CURVATURE = 2_000
+"""The curvature is a table of all pairs; beyond this many responses, intervals come from the bootstrap."""
+
+NUM_DRAWS = 4_000
+"""Draws from the normal distribution that the curvature implies."""
 
 LARGEST_MATRIX = 50
 """Matrices of win probabilities show this many of the strongest responses."""
@@ -25,12 +28,16 @@ class Model:
     Attributes:
       prior: virtual votes of each response.
       likelihood: how ties count.
-      num_fits: fits of the bootstrap.
+      bootstrap: whether intervals come from fits of redrawn votes, or from the curvature of the likelihood.
+      num_fits: fits of redrawn votes.
+      clusters: for each vote an id of those that are redrawn together, or `None`.
     """
 
-    prior: float
-    likelihood: votes.LogLikelihood
-    num_fits: int
+    prior: float = 1.0
+    likelihood: votes.LogLikelihood = votes.half_wins
+    bootstrap: bool = False
+    num_fits: int = 400
+    clusters: Any = None
 
 
 class Ranked(NamedTuple):
@@ -38,8 +45,7 @@ class Ranked(NamedTuple):
 
     Attributes:
       response, rank: the strongest has rank 1.
-      strength, low, high: above the average of its ranking (nats), and its 95 % interval.
-      stderr: of the strength, by the curvature of the likelihood; it counts all votes as independent.
+      strength, stderr, low, high: above the average of its ranking (nats), its standard error and 95 % interval.
       rank_low, rank_high: the 95 % interval of the rank.
       wins, losses, ties: numbers of votes.
       better_than_next: the probability that it is stronger than the next one.
@@ -48,9 +54,9 @@ class Ranked(NamedTuple):
     response: str
     rank: int
     strength: float
+    stderr: float
     low: float
     high: float
-    stderr: float
     rank_low: int
     rank_high: int
     wins: int
@@ -75,10 +81,10 @@ class Pairs(NamedTuple):
 
 
 class Contest:
-    """Responses that compete in one or several rankings: the votes, the fit, and the fits of redrawn votes."""
+    """Responses that compete in one or several rankings: the votes, the fit, and draws around it."""
 
     def __init__(
-        self, key: Any, ballots: votes.Votes, responses: Sequence[str], groups: votes.Column, model: Model, clusters: Any
+        self, key: Any, ballots: votes.Votes, responses: Sequence[str], groups: votes.Column, model: Model
     ) -> None:
         self.names, self.responses = groups.names, responses
         self.entrants = votes.entrants(ballots, groups.ids)
@@ -93,24 +99,28 @@ class Contest:
         cast = without(self.entrants.votes, unknown)
         distinct = jax.tree.map(jnp.asarray, votes.tally(cast)[0])
         fitted = jax.device_get(votes.fit(distinct, self.num, **settings))
-        self.stderr = np.full(self.num, np.nan)
-        if self.num <= MOST_FOR_HESSIAN:
-            self.stderr = np.sqrt(np.diag(jax.device_get(votes.covariance(distinct, self.num, fitted, **settings))))
-        with console.counting("fits", model.num_fits) as report:
-            refits = votes.bootstrap(
-                key, cast, self.num, num_fits=model.num_fits, clusters=clusters, report=report, **settings
-            )
-        self.fit, self.refits = (
-            each._replace(strengths=np.where(unknown, np.nan, each.strengths)) for each in (fitted, refits)
+        if model.bootstrap or self.num > MOST_FOR_CURVATURE:
+            with console.counting("fits", model.num_fits) as report:
+                counts = {"num_fits": model.num_fits, "clusters": model.clusters, "report": report}
+                draws = votes.bootstrap(key, cast, self.num, **counts, **settings)
+        else:
+            covariance = votes.covariance(distinct, self.num, fitted, **settings)
+            draws = jax.device_get(votes.approximate(key, fitted, covariance, num_draws=NUM_DRAWS))
+        self.fit, self.draws = (
+            each._replace(strengths=np.where(unknown, np.nan, each.strengths)) for each in (fitted, draws)
         )
         self.order = np.lexsort((-self.fit.strengths, self.entrants.groups))
 
     def rankings(self) -> dict[str, list[Ranked]]:
         """The ranking of each group, best first."""
-        low, high = votes.intervals(self.refits)
-        rank_low, rank_high = votes.rank_intervals(self.refits, self.entrants.groups)
+        low, high = votes.intervals(self.draws)
+        stderr = self.draws.strengths.std(axis=0, ddof=1)
+        rank_low, rank_high = votes.rank_intervals(self.draws, self.entrants.groups)
+        size = np.bincount(self.entrants.groups)[self.entrants.groups]
+        unknown = np.isnan(self.fit.strengths)
+        rank_low, rank_high = np.where(unknown, 1, rank_low), np.where(unknown, size, rank_high)
         record = votes.record(self.entrants.votes, self.num)
-        better = votes.compare(self.refits, self.order[:-1], self.order[1:]).better
+        better = votes.compare(self.draws, self.order[:-1], self.order[1:]).better
         found: dict[str, list[Ranked]] = {}
         for name, begin, end in zip(self.names, self.starts[:-1], self.starts[1:], strict=True):
             found[name] = [
@@ -118,9 +128,9 @@ class Contest:
                     response=self.responses[self.entrants.responses[i]],
                     rank=place - begin + 1,
                     strength=float(self.fit.strengths[i]),
+                    stderr=float(stderr[i]),
                     low=float(low[i]),
                     high=float(high[i]),
-                    stderr=float(self.stderr[i]),
                     rank_low=int(rank_low[i]),
                     rank_high=int(rank_high[i]),
                     wins=int(record.wins[i]),
@@ -157,7 +167,7 @@ class Contest:
 
         ones, others = self.order[codes // self.num], self.order[codes % self.num]
         record = votes.Record(count(~tied & (chosen < rejected)), count(~tied & (chosen > rejected)), count(tied))
-        return Pairs(ones, others, record, votes.compare(self.refits, ones, others))
+        return Pairs(ones, others, record, votes.compare(self.draws, ones, others))
 
     def matrices(self, group: int, pairs: Pairs) -> tuple[list[str], np.ndarray, np.ndarray]:
         """The names of the strongest responses of a group, their fitted win probabilities, and the observed ones."""

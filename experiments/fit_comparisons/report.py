@@ -55,7 +55,7 @@ def comparison_in_words(contest: Contest, group: int, one: str, other: str) -> s
     ids = {contest.responses[contest.entrants.responses[i]]: i for i in range(*contest.starts[group : group + 2])}
     if one not in ids or other not in ids:
         return None
-    fitted = votes.compare(contest.refits, ids[one], ids[other])
+    fitted = votes.compare(contest.draws, ids[one], ids[other])
     if fitted.separable:
         verdict = f"{one} is {'better' if fitted.better > 0.5 else 'worse'} than {other}"
     else:

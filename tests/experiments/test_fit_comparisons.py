@@ -147,7 +147,7 @@ def test_accuracy_and_majority_by_hand():
     chosen, rejected = np.array([(1, 0), (1, 0), (0, 1), (2, 0), (0, 1), (1, 0), (0, 2), (1, 2)]).T
     contest = votes.entrants(votes.Votes(Pair(chosen, rejected)))
     parts = Split(np.arange(4), np.arange(4, 8))
-    model = Model(1.0, votes.half_wins, 2)
+    model = Model()
     test, _ = evaluate(contest, parts, model)
     assert test["majority_accuracy"]["mean"] == (0 + 1 + 0 + 0.5) / 4  # (1, 2) was never seen
     assert test["accuracy"]["mean"] == (0 + 1 + 0 + 0) / 4  # 2 won against 0, and is put before 1
@@ -161,7 +161,7 @@ def test_accuracy_and_majority_by_hand():
 def test_a_vote_is_tied_whatever_rounding_errors_its_weights_have():
     weights = np.array([0.3, 0.6, 0.9, 1.0])  # the sum of the first two is not the third, by one digit
     ballots = votes.Votes(Pair(np.array([0, 0, 1, 0]), np.array([1, 1, 0, 1])), weights=weights)
-    test, _ = evaluate(votes.entrants(ballots), Split(np.arange(3), np.array([3])), Model(1.0, votes.half_wins, 2))
+    test, _ = evaluate(votes.entrants(ballots), Split(np.arange(3), np.array([3])), Model())
     assert test["majority_accuracy"]["mean"] == 0.5
 
 
@@ -182,7 +182,7 @@ def test_markup_in_names_is_left_alone(tmp_path, capsys):
 def test_options_matter(tmp_path):
     usual = run(tmp_path)["rankings"]["overall"]
     assert run(tmp_path)["rankings"]["overall"] == usual
-    for changes in ({"seed": 1}, {"prior": 20.0}):
+    for changes in ({"seed": 1}, {"prior": 20.0}, {"intervals": "bootstrap"}):
         assert run(tmp_path, **changes)["rankings"]["overall"] != usual, changes
 
 

@@ -132,8 +132,8 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.jsonl", b'{"chosen": "a", "rejected": "b", "tie": 2}', "line 1: tie must be yes or no, got 2"),
         ("a.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}', "prompt is given in"),
         ("a.csv.gz", b"chosen,rejected", "not a gzip file, or damaged"),
-        ("a.csv.gz", gzip.compress(b"chosen,rejected\na,b\n" * 99)[:-20], "not a gzip file, or damaged"),
-        ("a.csv.gz", gzip.compress(b"chosen,rejected\na,b\na,a\n"), "line 3: chosen and rejected are the same"),
+        ("a.csv.gz", gzip.compress(b"chosen,rejected\na,b\n" * 99, mtime=0)[:-20], "not a gzip file, or damaged"),
+        ("a.csv.gz", gzip.compress(b"chosen,rejected\na,b\na,a\n", mtime=0), "line 3: chosen and rejected are the same"),
         ("a.parquet.gz", b"PAR1", "expected a file that ends in"),
         ("a.csv", b"prompt,chosen,rejected,judge,Judge\na,b,c,d,e\n", "two columns have the same name, 'judge'"),
         (

@@ -33,7 +33,7 @@ def test_strengths_and_covariance_are_those_of_statsmodels(case, double):
     if case["prior"] == 0:
         np.testing.assert_allclose(fitted.first, case["first"], atol=1e-7)
         np.testing.assert_allclose(fitted.ties, case["ties"], atol=1e-7)
-    covariance = votes.covariance(ballots, 5, fitted, **options)
+    covariance = votes.covariance(ballots, 5, fitted, **options)[:5, :5]
     np.testing.assert_allclose(covariance, case["covariance"], rtol=1e-5, atol=1e-8)
 
 
@@ -117,8 +117,8 @@ def test_groups_have_averages_of_their_own(draw):
     once = votes.fit(ballots, 3).strengths
     np.testing.assert_allclose(fitted.strengths, np.tile(once, 2), atol=1e-4)
     covariance = votes.covariance(votes.Votes(two), 6, fitted, groups=groups)
-    np.testing.assert_allclose(covariance[:3, :3], votes.covariance(ballots, 3, votes.fit(ballots, 3)), atol=1e-4)
-    np.testing.assert_allclose(covariance[:3, 3:], 0, atol=1e-5)
+    np.testing.assert_allclose(covariance[:3, :3], votes.covariance(ballots, 3, votes.fit(ballots, 3))[:3, :3], atol=1e-4)
+    np.testing.assert_allclose(covariance[:3, 3:6], 0, atol=1e-5)
 
 
 def test_long_chains_converge(double):

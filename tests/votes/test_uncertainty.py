@@ -13,12 +13,16 @@ FOUR = np.array([0.9, 0.2, -0.3, -0.8])
 def test_bootstrap_and_curvature_agree_where_votes_are_many(draw):
     ballots = draw(0, FOUR, 4_000)
     refits = votes.bootstrap(jax.random.key(0), ballots, 4, num_fits=1_000)
-    covariance = np.asarray(votes.covariance(ballots, 4, votes.fit(ballots, 4)))
+    fitted = votes.fit(ballots, 4)
+    covariance = votes.covariance(ballots, 4, fitted)
+    draws = votes.approximate(jax.random.key(1), fitted, covariance, num_draws=4_000)
+    covariance = np.asarray(covariance)[:4, :4]
     np.testing.assert_allclose(refits.strengths.std(axis=0), np.sqrt(np.diag(covariance)), rtol=0.1)
     np.testing.assert_allclose(np.cov(refits.strengths.T), covariance, atol=0.1 * covariance.max())
-    low, high = votes.intervals(refits)
-    np.testing.assert_allclose((high - low) / 2, 1.96 * np.sqrt(np.diag(covariance)), rtol=0.15)
-    np.testing.assert_allclose((low + high) / 2, votes.fit(ballots, 4).strengths, atol=0.02)
+    for found in (refits, jax.device_get(draws)):
+        low, high = votes.intervals(found)
+        np.testing.assert_allclose((high - low) / 2, 1.96 * np.sqrt(np.diag(covariance)), rtol=0.15)
+        np.testing.assert_allclose((low + high) / 2, fitted.strengths, atol=0.02)
 
 
 def test_against_a_fixed_opponent_refits_are_draws_from_the_exact_posterior(double):
