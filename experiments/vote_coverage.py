@@ -115,7 +115,8 @@ def table(coverage: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The shares: a row for each kind of interval, a column for each number of votes."""
     sizes = list(dict.fromkeys(entry["votes"] for entry in coverage))
     cells = {
-        (entry["method"], entry["of"], entry["votes"]): f"{entry['mean']:.1%} ± {entry['stderr']:.1%}" for entry in coverage
+        (entry["method"], entry["of"], entry["votes"]): f"{entry['mean']:.1%} ± {entry['stderr']:.1%}"
+        for entry in coverage
     }
     kinds = list(dict.fromkeys((entry["of"], entry["method"]) for entry in coverage))
     rows = [[f"{of}, by {METHODS[method]}", *(cells[method, of, size] for size in sizes)] for of, method in kinds]

@@ -33,8 +33,8 @@ def agreement(votes: Votes, judges: Any, prompts: Any = None) -> Agreement:
     chosen, rejected = (np.asarray(side, np.int64) for side in votes.responses)
     judges = np.asarray(judges, np.int64)
     low, high = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
-    item = (low * (high.max() + 1) + high, np.zeros_like(low) if prompts is None else np.asarray(prompts, np.int64))
-    _, item = np.unique(np.stack(item), axis=1, return_inverse=True)
+    pair = low * (high.max() + 1) + high
+    prompt = np.zeros_like(low) if prompts is None else np.asarray(prompts, np.int64)
     verdict = (chosen > rejected).astype(np.int64)
     if votes.ties is not None:
         verdict = np.where(votes.ties, 2, verdict)
@@ -48,7 +48,7 @@ def agreement(votes: Votes, judges: Any, prompts: Any = None) -> Agreement:
         _, own = np.unique(ids * num_judges + judges, return_inverse=True)
         return np.bincount(ids)[ids] - np.bincount(own)[own]
 
-    pairs = np.bincount(judges, others(item), num_judges)
-    agreed = np.bincount(judges, others(item, verdict), num_judges)
+    pairs = np.bincount(judges, others(pair, prompt), num_judges)
+    agreed = np.bincount(judges, others(pair, prompt, verdict), num_judges)
     shares = np.divide(agreed, pairs, out=np.full(num_judges, np.nan), where=pairs > 0)
     return Agreement(pairs.astype(int), shares, float(agreed.sum() / pairs.sum()) if pairs.any() else float("nan"))

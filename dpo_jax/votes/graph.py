@@ -94,10 +94,12 @@ def warnings_of(contest: Entrants, groups: Sequence[str], responses: Sequence[st
     lost, won = np.zeros((2, num), bool)
     lost[level[rejected[across]]] = True
     won[level[chosen[across]]] = True
-    size = np.bincount(level, minlength=num)
     in_island = np.bincount(island, minlength=num)[island]
-    played = sum(record(contest.votes, num))
-    never_lost, never_won, apart = [], [], []
+    wins, losses, ties = record(contest.votes, num)
+    played = wins + losses + ties
+    apart: list[str] = []
+    never_lost: list[str] = []
+    never_won: list[str] = []
     starts = np.searchsorted(contest.groups, np.arange(len(groups) + 1))
     for name, begin, end in zip(groups, starts[:-1], starts[1:], strict=True):
         where = f" ({name})" if name else ""
@@ -119,15 +121,22 @@ def warnings_of(contest: Entrants, groups: Sequence[str], responses: Sequence[st
             if lost[set_] == won[set_] or (len(ids) > 1 and 2 * len(ids) > in_island[ids[0]]):
                 continue
             sentences, word, bound = (never_lost, "lost", "above") if won[set_] else (never_won, "won", "below")
-            votes = f"in {played[ids].sum():,} votes" if size[set_] == 1 else "against the rest"
-            verb = "its strength is" if size[set_] == 1 else "their strengths are"
-            sentences.append(f"{names(ids)} never {word} {votes}{where}: {verb} bounded from {bound} only by the prior.")
+            if len(ids) == 1:
+                against, verb = f"in {_votes(int(played[ids[0]]))}", "its strength is"
+            else:
+                against, verb = "against the rest", "their strengths are"
+            how = f"{verb} bounded from {bound} only by the prior"
+            sentences.append(f"{names(ids)} never {word} {against}{where}: {how}.")
     return [sentence for kind in (apart, never_lost, never_won) for sentence in _capped(kind)]
 
 
 def _capped(sentences: list[str]) -> list[str]:
     more = len(sentences) - MOST_WARNINGS
     return [*sentences[:MOST_WARNINGS], *([f"{more:,} more warnings of this kind."] if more > 0 else [])]
+
+
+def _votes(number: int) -> str:
+    return f"{number:,} vote" if number == 1 else f"{number:,} votes"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ LARGEST_WEIGHT_RATIO = 1e30
 """Weights in a file may differ by this factor."""
 
 SIDES = {1: ("chosen", "modela", "a", "left"), -1: ("rejected", "modelb", "b", "right")}
-TIES = ("tie", "tied", "ties", "draw", "equal", "same", "both", "neither", "bothbad", "bothgood", "tiebothbad", "nopreference")
+TIES = tuple("tie ties tied draw equal same both neither bothbad bothgood tiebothbad nopreference".split())
 OUTCOMES = {**{word: side for side, words in SIDES.items() for word in words}, **dict.fromkeys(TIES, 0)}
 YES, NO = ("true", "yes", "1", "t", "y", *TIES), ("", "false", "no", "0", "f", "n")
 
@@ -114,9 +114,12 @@ def as_preferences(file: VoteFile) -> tuple[tuple[str, ...], tuple[tuple[str, ..
         own = np.where(ties, 0.5, 1.0) * (1.0 if weights is None else weights)
         ids, weights = np.append(ids, ids[tied]), np.append(own, own[tied])
         chosen, rejected = np.append(chosen, rejected[tied]), np.append(rejected, chosen[tied])
-    ids, chosen, rejected = (jnp.asarray(column, jnp.int32) for column in (ids, chosen, rejected))
-    weights = None if weights is None else jnp.asarray(weights / weights.mean(), jnp.float32)
-    return prompts.names, tuple(names), Preferences(ids, Pair(chosen, rejected), weights)
+    data = Preferences(
+        jnp.asarray(ids, jnp.int32),
+        Pair(jnp.asarray(chosen, jnp.int32), jnp.asarray(rejected, jnp.int32)),
+        None if weights is None else jnp.asarray(weights / weights.mean(), jnp.float32),
+    )
+    return prompts.names, tuple(names), data
 
 
 class _Reader:
@@ -211,7 +214,9 @@ class _Reader:
             raise ValueError(f"{self.where(number)}: {column} is blank")
         text = tidy(str(cell))
         named = {1: text == tidy(str(a)), -1: text == tidy(str(b))}
-        meant = {side for side, same in named.items() if same} | {OUTCOMES.get(_plain(text))} - {None}
+        meant = {side for side, same in named.items() if same}
+        if _plain(text) in OUTCOMES:
+            meant.add(OUTCOMES[_plain(text)])
         if len(meant) > 1:
             raise ValueError(f"{self.where(number)}: {column} could mean either response, got {excerpt(cell)}")
         if not meant or (column == "first" and meant == {0}):
@@ -237,9 +242,9 @@ class _Reader:
         relative = weights / weights[high]
         if relative[low] * LARGEST_WEIGHT_RATIO < 1:
             raise ValueError(
-                f"{self.where(self.numbers[low])}: the weight {weights[low]:g} is too small beside {weights[high]:g} in "
-                f"{unit(self.path)} {self.numbers[high]}: weights may differ by a factor of {LARGEST_WEIGHT_RATIO:g}; "
-                "leave the comparison out"
+                f"{self.where(self.numbers[low])}: the weight {weights[low]:g} is too small beside {weights[high]:g} "
+                f"in {unit(self.path)} {self.numbers[high]}: weights may differ by a factor of "
+                f"{LARGEST_WEIGHT_RATIO:g}; leave the comparison out"
             )
         return None if np.all(relative == 1) else relative / relative.mean()
 

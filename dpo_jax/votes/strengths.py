@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dpo_jax.types import Numeric, Pair
 
 
 class Votes(NamedTuple):
-    """Votes between two responses each. Every leaf shares its leading axis.
+    """Votes between two responses each: arrays of JAX or NumPy that share their leading axis.
 
     Attributes:
       responses: ids of the chosen and the rejected response; in either order in a tie.
@@ -29,13 +29,13 @@ class Votes(NamedTuple):
     """
 
     responses: Pair
-    ties: Bool[Array, " n"] | None = None
-    weights: Float[Array, " n"] | None = None
+    ties: Any = None
+    weights: Any = None
     first: Any = None
 
 
 class Fit(NamedTuple):
-    """Parameters at the maximum of the likelihood.
+    """Parameters at the maximum of the likelihood, `[responses]` and scalars; stacked, if there are several fits.
 
     Attributes:
       strengths: of the responses (nats: differences are log-odds of winning); 0 on average.
@@ -47,19 +47,19 @@ class Fit(NamedTuple):
       last_step: the largest change of a parameter in the last one (nats).
     """
 
-    strengths: Float[Array, " responses"]
-    shift: Float[Array, " responses"]
-    first: Float[Array, ""]
-    ties: Float[Array, ""]
-    steps: Int[Array, ""]
-    last_step: Float[Array, ""]
+    strengths: Any
+    shift: Any
+    first: Any
+    ties: Any
+    steps: Any
+    last_step: Any
 
 
 Parameters: TypeAlias = tuple[Array, Array, Array]
 """Strengths, the advantage of the response shown first, and log nu."""
 
 LogLikelihood: TypeAlias = Callable[[Array, Any, Array], Array]
-"""`(margins, ties, tie_parameter) -> log-likelihoods [n]` of votes, from how far the chosen response is ahead (nats)."""
+"""`(margins, ties, tie_parameter) -> log-likelihoods [n]`, from how far the chosen responses are ahead (nats)."""
 
 
 @jax.custom_jvp

@@ -16,7 +16,7 @@ from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, fit, half_wins, m
 CONVERGED = 1e-2
 """Refits stop after a step below this (nats): the next one would be of the order of its square."""
 
-VOTES_AT_ONCE = 2**21
+VOTES_AT_ONCE = 2**22
 """Refits are stacked up to this many votes."""
 
 
@@ -88,7 +88,7 @@ def bootstrap(
     model: LogLikelihood = half_wins,
     groups: Any = None,
     clusters: Any = None,
-    report: Callable[[int], object] = lambda num_done: None,
+    report: Callable[[int], object] = lambda _: None,
 ) -> Fit:
     """Fits redrawn votes again and again: see `redraw`.
 

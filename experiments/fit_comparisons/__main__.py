@@ -45,7 +45,7 @@ class Options:
     """A tie is half a win for each, or an outcome of its own (Davidson's model)."""
     intervals: Literal["curvature", "bootstrap"] = "curvature"
     """Intervals by the curvature of the likelihood, or by fits of redrawn votes."""
-    num_fits: int = 400
+    num_fits: int = 200
     """Fits of redrawn votes."""
     clusters: str = ""
     """Column whose votes are not independent, such as `judge`: they are redrawn together (by the bootstrap)."""
@@ -63,7 +63,7 @@ def main(options: Options) -> None:
         check(options)
         wanted = [name for name in (options.by, options.clusters) if name not in ("", NO_CATEGORIES)]
         file = votes.read(options.file, columns=wanted)
-        groupings = rankings_by(options, file)
+        categories = categories_of(options, file)
         check_compared(options, file)
         num = len(file.votes.responses.chosen)
         parts = split(jax.random.key(options.seed), num, options.held_out) if options.held_out else None
@@ -77,8 +77,13 @@ def main(options: Options) -> None:
     bootstrap = options.intervals == "bootstrap" or clusters is not None
     model = Model(options.prior, TIES[options.ties], bootstrap, options.num_fits, clusters)
     key = jax.random.key(options.seed + 1)
-    contests = [Contest(key, file.votes, file.responses, groups, model) for groups in groupings]
+    everything = votes.Column((OVERALL,), np.zeros(num, np.int32))
+    contests = [Contest(key, file.votes, file.responses, everything, model)]
+    if categories and len(categories.names) > 1:
+        contests.append(Contest(key, file.votes, file.responses, categories, model))
     tests = [evaluate(contest.entrants, parts, model) for contest in contests] if parts else []
+    if categories and len(categories.names) == 1:
+        contests.append(contests[0].named(categories.names))
     results = Results(
         {name: ranking for contest in contests for name, ranking in contest.rankings().items()},
         [(contest, contest.pairs()) for contest in contests],
@@ -124,15 +129,13 @@ def check(options: Options) -> None:
     checks.size("--num-fits", options.num_fits, at_least=2)
 
 
-def rankings_by(options: Options, file: votes.VoteFile) -> list[votes.Column]:
-    """The groups of votes that have a ranking each: all votes, and the categories, if there are any."""
-    everything = votes.Column((OVERALL,), np.zeros(len(file.votes.responses.chosen), np.int32))
+def categories_of(options: Options, file: votes.VoteFile) -> votes.Column | None:
+    """The groups of votes that have a ranking each, if there are any."""
     column = options.by.strip().lower() or "prompt"
     if column == NO_CATEGORIES or column not in file.columns:
-        return [everything]
+        return None
     names, ids = file.columns[column]
-    names = tuple(f"{name} ({column})" if name == OVERALL else name for name in names)
-    return [everything, votes.Column(names, ids)]
+    return votes.Column(tuple(f"{name} ({column})" if name == OVERALL else name for name in names), ids)
 
 
 def check_compared(options: Options, file: votes.VoteFile) -> None:
@@ -171,8 +174,9 @@ def save(out: Path, options: Options, results: Results, seconds: float) -> None:
     files.save(out / "pairs.csv", lambda path: report.write_pairs(path, results.pairs))
     if results.judges:
         files.save(out / "judges.csv", lambda path: report.write_rows(path, results.judges))
-    shown = {name: [entry._asdict() for entry in ranking[:RESPONSES_SHOWN]] for name, ranking in results.rankings.items()}
-    files.save_figure(figures.strengths(dict(list(shown.items())[:RANKINGS_SHOWN])), out / "strengths.png")
+    rankings = {name: [entry._asdict() for entry in ranking] for name, ranking in results.rankings.items()}
+    shown = {name: ranking[:RESPONSES_SHOWN] for name, ranking in list(rankings.items())[:RANKINGS_SHOWN]}
+    files.save_figure(figures.strengths(shown), out / "strengths.png")
     contest, pairs = results.pairs[0]
     names, *tables = contest.matrices(0, pairs)
     files.save_figure(figures.win_probabilities(OVERALL, names, *tables), out / "win_probabilities.png")
@@ -183,21 +187,21 @@ def save(out: Path, options: Options, results: Results, seconds: float) -> None:
     summary = {
         "file": options.file.name,
         "beta": 1.0,
-        **{name: getattr(options, name) for name in ("prior", "ties", "intervals", "num_fits", "clusters", "held_out", "seed")},
+        **{name: value for name, value in vars(options).items() if name not in ("file", "out")},
         "test": results.tests[-1] if results.tests else None,
         "test_overall": results.tests[0] if results.tests else None,
         "history": results.history,
         "warnings": results.warnings,
         "shown_first": results.first,
         "judges": results.judges,
-        "rankings": {name: [entry._asdict() for entry in ranking] for name, ranking in results.rankings.items()},
+        "rankings": rankings,
         "win_probabilities": win_probabilities(results.pairs),
     }
     files.save_summary({**summary, **files.provenance(compile_and_run=seconds)}, out)
 
 
 def win_probabilities(tables: list[tuple[Contest, Pairs]]) -> dict[str, dict[str, Any]]:
-    """By category: the strongest responses, the fitted probability of each to win against each, and the observed share."""
+    """By category: the strongest responses, the fitted probability that each wins against each, the observed share."""
     return {
         name: dict(zip(("responses", "fitted", "observed"), contest.matrices(group, pairs), strict=True))
         for contest, pairs in tables
@@ -216,9 +220,9 @@ def show(options: Options, results: Results) -> None:
         console.say(report.agreement_in_words(results.judges))
     if results.tests:
         report.print_test(results.tests)
-    for contest, _ in results.pairs if options.compare else ():
-        for group in range(len(contest.names)):
-            if sentence := report.comparison_in_words(contest, group, *options.compare):
+    if options.compare:
+        for contest, _ in results.pairs:
+            for sentence in report.comparisons_in_words(contest, *options.compare):
                 console.say(sentence)
 
 

@@ -45,9 +45,9 @@ class Predictions(NamedTuple):
       right: 1 if the stronger response was chosen, 0 if not, 1/2 for a tie and for equal strengths.
     """
 
-    margins: np.ndarray
-    losses: np.ndarray
-    right: np.ndarray
+    margins: Any
+    losses: Any
+    right: Any
 
 
 def predict(fitted: votes.Fit, ballots: votes.Votes, model: Model) -> Predictions:
@@ -97,7 +97,7 @@ def evaluate(contest: votes.Entrants, parts: Split, model: Model) -> tuple[dict[
 
 
 def calibration(predictions: Predictions) -> list[dict[str, float]]:
-    """How often the favourite won, by the predicted probability: the mean of the predictions, the share, its interval."""
+    """How often the favourite won, by the predicted probability: mean of the predictions, share, and its interval."""
     probabilities = 1 / (1 + np.exp(-np.abs(predictions.margins.astype(float))))
     bins = np.clip(np.searchsorted(BINS, probabilities, side="right") - 1, 0, len(BINS) - 2)
     found = []
@@ -133,7 +133,7 @@ def _majority(training: votes.Votes, held_out: votes.Votes, num: int) -> np.ndar
     pair, sign, weights = sides(training)
     seen, which = np.unique(pair, return_inverse=True)
     ahead, total = np.bincount(which, sign * weights), np.bincount(which, weights)
-    ahead = np.where(np.abs(ahead) > 1e-6 * total, np.sign(ahead), 0.0)  # rounding errors of the weights are no majority
+    ahead = np.where(np.abs(ahead) > 1e-6 * total, np.sign(ahead), 0.0)  # not if it is a rounding error of weights
     pair, sign, _ = sides(held_out)
     place = np.clip(np.searchsorted(seen, pair), 0, len(seen) - 1)
     return np.where(sign == 0, 0.5, 0.5 + 0.5 * sign * np.where(seen[place] == pair, ahead[place], 0.0))

@@ -1,6 +1,7 @@
 """Rankings: one of all votes, and one for each category."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Model:
     prior: float = 1.0
     likelihood: votes.LogLikelihood = votes.half_wins
     bootstrap: bool = False
-    num_fits: int = 400
+    num_fits: int = 200
     clusters: Any = None
 
 
@@ -111,6 +112,12 @@ class Contest:
         )
         self.order = np.lexsort((-self.fit.strengths, self.entrants.groups))
 
+    def named(self, names: tuple[str, ...]) -> "Contest":
+        """The same contest, with other names of its groups."""
+        twin = copy(self)
+        twin.names = names
+        return twin
+
     def rankings(self) -> dict[str, list[Ranked]]:
         """The ranking of each group, best first."""
         low, high = votes.intervals(self.draws)
@@ -157,7 +164,7 @@ class Contest:
         ballots = self.entrants.votes
         chosen, rejected = (place[side] for side in ballots.responses)
         voted = np.minimum(chosen, rejected) * self.num + np.maximum(chosen, rejected)
-        shown = [np.stack(np.triu_indices(min(end - begin, LARGEST_MATRIX), 1)) + begin for begin, end in self._bounds()]
+        shown = [np.stack(np.triu_indices(min(end - begin, LARGEST_MATRIX), 1)) + begin for begin, end in self.bounds()]
         codes = np.unique(np.concatenate([voted, *(ones * self.num + others for ones, others in shown)]))
         tied = np.zeros(len(chosen), bool) if ballots.ties is None else ballots.ties
         which = np.searchsorted(codes, voted)
@@ -187,7 +194,8 @@ class Contest:
         observed[columns[keep], rows[keep]] = 1 - share
         return [self.responses[self.entrants.responses[i]] for i in ids], fitted, observed
 
-    def _bounds(self) -> list[tuple[int, int]]:
+    def bounds(self) -> list[tuple[int, int]]:
+        """The entrants of each group: the first, and the one after the last."""
         return list(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
 
 

@@ -50,18 +50,22 @@ def sureness(probability: float) -> str:
     return f"{probability:.1%}" if 0.001 < probability < 0.999 else "over 99.9%" if probability > 0.5 else "under 0.1%"
 
 
-def comparison_in_words(contest: Contest, group: int, one: str, other: str) -> str | None:
-    """Whether one response is better than another in a group, and how sure that is; `None` unless both are in it."""
-    ids = {contest.responses[contest.entrants.responses[i]]: i for i in range(*contest.starts[group : group + 2])}
-    if one not in ids or other not in ids:
-        return None
-    fitted = votes.compare(contest.draws, ids[one], ids[other])
+def comparisons_in_words(contest: Contest, one: str, other: str) -> Iterable[str]:
+    """Whether one response is better than another, and how sure that is, in each group that has both."""
+    names = [contest.responses[i] for i in contest.entrants.responses]
+    for group, (begin, end) in enumerate(contest.bounds()):
+        if one in names[begin:end] and other in names[begin:end]:
+            ids = (begin + names[begin:end].index(name) for name in (one, other))
+            yield _in_words(contest.names[group], votes.compare(contest.draws, *ids), one, other)
+
+
+def _in_words(group: str, fitted: votes.Comparison, one: str, other: str) -> str:
     if fitted.separable:
         verdict = f"{one} is {'better' if fitted.better > 0.5 else 'worse'} than {other}"
     else:
         verdict = f"{one} and {other} are not separable"
     return (
-        f"{contest.names[group]}: {verdict}. The probability that {one} is better is {float(fitted.better):.1%}; its "
+        f"{group}: {verdict}. The probability that {one} is better is {float(fitted.better):.1%}; its "
         f"probability of winning against {other} is {float(fitted.win_probability):.0%} "
         f"({float(fitted.low):.0%} to {float(fitted.high):.0%})."
     )

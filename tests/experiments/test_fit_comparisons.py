@@ -53,7 +53,11 @@ def test_the_example_is_what_its_script_makes():
 def test_it_writes_results_and_nothing_else(finished):
     out, summary = finished
     tables = {"ranking.csv", "pairs.csv", "calibration.csv", "summary.json"}
-    assert {path.name for path in out.iterdir()} == tables | {"strengths.png", "win_probabilities.png", "calibration.png"}
+    assert {path.name for path in out.iterdir()} == tables | {
+        "strengths.png",
+        "win_probabilities.png",
+        "calibration.png",
+    }
     test = summary["test"]
     assert (test["num_training"], test["num_held_out"]) == (480, 120)
     assert test["accuracy"]["mean"] > 0.5 + 2 * test["accuracy"]["stderr"]
@@ -137,7 +141,9 @@ def test_three_votes_prove_little(tmp_path, capsys):
 
 def test_without_a_prior_what_has_no_maximum_has_no_strength(tmp_path):
     rows = "q,a,b\nq,b,a\nq,a,b\nr,a,b\nr,a,b\n"
-    summary = run(tmp_path / "out", write(tmp_path / "v.csv", "prompt,chosen,rejected\n" + rows), prior=0.0, held_out=0.0)
+    summary = run(
+        tmp_path / "out", write(tmp_path / "v.csv", "prompt,chosen,rejected\n" + rows), prior=0.0, held_out=0.0
+    )
     assert [entry["strength"] for entry in summary["rankings"]["r"]] == [None, None]
     assert summary["rankings"]["q"][0]["strength"] == pytest.approx(math.log(2) / 2, abs=1e-3)
     assert [sentence for sentence in summary["warnings"] if "(r)" in sentence]

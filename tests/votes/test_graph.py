@@ -64,7 +64,7 @@ def test_sets_that_were_never_compared_are_named():
 def test_groups_have_warnings_of_their_own_and_many_are_counted():
     cast = ballots((0, 1), (0, 1), (1, 0))
     assert warnings(cast, 2, ("tea", "coffee"), np.array([0, 1, 1]))[0] == (
-        "r0 never lost in 1 votes (tea): its strength is bounded from above only by the prior."
+        "r0 never lost in 1 vote (tea): its strength is bounded from above only by the prior."
     )
     many = votes.Votes(Pair(np.zeros(50, int), np.ones(50, int)))
     sentences = warnings(many, 2, [f"p{i}" for i in range(50)], np.arange(50))

@@ -130,10 +130,18 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.csv", b"chosen,rejected,first\na,b,tie\n", "line 2: first must name one of the two.* model_b, got 'tie'"),
         ("a.csv", b"chosen,rejected,judge\na,b,\n", "line 2: judge is blank"),
         ("a.jsonl", b'{"chosen": "a", "rejected": "b", "tie": 2}', "line 1: tie must be yes or no, got 2"),
-        ("a.jsonl", b'{"chosen": "a", "rejected": "b"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}', "prompt is given in"),
+        (
+            "a.jsonl",
+            b'{"chosen": "a", "rejected": "b"}\n{"prompt": "q", "chosen": "a", "rejected": "b"}',
+            "prompt is given in",
+        ),
         ("a.csv.gz", b"chosen,rejected", "not a gzip file, or damaged"),
         ("a.csv.gz", gzip.compress(b"chosen,rejected\na,b\n" * 99, mtime=0)[:-20], "not a gzip file, or damaged"),
-        ("a.csv.gz", gzip.compress(b"chosen,rejected\na,b\na,a\n", mtime=0), "line 3: chosen and rejected are the same"),
+        (
+            "a.csv.gz",
+            gzip.compress(b"chosen,rejected\na,b\na,a\n", mtime=0),
+            "line 3: chosen and rejected are the same",
+        ),
         ("a.parquet.gz", b"PAR1", "expected a file that ends in"),
         ("a.csv", b"prompt,chosen,rejected,judge,Judge\na,b,c,d,e\n", "two columns have the same name, 'judge'"),
         (
@@ -168,7 +176,11 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.jsonl", b'{"prompt": ["a"], "chosen": "b", "rejected": "c"}', "line 1: prompt must be text"),
         ("a.jsonl", b'{"prompt": null, "chosen": "b", "rejected": "c"}', "line 1: prompt is blank"),
         ("a.parquet", b"PAR1 and then nothing", "not a Parquet file"),
-        ("a.txt", b"a,b,c", "expected a file that ends in .csv, .jsonl, .ndjson, .parquet, or .gz after the first three"),
+        (
+            "a.txt",
+            b"a,b,c",
+            "expected a file that ends in .csv, .jsonl, .ndjson, .parquet, or .gz after the first three",
+        ),
     ],
 )
 def test_bad_files_are_refused_by_line(tmp_path, name, content, message):
@@ -335,7 +347,9 @@ def test_who_was_shown_first(tmp_path):
 
 
 def test_further_columns_are_read_when_asked_for(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [("a", "b", "en", 7), ("b", "a", "de", 8)], ("chosen", "rejected", "Lang", "x"))
+    path = write_csv(
+        tmp_path / "a.csv", [("a", "b", "en", 7), ("b", "a", "de", 8)], ("chosen", "rejected", "Lang", "x")
+    )
     file = votes.read(path, columns=["lang"])
     assert file.columns["lang"].names == ("en", "de")
     assert file.columns["lang"].ids.tolist() == [0, 1]
@@ -349,6 +363,8 @@ def test_as_preferences_numbers_responses_within_their_prompt(tmp_path):
     file = votes.read(write_csv(tmp_path / "a.csv", rows, (*COLUMNS, "tie")))
     prompts, responses, data = votes.as_preferences(file)
     assert (prompts, responses) == (("p", "q"), (("a", "b", "c"), ("b", "c")))
-    found = [(prompts[p], responses[p][c], responses[p][r]) for p, c, r in zip(data.prompts, *data.responses, strict=True)]
+    found = [
+        (prompts[p], responses[p][c], responses[p][r]) for p, c, r in zip(data.prompts, *data.responses, strict=True)
+    ]
     assert found == [("p", "a", "b"), ("q", "c", "b"), ("p", "b", "c"), ("p", "c", "b")]
     np.testing.assert_allclose(data.weights, np.array([1, 1, 0.5, 0.5]) / 0.75, rtol=1e-6)

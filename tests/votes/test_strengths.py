@@ -117,7 +117,9 @@ def test_groups_have_averages_of_their_own(draw):
     once = votes.fit(ballots, 3).strengths
     np.testing.assert_allclose(fitted.strengths, np.tile(once, 2), atol=1e-4)
     covariance = votes.covariance(votes.Votes(two), 6, fitted, groups=groups)
-    np.testing.assert_allclose(covariance[:3, :3], votes.covariance(ballots, 3, votes.fit(ballots, 3))[:3, :3], atol=1e-4)
+    np.testing.assert_allclose(
+        covariance[:3, :3], votes.covariance(ballots, 3, votes.fit(ballots, 3))[:3, :3], atol=1e-4
+    )
     np.testing.assert_allclose(covariance[:3, 3:6], 0, atol=1e-5)
 
 
@@ -156,5 +158,3 @@ def test_ties_of_equals_have_davidsons_share():
         for margin, tied in ((1.3, False), (-1.3, False), (1.3, True))
     )
     np.testing.assert_allclose(total, 1, rtol=1e-5)
-
-

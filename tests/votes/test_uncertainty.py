@@ -75,7 +75,9 @@ def test_weighted_votes_count_by_their_weights(draw):
     for model in (votes.half_wins, votes.davidson):
         one, other = (votes.fit(data, 4, model=model).strengths for data in (doubled, weighted))
         np.testing.assert_allclose(one, other, atol=1e-4)
-    np.testing.assert_allclose(*(votes.covariance(data, 4, votes.fit(data, 4)) for data in (doubled, weighted)), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        *(votes.covariance(data, 4, votes.fit(data, 4)) for data in (doubled, weighted)), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_the_same_key_gives_the_same_fits_and_reports_are_made(draw):

@@ -31,15 +31,15 @@ def main() -> None:
     cases = [
         {**logistic("plain", plain, prior=0), "choix": by_choix(plain)},
         logistic("weak prior", plain, prior=1),
-        logistic("weights", [{**row, "weight": float(w)} for row, w in zip(plain, rng.uniform(0.2, 3, 300))], prior=0),
+        logistic("weights", [{**row, "weight": rng.uniform(0.2, 3)} for row in plain], prior=0),
         logistic("ties are half", tied, prior=1),
         logistic("shown first", draw(rng, 400, tie=0.0, first=0.7), prior=0, order=True),
         logistic("never lost", never_lost, prior=1),
         logistic("never compared", apart, prior=1),
         davidson("davidson", tied),
     ]
-    text = json.dumps({"versions": VERSIONS, "cases": cases}, indent=None, separators=(",", ":"))
-    Path(__file__).parents[1].joinpath("strengths_in_statsmodels.json").write_text(text.replace('{"name"', '\n{"name"') + "\n")
+    text = json.dumps({"versions": VERSIONS, "cases": cases}, separators=(",", ":")).replace('{"name"', '\n{"name"')
+    (Path(__file__).parents[1] / "strengths_in_statsmodels.json").write_text(text + "\n")
 
 
 def draw(rng: np.random.Generator, num: int, *, tie: float, first: float = 0.0) -> list[dict]:
