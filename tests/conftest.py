@@ -6,6 +6,7 @@ the time is spent on compiling them: they are compiled with little optimisation,
 
 import gc
 import os
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,23 @@ gc.set_threshold(10_000)  # JAX clears a cache of its own at every collection
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+from jax._src.interpreters import mlir  # noqa: E402
+from jax._src.lib.mlir import ir  # noqa: E402
 
+
+def lower_in_one_context():
+    """JAX loads the dialects of its compiler anew for each program, which is half of the time that lowering takes."""
+    make = mlir.make_ir_context
+    shared = cache(make)
+
+    def make_ir_context():
+        return make() if ir.Context.current else shared()  # its own for a program inside of another
+
+    mlir.make_ir_context = make_ir_context
+
+
+if hasattr(mlir, "make_ir_context"):
+    lower_in_one_context()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("dpo_jax", "beartype.beartype")
 
