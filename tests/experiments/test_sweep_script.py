@@ -70,6 +70,7 @@ def test_other_files_are_left_alone(tmp_path):
     assert (tmp_path / "summary.csv").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_have_it")
 def test_one_seed_has_no_interval(tmp_path, capsys):
     script.main(script.Options(num_seeds=1, beta=(0.5, 0.1), out=tmp_path), PIPELINE)
