@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import jax
+import pytest
 
 from dpo_jax import losses
 from experiments.lab.methods import METHODS
@@ -19,8 +20,12 @@ def test_it_is_short_and_spells_out_what_dpo_is_in_the_first_line():
     assert len(README.encode()) <= 10_000
 
 
-def test_the_quickstart_is_short_and_all_code_runs(capsys):
+def test_the_quickstart_is_short():
     assert sum(bool(line.strip()) for line in BLOCKS[0].splitlines()) <= 15
+
+
+@pytest.mark.slow
+def test_all_code_runs(capsys):
     scope = {}
     exec(BLOCKS[0], scope)
     before, after = map(float, re.findall(r"0\.\d+", capsys.readouterr().out))

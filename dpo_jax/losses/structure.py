@@ -86,11 +86,8 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Like `jax.core.eval_jaxpr`, but skips prints and the operations of `jax.shard_map`, which fail outside of it."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
 
-    def read(atoms: Sequence[Any]) -> list[Any]:
-        return [atom.val if isinstance(atom, Literal) else values[atom] for atom in atoms]
-
     for equation in jaxpr.eqns:
-        inputs, name, params = read(equation.invars), equation.primitive.name, equation.params
+        inputs, name, params = _read(values, equation.invars), equation.primitive.name, equation.params
         inner = params["jaxpr"] if name == "jit" else params.get("call_jaxpr")
         if name in ("pvary", "pcast") or not equation.outvars:
             outputs = inputs[: len(equation.outvars)]
@@ -100,7 +97,11 @@ def _run(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
             outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params(params))
             outputs = outputs if equation.primitive.multiple_results else [outputs]
         values |= zip(equation.outvars, outputs, strict=True)
-    return read(jaxpr.outvars)
+    return _read(values, jaxpr.outvars)
+
+
+def _read(values: dict[Any, Any], atoms: Sequence[Any]) -> list[Any]:
+    return [atom.val if isinstance(atom, Literal) else values[atom] for atom in atoms]
 
 
 def _stand_in(generator: np.random.Generator, const: Any) -> Any:

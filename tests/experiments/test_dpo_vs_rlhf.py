@@ -31,7 +31,7 @@ def scene():
 def test_measures_by_hand(scene):
     reference, rewards = scene.start.log_probs, scene.true_rewards
     log_probs = toy.optimal_policy(reference, scene.learned_rewards, beta=0.2)
-    measured = measure(scene, log_probs, 0.3)
+    measured = jax.jit(lambda log_probs: measure(scene, log_probs, 0.3))(log_probs)
     probs = np.exp(np.float64(log_probs))
     np.testing.assert_allclose(
         measured["learned_reward"], (probs * np.float64(scene.learned_rewards)).sum(-1).mean(), rtol=1e-5

@@ -70,6 +70,7 @@ def test_other_files_are_left_alone(tmp_path):
     assert (tmp_path / "summary.csv").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_have_it")
 def test_one_seed_has_no_interval(tmp_path, capsys):
     script.main(script.Options(num_seeds=1, beta=(0.5, 0.1), out=tmp_path), PIPELINE)
@@ -182,18 +183,27 @@ def test_values_that_nobody_chose_are_those_of_the_losses():
 
 
 @pytest.mark.usefixtures("as_users_have_it")
-def test_a_loss_of_ones_own_is_swept_from_its_file(tmp_path, capsys):
+def test_a_loss_of_ones_own_must_be_in_its_file_and_have_its_hyperparameters(tmp_path):
+    file = tmp_path / "my_losses.py"
+    file.write_text(FOCAL)
+    options = script.Options(beta=(0.1,), num_seeds=2, out=tmp_path / "out")
+    for name, missing in (("focal_loss", "focus"), ("margin_loss", "gamma")):  # also where the library has a value
+        with pytest.raises(SystemExit, match=f"{name} also needs {missing}: --fixed {missing} 0.5, or --vary"):
+            script.main(replace(options, loss=(f"{file}:{name}",)), PIPELINE)
+    with pytest.raises(SystemExit, match="has no function 'fokal'; it has: margin_loss, focal_loss"):
+        script.main(replace(options, loss=(f"{file}:fokal",), vary=("focus=0,2",)), PIPELINE)
+    script.main(replace(options, loss=("dpo", f"{file}:focal_loss"), vary=("focus=0,2",), dry_run=True), PIPELINE)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_loss_of_ones_own_is_swept_from_its_file(tmp_path):
     file = tmp_path / "my_losses.py"
     file.write_text(FOCAL)
     options = script.Options(loss=("dpo", f"{file}:focal_loss"), beta=(0.1,), num_seeds=2, out=tmp_path / "out")
-    for name, missing in (("focal_loss", "focus"), ("margin_loss", "gamma")):  # also where the library has a value
-        with pytest.raises(SystemExit, match=f"{name} also needs {missing}: --fixed {missing} 0.5, or --vary"):
-            script.main(replace(options, loss=(f"{file}:{name}",), out=tmp_path / "none"), PIPELINE)
     script.main(replace(options, vary=("focus=0,2",)), PIPELINE)
     runs = pq.read_table(tmp_path / "out" / "runs.parquet").to_pandas()
     assert sorted(set(runs.loss)) == ["dpo", "focal_loss"]
     pivot = runs.pivot_table(values="expected_reward", index="seed", columns=["loss", "focus"])
     np.testing.assert_allclose(pivot["focal_loss", 0.0], pivot["dpo", 0.0], rtol=1e-4)  # with focus 0 it is DPO
     assert not np.allclose(pivot["focal_loss", 2.0], pivot["dpo", 2.0], rtol=1e-4)
-    with pytest.raises(SystemExit, match="has no function 'fokal'; it has: margin_loss, focal_loss"):
-        script.main(replace(options, loss=(f"{file}:fokal",)), PIPELINE)

@@ -82,8 +82,8 @@ def test_many_seeds_are_summarised_too(tmp_path):
     ("arguments", "message"),
     [
         (["--num-seeds", "0"], "--num-seeds must be at least 1, got 0"),
-        (["--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["--out", str(SCRIPT)], "File exists"),
+        pytest.param(["--seed", "-1"], "--seed must be at least 0, got -1", marks=pytest.mark.slow),
+        pytest.param(["--out", str(SCRIPT)], "File exists", marks=pytest.mark.slow),
     ],
 )
 def test_bad_options_end_in_one_line(arguments, message):

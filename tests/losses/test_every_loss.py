@@ -1,6 +1,7 @@
 """What holds of every loss: its equation, its gradient, its dtypes, extremes, jit, vmap, and errors at the call."""
 
 import re
+from functools import cache
 
 import chex
 import hypothesis.extra.numpy as hnp
@@ -19,6 +20,7 @@ from tests.losses.menu import (
     CASES,
     OF_RLHF,
     REFERENCE_FREE,
+    UNPAIRED,
     Inputs,
     evaluate,
     expected,
@@ -107,7 +109,7 @@ def test_it_is_finite_at_the_extremes(case, dtype):
     """Margins of +-1e4 nats, log-probabilities of 0 and -1e4, under all combinations for policy and reference."""
     corners = np.array(np.meshgrid(*[[0.0, -1e4, -1.0]] * 6)).reshape(6, -1)
     inputs = Inputs(tuple(corners[:3]), tuple(corners[3:]), np.arange(corners.shape[1]) % 2 == 0)
-    for desirable in (inputs.desirable, ~inputs.desirable):
+    for desirable in (inputs.desirable, ~inputs.desirable) if case.kind == UNPAIRED else (inputs.desirable,):
         inputs = Inputs(inputs.policy, inputs.reference, desirable)
         changed = {"beta": 1.0} if "beta" in case.hyperparameters else {}
         if "lengths" in case.hyperparameters:
@@ -122,6 +124,18 @@ def test_it_is_finite_at_the_extremes(case, dtype):
         assert loss.dtype == dtype
 
 
+@cache
+def loss_and_gradient(name):
+    """Of eight comparisons, compiled once: a function of policy, reference, labels and hyperparameters."""
+
+    def run(policy, reference, desirable, hyperparameters):
+        inputs = Inputs(policy, reference, desirable)
+        loss, pull_back = jax.vjp(lambda policy: evaluate(BY_NAME[name], policy, inputs, **hyperparameters), policy)
+        return loss, *pull_back(jnp.ones_like(loss))
+
+    return jax.jit(run)
+
+
 @every_loss
 @given(
     logps=hnp.arrays(np.float32, (6, 8), elements=st.floats(-1e4, 0, width=32)),
@@ -129,11 +143,9 @@ def test_it_is_finite_at_the_extremes(case, dtype):
 )
 @settings(deadline=None, max_examples=10)
 def test_it_is_finite_for_all_log_probabilities_and_hyperparameters(case, logps, share):
-    inputs = Inputs(tuple(logps[:3]), tuple(logps[3:]), np.arange(8) % 2 == 0)
-    changed = case.at(share)
-    policy = policy_arrays(inputs)
-    loss, pull_back = jax.vjp(lambda policy: evaluate(case, policy, inputs, **changed), policy)
-    chex.assert_tree_all_finite((loss, pull_back(jnp.ones_like(loss))))
+    desirable = np.arange(8) % 2 == 0
+    found = loss_and_gradient(case.name)(tuple(logps[:3]), tuple(logps[3:]), desirable, case.at(share))
+    chex.assert_tree_all_finite(found)
 
 
 MASKED = np.array(np.meshgrid(*[[False, True]] * 4)).reshape(4, 2, 8)
@@ -147,13 +159,14 @@ def test_a_masked_response_has_the_loss_and_the_gradient_of_the_limit(case, batc
 
     A limit is infinite only if the loss goes on growing towards it.
     """
-    masks, middle = MASKED[:, batch], np.full(8, -1.2)
+    masks, middle = MASKED[:, batch], np.full(8, -1.2, np.float32)
+    hyperparameters = {h.name: float(case.hyperparameters[h.name]) for h in case.swept}
 
     def value_and_gradient(masked):
-        chosen, rejected, *reference = np.where(masks, masked, np.array([[-1.0], [-0.7], [-2.0], [-1.5]]))
-        inputs = Inputs((chosen, middle, rejected), (reference[0], middle, reference[1]), masks[1])
-        loss, pull_back = jax.vjp(lambda policy: evaluate(case, policy, inputs), policy_arrays(inputs))
-        return np.asarray(loss), np.asarray(pull_back(jnp.ones_like(loss))[0])
+        logps = np.where(masks, np.float32(masked), np.float32([[-1.0], [-0.7], [-2.0], [-1.5]]))
+        policy, reference = (logps[0], middle, logps[1]), (logps[2], middle, logps[3])
+        loss, gradient = loss_and_gradient(case.name)(policy, reference, masks[1], hyperparameters)
+        return np.asarray(loss), np.asarray(gradient)
 
     (loss, gradient), (limit, its_gradient) = value_and_gradient(-np.inf), value_and_gradient(-1e5)
     finite = np.isfinite(loss)

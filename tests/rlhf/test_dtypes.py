@@ -27,13 +27,12 @@ def learner(bandit, name, beta):
     return rlhf.online_dpo(ask=ask, respond=respond, log_prob=bandit.log_prob, prefer=prefer, beta=beta, **shared)
 
 
-NARROW = [
-    (name, jnp.bfloat16) for name in ("reinforce", "rloo", "grpo", "ppo", "adaptive", "nash_md", "online_dpo", "xpo")
-]
+NARROW = [(name, jnp.bfloat16) for name in ("reinforce", "adaptive", "nash_md", "xpo")]
 WIDE = [(name, jnp.float64) for name in ("reinforce", "adaptive")]
+SLOW = [pytest.param(name, jnp.bfloat16, marks=pytest.mark.slow) for name in ("rloo", "grpo", "ppo", "online_dpo")]
 
 
-@pytest.mark.parametrize(("name", "dtype"), NARROW + WIDE)
+@pytest.mark.parametrize(("name", "dtype"), NARROW + WIDE + SLOW)
 def test_betas_of_any_dtype_keep_that_of_the_parameters(make_bandit, key, name, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         bandit = make_bandit(dtype)

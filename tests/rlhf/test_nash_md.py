@@ -48,6 +48,7 @@ def test_exact_self_play_finds_the_regularised_equilibrium():
     assert toy.regularized_exploitability(found, TABLE(SKEWED), GAME, tau=TAU)[0] < 1e-5
 
 
+@pytest.mark.slow
 def test_sampled_self_play_finds_it_too():
     respond = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1)
     found = TABLE(jax.jit(partial(learned, respond, respond, num=512, rounds=5000))())
@@ -82,6 +83,7 @@ def test_no_reward_can_say_what_it_says():
     )
 
 
+@pytest.mark.slow
 def test_an_opponent_mixed_with_the_reference_shifts_the_resting_point():
     respond = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1)
     mixed = toy.respond_fn(POLICY, WORLD.embeddings, group_size=1, reference_log_probs=TABLE(SKEWED), mix=0.5)

@@ -11,7 +11,7 @@ from dpo_jax import losses, rlhf, toy, train
 from dpo_jax.types import Responses
 from tests.rlhf.conftest import POLICY, policy_of
 
-BETA, NUM_ROUNDS = 0.3, 3000
+BETA, NUM_ROUNDS = 0.3, 2000
 EVERYTHING = {
     "num_epochs": NUM_ROUNDS,
     "batch_size": 10**6,

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import gc
 import importlib
+import itertools
 import os
 import random
 import shutil
@@ -74,8 +75,14 @@ def signal_in_the_collector(number):
     yield
 
 
-@pytest.mark.parametrize("where", ["collector", "trace", "compile", "run"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "where"),
+    [
+        *itertools.product([signal.SIGINT], ["collector", "trace", "compile", "run"]),
+        *itertools.product([signal.SIGTERM], ["trace", "compile", "run"]),
+        pytest.param(signal.SIGTERM, "collector", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_acts_at_once_whatever_is_done(key, monkeypatch, where, number):
     again, compiled, before = threading.Event(), [], {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
 

@@ -141,6 +141,7 @@ def test_a_table_of_bfloat16_is_sampled_as_the_same_table_in_float32(key):
         ),
     }
     for name, sample in samplers.items():
+        sample = jax.jit(sample)
         drawn, expected = (sample(world, log_probs.astype(world.rewards.dtype)) for world in (narrow, wide))
         chex.assert_trees_all_equal(drawn, expected, custom_message=name)
 

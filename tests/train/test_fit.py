@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import special
 
 from dpo_jax import losses, toy, train
 from dpo_jax.types import Demonstrations, Pair, Preferences, Ratio, StatefulObjective
@@ -59,27 +60,32 @@ def test_an_epoch_equals_pytorchs(stage, dtype, tolerance):
             prompts, chosen, rejected = jnp.asarray(golden["preferences"])
             data = train.with_reference(log_prob, state_params, Preferences(prompts, Pair(chosen, rejected)))
             objective = train.preference_objective(log_prob, losses.dpo_loss, beta=float(golden["beta"]))
-        order = jnp.asarray(golden[f"{stage}_order"])
+        data, order = jax.tree.map(np.asarray, data), golden[f"{stage}_order"]
         optimizer = optax.adam(learning_rate)
         options = {"objective": objective, "optimizer": optimizer}
         state = train.init_state(state_params, **options)
 
-        end, metrics = jax.jit(lambda state: train.run_epoch(state, data, order, batch_size=batch_size, **options))(
-            state
-        )
+        end, metrics = jax.jit(
+            lambda state: train.run_epoch(
+                state, jax.tree.map(jnp.asarray, data), jnp.asarray(order), batch_size=batch_size, **options
+            )
+        )(state)
         chex.assert_trees_all_close(end.params, params(stage), rtol=0, atol=tolerance)
         np.testing.assert_allclose(metrics["loss"], golden[f"{stage}_losses"].mean(), rtol=tolerance)
         assert end.step == len(golden[f"{stage}_losses"])
 
-        gradient_of = jax.jit(jax.grad(lambda params, batch: objective(params, batch)[0]))
-        step = jax.jit(lambda state, batch: train.update(state, batch, **options))
+        @jax.jit
+        def step(state, batch):
+            gradient = jax.grad(lambda params: objective(params, batch)[0])(state.params)
+            return gradient, *train.update(state, batch, **options)
+
         for i, (loss, gradient) in enumerate(zip(golden[f"{stage}_losses"], golden[f"{stage}_gradients"], strict=True)):
             rows = order[i * batch_size : (i + 1) * batch_size]
             batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], data)
-            first, last = (gradient_of(state.params, batch)["params"][layer] for layer in ("Dense_0", "Dense_1"))
+            ours, state, metrics = step(state, batch)
+            first, last = (jax.tree.map(np.asarray, ours["params"][layer]) for layer in ("Dense_0", "Dense_1"))
             flat = [leaf.ravel() for leaf in (first["kernel"], first["bias"], last["weight"].T, last["bias"])]
             np.testing.assert_allclose(np.concatenate(flat), gradient, rtol=0, atol=tolerance)
-            state, metrics = step(state, batch)
             np.testing.assert_allclose(metrics["loss"], loss, rtol=tolerance)
 
 
@@ -90,13 +96,16 @@ def test_history_is_the_mean_of_batch_means_with_a_short_last_batch(start):
     _, log_prob, params, _, preferences = start
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
     options = {"objective": objective, "optimizer": optax.sgd(0.5)}
-    order = jnp.arange(70)[::-1]
-    _, metrics = train.run_epoch(train.init_state(params, **options), preferences, order, batch_size=32, **options)
+    order = np.arange(70)[::-1]
+    _, metrics = jax.jit(lambda state, order: train.run_epoch(state, preferences, order, batch_size=32, **options))(
+        train.init_state(params, **options), order
+    )
+    value_and_grad = jax.jit(jax.value_and_grad(objective, has_aux=True))
     expected = []
     for rows in (order[:32], order[32:64], order[64:]):
-        batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], preferences)
-        (loss, _), gradient = jax.value_and_grad(objective, has_aux=True)(params, batch)
-        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, gradient)
+        batch = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], preferences)
+        (loss, _), gradient = value_and_grad(params, batch)
+        params = jax.tree.map(lambda p, g: np.asarray(p) - np.float32(0.5) * np.asarray(g), params, gradient)
         expected.append(loss)
     np.testing.assert_allclose(metrics["loss"], np.mean(expected), rtol=1e-5)
 
@@ -170,25 +179,44 @@ def test_one_trace_serves_a_grid_of_betas_and_learning_rates(start, key):
     assert len(margins) == 6
 
 
-def test_vmap_over_learning_rates_equals_a_loop(make_start, key):
-    with jax.enable_x64(True):
-        start, rates = make_start(), jnp.array([1e-3, 1e-2])
-        together, _ = jax.vmap(lambda rate: fit_dpo(key, start, optimizer=optax.adam(rate)))(rates)
-        for i, rate in enumerate(rates.tolist()):
-            alone, _ = fit_dpo(key, start, optimizer=optax.adam(rate))
-            chex.assert_trees_all_close(jax.tree.map(lambda leaf, i=i: leaf[i], together), alone, rtol=1e-9, atol=1e-12)
-
-
-def test_the_learning_rate_may_be_part_of_the_optimizers_state(make_start, key):
-    with jax.enable_x64(True):
-        start, injected = make_start(), optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
-        chex.assert_trees_all_close(fit_dpo(key, start, optimizer=injected), fit_dpo(key, start), rtol=1e-6, atol=1e-9)
-
-
-def test_vmap_over_betas_and_seeds_equals_a_loop(make_start):
+@pytest.fixture(scope="module")
+def wide_start(make_start):
     """In float64: in float32 Adam's first steps turn a rounding error of a gradient near zero into a whole step."""
     with jax.enable_x64(True):
-        start, keys, betas = make_start(), jax.random.split(jax.random.key(3), 2), jnp.array([0.01, 2.0])
+        return make_start()
+
+
+@pytest.fixture(scope="module")
+def wide_run(wide_start):
+    with jax.enable_x64(True):
+        return fit_dpo(jax.random.key(0), wide_start)
+
+
+@pytest.fixture(scope="module")
+def wide_runs(wide_start):
+    """At learning rates of 1e-2, as alone, of 1e-3, and of infinity."""
+    with jax.enable_x64(True):
+        rates = jnp.array([1e-2, 1e-3, jnp.inf])
+        run = lambda rate: fit_dpo(jax.random.key(0), wide_start, optimizer=optax.adam(rate))  # noqa: E731
+        return jax.tree.map(np.asarray, jax.vmap(run)(rates))
+
+
+def test_vmap_over_learning_rates_equals_a_loop(wide_start, wide_run, wide_runs, key):
+    with jax.enable_x64(True):
+        for i, alone in enumerate((wide_run, fit_dpo(key, wide_start, optimizer=optax.adam(1e-3)))):
+            together = jax.tree.map(lambda leaf, i=i: leaf[i], wide_runs)
+            chex.assert_trees_all_close(together, alone, rtol=1e-9, atol=1e-12)
+
+
+def test_the_learning_rate_may_be_part_of_the_optimizers_state(wide_start, wide_run, key):
+    with jax.enable_x64(True):
+        injected = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
+        chex.assert_trees_all_close(fit_dpo(key, wide_start, optimizer=injected), wide_run, rtol=1e-6, atol=1e-9)
+
+
+def test_vmap_over_betas_and_seeds_equals_a_loop(wide_start):
+    with jax.enable_x64(True):
+        start, keys, betas = wide_start, jax.random.split(jax.random.key(3), 2), jnp.array([0.01, 2.0])
 
         def run(key, beta):
             return fit_dpo(key, start, beta=beta, num_epochs=2)
@@ -197,7 +225,7 @@ def test_vmap_over_betas_and_seeds_equals_a_loop(make_start):
         program = jax.jit(run)
         for i, key in enumerate(keys):
             for j, beta in enumerate(betas):
-                alone = jax.tree.map(lambda leaf, i=i, j=j: leaf[i, j], swept)
+                alone = jax.tree.map(lambda leaf, i=i, j=j: np.asarray(leaf)[i, j], swept)
                 chex.assert_trees_all_close(alone, program(key, beta), rtol=1e-9, atol=1e-12)
 
 
@@ -222,25 +250,25 @@ def test_schedules_and_other_optimizers_are_welcome(start, key):
 def test_table_policy_converges_to_the_closed_form_optimum(key, world):
     """With every comparison weighted by its true probability, DPO's minimum is the optimum of the RLHF objective."""
     beta, policy = 0.2, toy.TablePolicy(num_responses=10)
-    reference_table = jax.nn.log_softmax(jax.random.normal(key, world.rewards.shape))
+    reference_table = special.log_softmax(np.asarray(jax.random.normal(key, world.rewards.shape)), axis=-1)
     log_prob = toy.log_prob_fn(policy, world.embeddings)
-    reference = {"params": {"logits": reference_table}}
-    data = train.with_reference(log_prob, reference, toy.all_preferences(world))
+    reference = {"params": {"logits": jnp.asarray(reference_table)}}
+    data = jax.jit(lambda: train.with_reference(log_prob, reference, toy.all_preferences(world)))()
     params, _ = train.fit(
         key,
         reference,
         data,
         objective=train.preference_objective(log_prob, losses.dpo_loss, beta=beta),
-        optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 3000)),
-        num_epochs=3000,
+        optimizer=optax.adam(optax.cosine_decay_schedule(0.1, 1000)),
+        num_epochs=1000,
         batch_size=len(data.prompts),
     )
-    learnt = toy.table_fn(policy, world.embeddings)(params)
-    optimum = toy.optimal_policy(reference_table, world.rewards, beta=beta)
-    total_variation = 0.5 * jnp.abs(jnp.exp(learnt) - jnp.exp(optimum)).sum(-1)
-    assert jnp.max(total_variation) < 1e-3, total_variation
-    start_variation = 0.5 * jnp.abs(jnp.exp(reference_table) - jnp.exp(optimum)).sum(-1)
-    assert jnp.min(start_variation) > 0.1
+    learnt = np.asarray(toy.table_fn(policy, world.embeddings)(params))
+    optimum = np.asarray(toy.optimal_policy(jnp.asarray(reference_table), world.rewards, beta=beta))
+    total_variation = 0.5 * np.abs(np.exp(learnt) - np.exp(optimum)).sum(-1)
+    assert np.max(total_variation) < 1e-3, total_variation
+    start_variation = 0.5 * np.abs(np.exp(reference_table) - np.exp(optimum)).sum(-1)
+    assert np.min(start_variation) > 0.1
 
 
 # Bad input
@@ -248,10 +276,10 @@ def test_table_policy_converges_to_the_closed_form_optimum(key, world):
 
 def test_weights_must_match_and_only_scale_the_loss(start, key):
     world, log_prob, _, _, preferences = start
-    params = POLICY.init(key, world.embeddings)
+    params = jax.jit(POLICY.init)(key, world.embeddings)
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
-    loss, metrics = objective(params, preferences)
-    tripled, same = objective(params, preferences._replace(weights=jnp.full(70, 3.0)))
+    loss, metrics = jax.jit(objective)(params, preferences)
+    tripled, same = jax.jit(objective)(params, preferences._replace(weights=jnp.full(70, 3.0)))
     np.testing.assert_allclose(tripled, 3 * loss, rtol=1e-5)
     chex.assert_trees_all_close({name: np.asarray(metric) for name, metric in same.items()}, metrics, rtol=1e-5)
     with pytest.raises(ValueError, match=r"losses \(70,\), weights \(70, 1\)"):
@@ -342,15 +370,12 @@ def test_an_infinite_update_is_not_taken(key):
     assert caught.value.params.tolist() == [0.0, 0.0]
 
 
-def test_one_diverging_run_leaves_its_neighbours_alone(make_start, key):
-    with jax.enable_x64(True):
-        start = make_start()
-        rates = jnp.array([1e-2, jnp.inf])
-        params, history = jax.vmap(lambda rate: fit_dpo(key, start, optimizer=optax.adam(rate)))(rates)
-        chex.assert_tree_all_finite(params)
-        alone, _ = fit_dpo(key, start)
-        chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], params), alone, rtol=1e-9, atol=1e-12)
-        assert history["step"][:, -1].tolist() == [9, 0]
+def test_one_diverging_run_leaves_its_neighbours_alone(wide_run, wide_runs):
+    params, history = wide_runs
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    alone = jax.tree.map(np.asarray, wide_run[0])
+    chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], params), alone, rtol=1e-9, atol=1e-12)
+    assert history["step"][:, -1].tolist() == [9, 9, 0]
 
 
 @pytest.mark.parametrize("order", [[0, 10], [-1, 0]])

@@ -43,12 +43,15 @@ def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
     _, log_prob, params, _, preferences = start
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
     shift = train.running_shift(beta=0.5)
-    logps = log_prob(moved, preferences.prompts, preferences.responses)
+    preferences = jax.tree.map(np.asarray, preferences)
+    logps = jax.tree.map(np.asarray, jax.jit(log_prob)(moved, preferences.prompts, preferences.responses))
     rewards = [0.5 * np.float64(logps[i] - preferences.reference_logps[i]) for i in (0, 1)]
     memory = shift.memory
     for rows in (slice(0, 30), slice(30, 70)):
         batch = jax.tree.map(lambda leaf, rows=rows: leaf[rows], preferences)
-        value, memory = shift.update(memory, moved, batch, jax.tree.map(lambda leaf, rows=rows: leaf[rows], logps))
+        value, memory = jax.jit(shift.update)(
+            memory, moved, batch, jax.tree.map(lambda leaf, rows=rows: leaf[rows], logps)
+        )
     np.testing.assert_allclose(value, (rewards[0].mean() + rewards[1].mean()) / 2, rtol=1e-4)
     objective = train.preference_objective(log_prob, losses.bco_pair_loss, beta=0.5, shift=shift)
     assert isinstance(objective, StatefulObjective)
@@ -71,8 +74,8 @@ def test_beta_dpo_draws_another_filter_for_every_batch(start, key):
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
     moments = train.running_margin_moments(key)
     objective = train.preference_objective(log_prob, losses.beta_dpo_loss, beta=0.5, alpha=0.5, moments=moments)
-    first, _, memory = objective.apply(moved, preferences, objective.memory)
-    second, _, memory = objective.apply(moved, preferences, memory)
+    first, _, memory = jax.jit(objective.apply)(moved, preferences, objective.memory)
+    second, _, memory = jax.jit(objective.apply)(moved, preferences, memory)
     assert first != second
     keys = [jax.random.key_data(m["moments"].key) for m in (objective.memory, memory)]
     assert not np.array_equal(*keys)

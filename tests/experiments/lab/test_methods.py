@@ -31,7 +31,7 @@ def feedback():
 def data(feedback):
     """Feedback of each kind, drawn once."""
     kinds = (Feedback.pairs, Feedback.labels, Feedback.rankings, Feedback.split_pairs)
-    return {kind: kind(feedback) for kind in kinds}
+    return dict(zip(kinds, jax.jit(lambda: [kind(feedback) for kind in kinds])(), strict=True))
 
 
 def objective_of(method, feedback, candidate):

@@ -25,14 +25,14 @@ def feedback(start):
 
 def test_measures_by_hand(start, feedback):
     log_probs = toy.optimal_policy(start.log_probs, start.world.rewards, beta=0.1)
-    found = measured(start, feedback, log_probs)
+    found = jax.jit(lambda log_probs: measured(start, feedback, log_probs))(log_probs)
     table, rewards = np.exp(np.float64(log_probs)), np.float64(start.world.rewards)
     np.testing.assert_allclose(found["expected_reward"], (table * rewards).sum(-1).mean(), rtol=1e-5)
     np.testing.assert_allclose(found["regret"], 0.0, atol=1e-6)
     taus = [stats.kendalltau(*row).statistic for row in zip(np.asarray(log_probs), rewards, strict=True)]
     np.testing.assert_allclose(found["accuracy"], (1 + np.mean(taus)) / 2, rtol=1e-5)
     np.testing.assert_allclose(found["implicit_accuracy"], 1.0)  # the optimum moves as the truth orders
-    pairs = feedback.pairs()
+    pairs = jax.tree.map(np.asarray, jax.jit(feedback.pairs)())
     change = (np.float64(log_probs) - np.float64(start.log_probs))[pairs.prompts, pairs.responses.chosen]
     np.testing.assert_allclose(found["chosen_logp_change"], change.mean(), rtol=1e-4)
 
