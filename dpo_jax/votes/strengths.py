@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.sparse.linalg import cg
 from jaxtyping import Array, Float, Int
 
+from dpo_jax import checks
 from dpo_jax.types import Numeric, Pair
 
 
@@ -89,14 +90,13 @@ def davidson(margins: Float[Array, " n"], ties: Any, tie_parameter: Any) -> Floa
     return (1 - ties) * margins / 2 + ties * tie_parameter - without_ties - odds / 2 - log_sum(odds)
 
 
-@partial(jax.jit, static_argnames=("num_responses", "model"))
 def fit(
     votes: Votes,
     num_responses: int,
     *,
     prior: Any = 1.0,
     model: LogLikelihood = half_wins,
-    groups: Int[Array, " responses"] | None = None,
+    groups: Any = None,
     start: Fit | None = None,
     max_steps: Numeric = 50,
     tolerance: Numeric | None = None,
@@ -123,9 +123,36 @@ def fit(
         precision.
 
     Returns:
-      The parameters, in the precision of `votes.weights`, or else JAX's default one. Without a prior, a response that
-      never lost has no finite maximum: `unbounded` finds those.
+      The parameters, in the precision of `votes.weights`, or else JAX's default one. Without a prior, there is no
+      finite maximum if a set of responses never lost against the rest of its island: see `levels`.
+
+    Raises:
+      ValueError: an id is out of range, a weight is negative or not finite, or the prior is negative. Under `jit`,
+        this is not checked.
     """
+    checks.size("num_responses", num_responses)
+    for side, ids in zip(("chosen", "rejected"), votes.responses, strict=True):
+        checks.ids(side, ids, num_responses)
+    if votes.weights is not None:
+        checks.interval("weights", votes.weights, "[0, inf)")
+    for part in jax.tree.leaves(prior):
+        checks.interval("prior", part, "[0, inf)")
+    options = {"prior": prior, "groups": groups, "start": start, "max_steps": max_steps, "tolerance": tolerance}
+    return _fit(votes, num_responses=num_responses, model=model, **options)
+
+
+@partial(jax.jit, static_argnames=("num_responses", "model"))
+def _fit(
+    votes: Votes,
+    *,
+    num_responses: int,
+    prior: Any,
+    model: LogLikelihood,
+    groups: Any,
+    start: Fit | None,
+    max_steps: Any,
+    tolerance: Any,
+) -> Fit:
     dtype = (jnp.zeros(()) if votes.weights is None else jnp.asarray(votes.weights)).dtype
     zeros = (jnp.zeros(num_responses, dtype), jnp.zeros((), dtype), jnp.zeros((), dtype))
     small = 1e-8 if dtype == jnp.float64 else 1e-4

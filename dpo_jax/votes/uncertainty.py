@@ -137,7 +137,7 @@ def covariance(
     *,
     prior: Numeric = 1.0,
     model: LogLikelihood = half_wins,
-    groups: Int[Array, " responses"] | None = None,
+    groups: Any = None,
 ) -> Float[Array, "parameters parameters"]:
     """Covariance of the strengths, and of `first` and `ties`, by the curvature of the likelihood (nats squared).
 

@@ -158,3 +158,32 @@ def test_ties_of_equals_have_davidsons_share():
         for margin, tied in ((1.3, False), (-1.3, False), (1.3, True))
     )
     np.testing.assert_allclose(total, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ({"responses": Pair(np.array([0, 3]), np.array([1, 2]))}, {}, "chosen must be .*, got 3 in row 1"),
+        ({"responses": Pair(np.array([0, 1]), np.array([1, -1]))}, {}, "rejected must be .*, got -1 in row 1"),
+        ({"weights": np.array([1.0, -2.0])}, {}, "weights must be in .0, inf., got -2.0 in row 1"),
+        ({}, {"prior": -1.0}, "prior must be in .0, inf., got -1.0"),
+    ],
+)
+def test_bad_votes_are_refused(changes, options, message):
+    ballots = votes.Votes(Pair(np.array([0, 1]), np.array([1, 2])))._replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        votes.fit(ballots, 3, **options)
+
+
+def test_many_stacked_fits_with_random_priors_end():
+    """A condition that is evaluated twice, and rounded in two ways, would never end some of them."""
+    ballots = votes.Votes(Pair(np.zeros(90, int), np.ones(90, int)))
+
+    @jax.jit
+    @jax.vmap
+    def refit(key):
+        return votes.fit(ballots, 10, prior=votes.redraw(key, 90, 10)[1])
+
+    fits = refit(jax.random.split(jax.random.key(0), 300))
+    assert fits.steps.max() <= 50
+    assert jnp.isfinite(fits.strengths).all()
