@@ -20,6 +20,8 @@ from dpo_jax.votes.strengths import Votes
 
 REQUIRED = (("chosen", "rejected"), ("model_a", "model_b", "winner"))
 OPTIONAL = ("prompt", "judge", "winner", "tie", "first", "weight")
+SOMETIMES = {"winner", "tie", "first"}
+"""Columns that some lines of a JSON Lines file may lack."""
 
 LARGEST_WEIGHT_RATIO = 1e30
 """Weights in a file may differ by this factor."""
@@ -159,9 +161,8 @@ class _Reader:
             if name not in used and (near := _near(name, unused)):
                 message = f"the column {unused[near]!r} would not be used: call it {name}, or something else"
                 raise ValueError(f"{place}: {message}")
-        names_read = [name for name in used if name not in ("tie", "first", "winner")]
-        previous = next(iter(self.layouts.values()), tuple(used))
-        for name in {*names_read} ^ {name for name in previous if name not in ("tie", "first", "winner")}:
+        before = next(iter(self.layouts.values()), used)
+        for name in sorted({*used}.symmetric_difference(before) - SOMETIMES):
             raise ValueError(f"{place}: {name} is given in some lines only")
         self.layouts[tuple(names)] = tuple(used)
         self.unused.update(dict.fromkeys(unused.values()))

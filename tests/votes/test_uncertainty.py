@@ -80,6 +80,14 @@ def test_weighted_votes_count_by_their_weights(draw):
     )
 
 
+def test_redrawn_votes_keep_their_weights():
+    """100 votes for a weigh 3 each, 100 for b weigh 1: the odds are 3, and not 1."""
+    ids = np.repeat([0, 1], 100)
+    ballots = votes.Votes(Pair(ids, 1 - ids), weights=np.repeat([3.0, 1.0], 100))
+    refits = votes.bootstrap(jax.random.key(0), ballots, 2, num_fits=50)
+    assert np.mean(refits.strengths[:, 0] - refits.strengths[:, 1]) == pytest.approx(np.log(3), abs=0.1)
+
+
 def test_the_same_key_gives_the_same_fits_and_reports_are_made(draw):
     ballots, done = draw(6, FOUR, 50), []
     one = votes.bootstrap(jax.random.key(0), ballots, 4, num_fits=7, report=done.append)
