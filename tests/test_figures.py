@@ -284,3 +284,28 @@ def test_names_are_drawn_as_they_are(draw):
         figure.savefig(page := io.StringIO(), format="svg")
     drawn_texts = [unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", page.getvalue())]
     assert [given for given in name.names if not any(given in text for text in drawn_texts)] == []
+
+
+def test_strengths_have_a_panel_for_each_ranking_best_on_top():
+    ranking = [
+        {"response": "a_$x$", "strength": 1.0, "low": 0.5, "high": 2.0},
+        {"response": "b", "strength": -1.0, "low": -1.5, "high": -0.5},
+    ]
+    panels = [axes for axes in drawn(figures.strengths({"overall": ranking, "tea": ranking[:1]})) if axes.get_visible()]
+    assert [axes.get_title() for axes in panels] == ["overall", "tea"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["a_$x$", "b"]
+    line, _, (bars,) = panels[0].containers[0]
+    assert line.get_xdata().tolist() == [1.0, -1.0]
+    assert bars.get_segments()[0][:, 0].tolist() == [0.5, 2.0]
+    assert panels[0].yaxis_inverted()
+
+
+def test_calibration_and_win_probabilities_show_their_numbers():
+    bins = [{"predicted": 0.7, "observed": 0.6, "half_width": 0.1, "votes": 1234}]
+    (axes,) = drawn(figures.calibration(bins))
+    assert [text.get_text() for text in axes.texts] == ["1,234"]
+    assert axes.containers[0].lines[0].get_ydata().tolist() == [0.6]
+    table = np.array([[np.nan, 0.9], [0.1, np.nan]])
+    fitted, observed, _ = drawn(figures.win_probabilities("overall", ["x", "y"], table, np.full((2, 2), np.nan)))
+    assert [text.get_text() for text in fitted.texts] == ["90", "10"]
+    assert list(observed.texts) == []

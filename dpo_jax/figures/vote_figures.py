@@ -21,7 +21,7 @@ def strengths(rankings: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         (nats).
     """
     rows = max(map(len, rankings.values()))
-    columns = min(3, len(rankings))
+    columns = 2 if len(rankings) == 4 else min(3, len(rankings))
     lines = -(-len(rankings) // columns)
     figure = Figure(figsize=(4.8 * columns, lines * (0.27 * rows + 1.2)), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
@@ -34,8 +34,9 @@ def strengths(rankings: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         axes.set_ylim(rows - 0.4, -0.6)
         axes.set_title(_short(title))
         axes.grid(axis="x", alpha=0.3)
-    for axes in grid[len(rankings) :]:
-        axes.set_visible(False)
+    for number, axes in enumerate(grid):
+        axes.set_visible(number < len(rankings))
+        axes.tick_params(labelbottom=number + columns >= len(rankings))
     figure.supxlabel("strength (nats above average; a difference of 1 wins 73 %), 95 % interval", fontsize="medium")
     return as_written(figure)
 
