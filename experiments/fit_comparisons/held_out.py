@@ -136,7 +136,7 @@ def _majority(training: votes.Votes, held_out: votes.Votes, num: int) -> np.ndar
     ahead = np.where(np.abs(ahead) > 1e-6 * total, np.sign(ahead), 0.0)  # not if it is a rounding error of weights
     pair, sign, _ = sides(held_out)
     place = np.clip(np.searchsorted(seen, pair), 0, len(seen) - 1)
-    return np.where(sign == 0, 0.5, 0.5 + 0.5 * sign * np.where(seen[place] == pair, ahead[place], 0.0))
+    return 0.5 + 0.5 * sign * np.where(seen[place] == pair, ahead[place], 0.0)
 
 
 def _mean_and_stderr(values: np.ndarray, weights: Any) -> dict[str, float]:

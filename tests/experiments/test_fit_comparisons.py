@@ -104,6 +104,16 @@ def test_matrices_and_pairs_say_the_same(finished):
                 assert float(row["low"]) < float(row["win_probability"]) < float(row["high"])
 
 
+def test_wins_in_pairs_add_up_to_those_of_the_rankings(finished):
+    out, summary = finished
+    for name, ranking in summary["rankings"].items():
+        wins = dict.fromkeys((entry["response"] for entry in ranking), 0)
+        for row in (row for row in table(out / "pairs.csv") if row["category"] == name):
+            wins[row["response"]] += int(row["wins"])
+            wins[row["opponent"]] += int(row["losses"])
+        assert wins == {entry["response"]: entry["wins"] for entry in ranking}
+
+
 def test_known_odds_are_recovered_with_everything_that_a_file_may_hold(tmp_path, capsys):
     """Of two responses, x wins three times as often as y, whoever judges; one vote in nine is a tie."""
     rows = ["model_a,model_b,winner,judge,first,language,height"]
@@ -172,9 +182,9 @@ def test_a_vote_is_tied_whatever_rounding_errors_its_weights_have():
 
 
 def test_sureness_in_words():
-    assert [sureness(x) for x in (float("nan"), 0.7, 0.98, 0.9999, 0.0)] == [
-        *("", "70%: not separable", "98.0%", "over 99.9%", "under 0.1%")
-    ]
+    shares = (float("nan"), 0.7, 0.97, 0.98, 0.9999, 0.0)
+    words = ("", "70%: not separable", "97%: not separable", "98.0%", "over 99.9%", "under 0.1%")
+    assert tuple(map(sureness, shares)) == words
 
 
 def test_markup_in_names_is_left_alone(tmp_path, capsys):
