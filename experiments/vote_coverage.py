@@ -49,10 +49,11 @@ def main(options: Options) -> None:
     devices.enable_compilation_cache()
     start = time.perf_counter()
     coverage = []
-    for num_votes in options.num_votes:
+    keys = jax.random.split(jax.random.key(options.seed), len(options.num_votes))
+    for num_votes, key in zip(options.num_votes, keys, strict=True):
         with console.progress(f"Polls of {num_votes} votes") as report:
             run = partial(poll, num_votes=num_votes, num_fits=options.num_fits)
-            results = sweep.grid(run, jax.random.key(options.seed), num_seeds=options.num_polls, report=report)
+            results = sweep.grid(run, key, num_seeds=options.num_polls, report=report)
         for name, held in results.items():
             method, what = str(name).split(" ", 1)
             coverage.append({"votes": num_votes, "method": method, "of": what, **share(held.values)})

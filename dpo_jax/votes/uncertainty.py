@@ -111,8 +111,8 @@ def bootstrap(
 
     @jax.jit
     def refits(keys: Key[Array, " fits"], start: Fit, rows: Array, own: Any, clusters: Any) -> Fit:
-        def once(key: Key[Array, ""]) -> Fit:
-            weights, virtual = redraw(key, len(rows), num_responses, prior=prior, clusters=clusters)
+        def once(own_key: Key[Array, ""]) -> Fit:
+            weights, virtual = redraw(own_key, len(rows), num_responses, prior=prior, clusters=clusters)
             summed = jax.ops.segment_sum(weights * own, rows, len(distinct.responses.chosen))
             return refit(distinct._replace(weights=summed), prior=virtual, start=start, tolerance=CONVERGED)
 

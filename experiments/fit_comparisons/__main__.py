@@ -76,11 +76,11 @@ def main(options: Options) -> None:
     clusters = file.columns[options.clusters.strip().lower()].ids if options.clusters else None
     bootstrap = options.intervals == "bootstrap" or clusters is not None
     model = Model(options.prior, TIES[options.ties], bootstrap, options.num_fits, clusters)
-    key = jax.random.key(options.seed + 1)
+    overall_key, category_key = jax.random.split(jax.random.key(options.seed + 1))
     everything = votes.Column((OVERALL,), np.zeros(num, np.int32))
-    contests = [Contest(key, file.votes, file.responses, everything, model)]
+    contests = [Contest(overall_key, file.votes, file.responses, everything, model)]
     if categories and len(categories.names) > 1:
-        contests.append(Contest(key, file.votes, file.responses, categories, model))
+        contests.append(Contest(category_key, file.votes, file.responses, categories, model))
     tests = [evaluate(contest.entrants, parts, model) for contest in contests] if parts else []
     if categories and len(categories.names) == 1:
         contests.append(contests[0].named(categories.names))

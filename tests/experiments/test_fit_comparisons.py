@@ -114,6 +114,7 @@ def test_wins_in_pairs_add_up_to_those_of_the_rankings(finished):
         assert wins == {entry["response"]: entry["wins"] for entry in ranking}
 
 
+@pytest.mark.slow
 def test_known_odds_are_recovered_with_everything_that_a_file_may_hold(tmp_path, capsys):
     """Of two responses, x wins three times as often as y, whoever judges; one vote in nine is a tie."""
     rows = ["model_a,model_b,winner,judge,first,language,height"]
@@ -187,6 +188,7 @@ def test_sureness_in_words():
     assert tuple(map(sureness, shares)) == words
 
 
+@pytest.mark.slow
 def test_markup_in_names_is_left_alone(tmp_path, capsys):
     path = write(tmp_path / "votes.csv", "prompt,chosen,rejected\n" + "q [bold],[/INST] yes,[red]ok $x$\n" * 20)
     run(tmp_path / "out[x]", path)

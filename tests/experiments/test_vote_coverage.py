@@ -2,6 +2,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from experiments import vote_coverage
 from experiments.lab import devices
@@ -20,6 +21,7 @@ def test_ballots_are_votes_by_the_model():
     )
 
 
+@pytest.mark.slow
 def test_it_counts_and_saves(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(devices, "enable_compilation_cache", lambda: None)
     vote_coverage.main(vote_coverage.Options(num_polls=20, num_votes=(30,), num_fits=10, out=tmp_path))

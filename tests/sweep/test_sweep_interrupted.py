@@ -25,6 +25,7 @@ from tests.sweep import sweeps
 programs = importlib.import_module("dpo_jax.sweep.programs")
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments_it_comes_to_the_same_end(tmp_path, expected):
     assert sweeps.exit_code(sweeps.make_until_killed, tmp_path / "never" / "out", 0) == 0
     assert sweeps.contents(tmp_path / "never" / "out") == expected

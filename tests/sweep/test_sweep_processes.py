@@ -78,7 +78,15 @@ def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
     sweeps.assert_same(again, sweep.grid(sweeps.noisy, key, **options))
 
 
-@pytest.mark.parametrize(("how", "number"), [("fails", 0), ("fails", 1), ("dies", 0), ("dies", 1)])
+@pytest.mark.parametrize(
+    ("how", "number"),
+    [
+        pytest.param("fails", 0, marks=pytest.mark.slow),
+        ("fails", 1),
+        ("dies", 0),
+        pytest.param("dies", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_what_ends_one_process_ends_them_all_at_once(tmp_path, how, number):
     codes = make_together(tmp_path / "out", "many blocks", tmp_path, **{how: number})
     assert codes[number] == (errno.ENOSPC if how == "fails" else -9)

@@ -32,6 +32,12 @@ def test_the_answer_in_words_is_that_of_the_reported_results():
     strengths = {entry["response"]: entry["strength"] for entry in overall}
     probability = 1 / (1 + np.exp(strengths["Assam"] - strengths["Sencha"]))
     assert f"against Assam is {probability:.0%} (" in PAGE
+    best, second = overall[:2]
+    assert (best["response"], second["response"]) == ("Sencha", "Assam")
+    for page_ in (PAGE, Path(votes.__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")):
+        assert f"that Sencha is better is {best['better_than_next']:.1%}" in " ".join(
+            page_.replace("\n> ", " ").split()
+        )
 
 
 def test_the_table_is_that_of_the_reported_results():
