@@ -27,7 +27,7 @@ LARGEST_WEIGHT_RATIO = 1e30
 """Weights in a file may differ by this factor."""
 
 SIDES = {1: ("chosen", "modela", "a", "left"), -1: ("rejected", "modelb", "b", "right")}
-ALIKE = ("both", "neither", "bothbad", "bothgood", "tiebothbad")
+ALIKE = ("both", "neither", "bothbad", "bothgood", "tiebothbad", "tiebothgood")
 TIES = ("tie", "ties", "tied", "draw", "equal", "same", "nopreference", *ALIKE)
 OUTCOMES = {**{word: side for side, words in SIDES.items() for word in words}, **dict.fromkeys(TIES, 0)}
 YES, NO = ("true", "yes", "1", "t", "y", *TIES), ("", "false", "no", "0", "f", "n")

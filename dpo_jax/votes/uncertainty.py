@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key, Num
+from scipy.special import expit
 
 from dpo_jax.types import Numeric, Pair
 from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, fit, half_wins, means, parameters, penalised
@@ -225,7 +226,7 @@ def compare(draws: Fit, ones: Any, others: Any) -> Comparison:
         part = np.s_[begin : begin + step]
         gaps = np.sort(by_response[ones.ravel()[part]] - by_response[others.ravel()[part]])
         found[0, part] = np.mean(np.heaviside(gaps, 0.5), axis=1)
-        found[1:, part] = 1 / (1 + np.exp(-_quantiles(gaps, [0.5, *LIMITS]).T))
+        found[1:, part] = expit(_quantiles(gaps, [0.5, *LIMITS]).T)
     return Comparison(*found.reshape(4, *ones.shape))
 
 

@@ -17,7 +17,7 @@ import tyro
 from dpo_jax import checks, figures, votes
 from experiments.fit_comparisons import report
 from experiments.fit_comparisons.held_out import evaluate, split
-from experiments.fit_comparisons.ranking import Contest, Model, Pairs, Ranked
+from experiments.fit_comparisons.ranking import Contest, Model, Pairs, Ranked, with_effective_weights
 from experiments.lab import commands, console, devices, files
 
 OVERALL = "overall"
@@ -65,6 +65,7 @@ def main(options: Options) -> None:
         file = votes.read(options.file, columns=wanted)
         categories = categories_of(options, file)
         check_compared(options, file)
+        check_ties(options, file)
         num = len(file.votes.responses.chosen)
         parts = split(jax.random.key(options.seed), num, options.held_out) if options.held_out else None
     if file.unused_columns:
@@ -77,10 +78,11 @@ def main(options: Options) -> None:
     bootstrap = options.intervals == "bootstrap" or clusters is not None
     model = Model(options.prior, TIES[options.ties], bootstrap, options.num_fits, clusters)
     overall_key, category_key = jax.random.split(jax.random.key(options.seed + 1))
+    ballots = with_effective_weights(file.votes)
     everything = votes.Column((OVERALL,), np.zeros(num, np.int32))
-    contests = [Contest(overall_key, file.votes, file.responses, everything, model)]
+    contests = [Contest(overall_key, ballots, file.responses, everything, model)]
     if categories and len(categories.names) > 1:
-        contests.append(Contest(category_key, file.votes, file.responses, categories, model))
+        contests.append(Contest(category_key, ballots, file.responses, categories, model))
     tests = [evaluate(contest.entrants, parts, model) for contest in contests] if parts else []
     if categories and len(categories.names) == 1:
         contests.append(contests[0].named(categories.names))
@@ -144,6 +146,12 @@ def check_compared(options: Options, file: votes.VoteFile) -> None:
         if name not in file.responses:
             near = get_close_matches(name, file.responses, n=1)
             raise ValueError(f"--compare: no response {name!r}" + (f". Is it {near[0]!r}?" if near else ""))
+
+
+def check_ties(options: Options, file: votes.VoteFile) -> None:
+    """Raises an error if ties alone make a likelihood without a maximum."""
+    if options.prior == 0 and options.ties == "davidson" and file.votes.ties is not None and file.votes.ties.all():
+        raise ValueError("--ties davidson --prior 0: all votes are ties, and these parameters have no maximum")
 
 
 def agreement_of_judges(file: votes.VoteFile) -> list[dict[str, Any]]:

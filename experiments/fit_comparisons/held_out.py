@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from dpo_jax import votes
 from dpo_jax.fast.shuffle import permutation
@@ -31,7 +32,10 @@ def split(key: Any, num_votes: int, share: float) -> Split:
     """
     num_held_out = round(share * num_votes)
     if num_held_out in (0, num_votes):
-        raise ValueError(f"--held-out {share} of {num_votes} comparisons leaves none to fit, or none to test on")
+        raise ValueError(
+            f"--held-out {share} of {num_votes} comparisons leaves none to fit, or none to test on; "
+            "--held-out 0 does without a test"
+        )
     order = np.asarray(permutation(key, num_votes))
     return Split(order[num_held_out:], order[:num_held_out])
 
@@ -98,7 +102,7 @@ def evaluate(contest: votes.Entrants, parts: Split, model: Model) -> tuple[dict[
 
 def calibration(predictions: Predictions) -> list[dict[str, float]]:
     """How often the favourite won, by the predicted probability: mean of the predictions, share, and its interval."""
-    probabilities = 1 / (1 + np.exp(-np.abs(predictions.margins.astype(float))))
+    probabilities = expit(np.abs(predictions.margins.astype(float)))
     bins = np.clip(np.searchsorted(BINS, probabilities, side="right") - 1, 0, len(BINS) - 2)
     found = []
     for number in np.unique(bins):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit
 
 from dpo_jax import votes
 from experiments.lab import console
@@ -180,7 +181,7 @@ class Contest:
         """The names of the strongest responses of a group, their fitted win probabilities, and the observed ones."""
         ids = self.strongest(group)
         gaps = self.fit.strengths[ids][:, None] - self.fit.strengths[ids][None]
-        fitted = 1 / (1 + np.exp(-gaps.astype(float)))
+        fitted = expit(gaps.astype(float))
         np.fill_diagonal(fitted, np.nan)
         observed = np.full_like(fitted, np.nan)
         column = np.full(self.num, -1)
@@ -197,6 +198,17 @@ class Contest:
     def bounds(self) -> list[tuple[int, int]]:
         """The entrants of each group: the first, and the one after the last."""
         return list(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
+
+
+def with_effective_weights(ballots: votes.Votes) -> votes.Votes:
+    """Weights scaled so that they sum to the effective number of votes, (sum w)^2 / sum w^2 (Kish, 1965, section 11.7).
+
+    So a few heavy votes do not look like many votes.
+    """
+    if ballots.weights is None:
+        return ballots
+    weights = np.asarray(ballots.weights)
+    return ballots._replace(weights=weights * weights.sum() / np.sum(weights**2))
 
 
 def without_maximum(contest: votes.Entrants) -> np.ndarray:

@@ -10,7 +10,7 @@ from dpo_jax.types import Pair
 from experiments import example_comparisons
 from experiments.fit_comparisons import __main__ as command
 from experiments.fit_comparisons.held_out import Split, evaluate
-from experiments.fit_comparisons.ranking import Model
+from experiments.fit_comparisons.ranking import Model, with_effective_weights
 from experiments.fit_comparisons.report import sureness
 from experiments.lab import devices
 
@@ -194,6 +194,19 @@ def test_markup_in_names_is_left_alone(tmp_path, capsys):
     run(tmp_path / "out[x]", path)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("q [bold]", "[/INST] yes", "[red]ok $x$"))
+
+
+def test_one_heavy_vote_is_about_one_vote():
+    ballots = votes.Votes(Pair(np.zeros(10, int), np.ones(10, int)), weights=np.array([0.001] * 9 + [9.991]))
+    assert with_effective_weights(ballots).weights.sum() == pytest.approx(1.0, abs=0.01)
+    equal = ballots._replace(weights=np.full(10, 3.0))
+    np.testing.assert_allclose(with_effective_weights(equal).weights, 1.0)
+
+
+def test_ties_alone_need_a_prior(tmp_path):
+    path = write(tmp_path / "votes.csv", "model_a,model_b,winner\n" + "x,y,tie\n" * 4)
+    with pytest.raises(SystemExit, match="all votes are ties"):
+        run(tmp_path / "out", path, prior=0.0, ties="davidson")
 
 
 @pytest.mark.slow

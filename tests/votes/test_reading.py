@@ -316,7 +316,7 @@ def test_compressed_files_read_the_same(tmp_path, name):
 
 WINNERS = {
     "A": 1, "model_a": 1, "Model A": 1, "left": 1, "one": 1, "b": -1, "model_b": -1, "right": -1, "two": -1,
-    "tie": 0, "Tie (bothbad)": 0, "draw": 0, "both": 0, "neither": 0, "no preference": 0,
+    "tie": 0, "Tie (bothbad)": 0, "tie (bothgood)": 0, "draw": 0, "both": 0, "neither": 0, "no preference": 0,
 }  # fmt: skip
 
 
