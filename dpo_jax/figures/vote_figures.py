@@ -37,7 +37,8 @@ def strengths(rankings: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     for number, axes in enumerate(grid):
         axes.set_visible(number < len(rankings))
         axes.tick_params(labelbottom=number + columns >= len(rankings))
-    figure.supxlabel("strength (nats above average; a difference of 1 wins 73 %), 95 % interval", fontsize="medium")
+    label = "strength above average, 95 % interval" + ("\n" if columns == 1 else " ")
+    figure.supxlabel(f"{label}(nats: who is 1 stronger wins 73 %)", fontsize="medium")
     return as_written(figure)
 
 

@@ -113,8 +113,8 @@ def warnings_of(contest: Entrants, groups: Sequence[str], responses: Sequence[st
             listed = "; ".join(f"{{{names(members[island[begin:end] == part])}}}" for part in parts[:NAMES_SHOWN])
             more = "; ..." if len(parts) > NAMES_SHOWN else ""
             apart.append(
-                f"{len(parts)} sets of responses were never compared with each other{where}: {listed}{more}. Ranks and "
-                "differences across them say nothing."
+                f"{len(parts):,} sets of responses were never compared with each other{where}: {listed}{more}. Ranks "
+                "and differences across them say nothing."
             )
         for set_ in np.unique(level[begin:end]):
             ids = members[level[begin:end] == set_]
@@ -122,11 +122,10 @@ def warnings_of(contest: Entrants, groups: Sequence[str], responses: Sequence[st
                 continue
             sentences, word, bound = (never_lost, "lost", "above") if won[set_] else (never_won, "won", "below")
             if len(ids) == 1:
-                against, verb = f"in {_votes(int(played[ids[0]]))}", "its strength is"
+                against, verb = f"in {_votes(int(played[ids[0]]))}", "its strength"
             else:
-                against, verb = "against the rest", "their strengths are"
-            how = f"{verb} bounded from {bound} only by the prior"
-            sentences.append(f"{names(ids)} never {word} {against}{where}: {how}.")
+                against, verb = "against the rest", "their strengths"
+            sentences.append(f"{names(ids)} never {word} {against}{where}: no vote bounds {verb} from {bound}.")
     return [sentence for kind in (apart, never_lost, never_won) for sentence in _capped(kind)]
 
 

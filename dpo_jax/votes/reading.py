@@ -30,6 +30,8 @@ SIDES = {1: ("chosen", "modela", "a", "left"), -1: ("rejected", "modelb", "b", "
 ALIKE = ("both", "neither", "bothbad", "bothgood", "tiebothbad", "tiebothgood")
 TIES = ("tie", "ties", "tied", "draw", "equal", "same", "nopreference", *ALIKE)
 OUTCOMES = {**{word: side for side, words in SIDES.items() for word in words}, **dict.fromkeys(TIES, 0)}
+SHORTHAND = ("a", "b", "left", "right")
+"""A response of this name is meant, if there is one."""
 YES, NO = ("true", "yes", "1", "t", "y", *TIES), ("", "false", "no", "0", "f", "n")
 
 
@@ -90,6 +92,8 @@ def read(path: str | Path, *, columns: Sequence[str] = ()) -> VoteFile:
     """
     path = Path(path)
     extra = tuple(tidy(name).lower() for name in columns)
+    for name in {*extra} & {*REQUIRED[0], *REQUIRED[1], *OPTIONAL[2:]}:
+        raise ValueError(f"{path}: the column {name} holds no names to group votes by")
     reader = _Reader(path, extra)
     for number, names, cells in records(path, reader.layout):
         reader.add(number, dict(zip(reader.layouts[names], cells, strict=True)))
@@ -217,7 +221,7 @@ class _Reader:
         text = tidy(str(cell))
         named = {1: text == tidy(str(a)), -1: text == tidy(str(b))}
         meant = {side for side, same in named.items() if same}
-        if _plain(text) in OUTCOMES:
+        if _plain(text) in OUTCOMES and not (meant and _plain(text) in SHORTHAND):
             meant.add(OUTCOMES[_plain(text)])
         if len(meant) > 1:
             raise ValueError(f"{self.where(number)}: {column} could mean either response, got {excerpt(cell)}")

@@ -195,7 +195,7 @@ class Comparison(NamedTuple):
 
     Attributes:
       better: probability that the first is stronger.
-      win_probability: of the first against the second, in a vote without tie and order: the median.
+      win_probability: of the first against the second, in a vote without tie and order, as fitted.
       low, high: its 95 % interval.
     """
 
@@ -210,24 +210,27 @@ class Comparison(NamedTuple):
         return np.asarray((self.low > 0.5) | (self.high < 0.5))
 
 
-def compare(draws: Fit, ones: Any, others: Any) -> Comparison:
+def compare(fitted: Fit, draws: Fit, ones: Any, others: Any) -> Comparison:
     """Compares responses.
 
     Args:
+      fitted: what `fit` found.
       draws: fits that `bootstrap` made, or draws of `approximate`.
       ones: ids of responses, of any shape.
       others: ids of the responses that they are compared with, of the same shape.
     """
     ones, others = np.broadcast_arrays(ones, others)
     by_response = np.ascontiguousarray(draws.strengths.T)
-    found = np.empty((4, ones.size))
+    found = np.empty((3, ones.size))
     step = max(1, COMPARED_AT_ONCE // by_response.shape[1])
     for begin in range(0, ones.size, step):
         part = np.s_[begin : begin + step]
         gaps = np.sort(by_response[ones.ravel()[part]] - by_response[others.ravel()[part]])
         found[0, part] = np.mean(np.heaviside(gaps, 0.5), axis=1)
-        found[1:, part] = expit(_quantiles(gaps, [0.5, *LIMITS]).T)
-    return Comparison(*found.reshape(4, *ones.shape))
+        found[1:, part] = expit(_quantiles(gaps, LIMITS).T)
+    better, low, high = found.reshape(3, *ones.shape)
+    strengths = np.asarray(fitted.strengths, np.float64)
+    return Comparison(better, expit(strengths[ones] - strengths[others]), low, high)
 
 
 def intervals(draws: Fit) -> tuple[Float[np.ndarray, " responses"], Float[np.ndarray, " responses"]]:

@@ -7,6 +7,7 @@ A separate fit, of a part of the votes, shows how well strengths predict.
 import time
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,12 +18,20 @@ import tyro
 from dpo_jax import checks, figures, votes
 from experiments.fit_comparisons import report
 from experiments.fit_comparisons.held_out import evaluate, split
-from experiments.fit_comparisons.ranking import Contest, Model, Pairs, Ranked, with_effective_weights
+from experiments.fit_comparisons.ranking import (
+    MOST_FOR_CURVATURE,
+    Contest,
+    Model,
+    Pairs,
+    Ranked,
+    with_effective_weights,
+)
 from experiments.lab import commands, console, devices, files
 
 OVERALL = "overall"
 NO_CATEGORIES = "none"
 TIES = {"half": votes.half_wins, "davidson": votes.davidson}
+FEW_CLUSTERS = 20
 RANKINGS_SHOWN, RESPONSES_SHOWN = 6, 30
 """Panels of the figure of strengths, and rows of a panel."""
 
@@ -91,7 +100,10 @@ def main(options: Options) -> None:
         [(contest, contest.pairs()) for contest in contests],
         [test for test, _ in tests],
         tests[-1][1] if tests else {},
-        list(dict.fromkeys(sentence for contest in contests for sentence in contest.warnings())),
+        [
+            *dict.fromkeys(sentence for contest in contests for sentence in contest.warnings()),
+            *warnings_of_method(options, file, contests),
+        ],
         agreement_of_judges(file),
         shown_first(contests[0], file),
     )
@@ -141,7 +153,9 @@ def categories_of(options: Options, file: votes.VoteFile) -> votes.Column | None
 
 
 def check_compared(options: Options, file: votes.VoteFile) -> None:
-    """Raises an error unless the responses to compare are in the file."""
+    """Raises an error unless the responses to compare are two, and in the file."""
+    if options.compare and options.compare[0] == options.compare[1]:
+        raise ValueError(f"--compare: these are the same, {options.compare[0]!r}")
     for name in options.compare or ():
         if name not in file.responses:
             near = get_close_matches(name, file.responses, n=1)
@@ -152,6 +166,18 @@ def check_ties(options: Options, file: votes.VoteFile) -> None:
     """Raises an error if ties alone make a likelihood without a maximum."""
     if options.prior == 0 and options.ties == "davidson" and file.votes.ties is not None and file.votes.ties.all():
         raise ValueError("--ties davidson --prior 0: all votes are ties, and these parameters have no maximum")
+
+
+def warnings_of_method(options: Options, file: votes.VoteFile, contests: list[Contest]) -> list[str]:
+    """What the method cannot do with these votes, in sentences."""
+    found = []
+    if options.clusters and (num := len(file.columns[options.clusters.strip().lower()].names)) < FEW_CLUSTERS:
+        found.append(f"{num} values of {options.clusters} are too few to redraw: the intervals are too narrow.")
+    if options.intervals == "curvature" and not options.clusters and any(c.num > MOST_FOR_CURVATURE for c in contests):
+        found.append(f"Intervals are made by redrawing votes where rankings have over {MOST_FOR_CURVATURE:,} entries.")
+    if file.votes.first is not None and len({*np.unique(file.votes.first).tolist()} - {0}) == 1:
+        found.append("Order and outcome always go together: the votes do not tell which of them decides.")
+    return found
 
 
 def agreement_of_judges(file: votes.VoteFile) -> list[dict[str, Any]]:
@@ -230,7 +256,7 @@ def show(options: Options, results: Results) -> None:
         report.print_test(results.tests)
     if options.compare:
         for contest, _ in results.pairs:
-            for sentence in report.comparisons_in_words(contest, *options.compare):
+            for sentence in islice(report.comparisons_in_words(contest, *options.compare), report.RANKINGS_SHOWN):
                 console.say(sentence)
 
 

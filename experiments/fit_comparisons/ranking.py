@@ -126,9 +126,11 @@ class Contest:
         rank_low, rank_high = votes.rank_intervals(self.draws, self.entrants.groups)
         size = np.bincount(self.entrants.groups)[self.entrants.groups]
         unknown = np.isnan(self.fit.strengths)
-        rank_low, rank_high = np.where(unknown, 1, rank_low), np.where(unknown, size, rank_high)
+        place = votes.ranks(self.fit.strengths, self.entrants.groups)
+        rank_low = np.where(unknown, 1, np.minimum(rank_low, place))
+        rank_high = np.where(unknown, size, np.maximum(rank_high, place))
         record = votes.record(self.entrants.votes, self.num)
-        better = votes.compare(self.draws, self.order[:-1], self.order[1:]).better
+        better = votes.compare(self.fit, self.draws, self.order[:-1], self.order[1:]).better
         found: dict[str, list[Ranked]] = {}
         for name, begin, end in zip(self.names, self.starts[:-1], self.starts[1:], strict=True):
             found[name] = [
@@ -175,7 +177,7 @@ class Contest:
 
         ones, others = self.order[codes // self.num], self.order[codes % self.num]
         record = votes.Record(count(~tied & (chosen < rejected)), count(~tied & (chosen > rejected)), count(tied))
-        return Pairs(ones, others, record, votes.compare(self.draws, ones, others))
+        return Pairs(ones, others, record, votes.compare(self.fit, self.draws, ones, others))
 
     def matrices(self, group: int, pairs: Pairs) -> tuple[list[str], np.ndarray, np.ndarray]:
         """The names of the strongest responses of a group, their fitted win probabilities, and the observed ones."""
@@ -212,12 +214,15 @@ def with_effective_weights(ballots: votes.Votes) -> votes.Votes:
 
 
 def without_maximum(contest: votes.Entrants) -> np.ndarray:
-    """Which entrants are in a group whose likelihood has no finite maximum."""
+    """Which entrants are in a group that is not connected, or whose likelihood has no finite maximum."""
     num = len(contest.groups)
     island, level = votes.islands(contest.votes, num), votes.levels(contest.votes, num)
     level_of_island = np.zeros(num, int)
     level_of_island[island] = level
-    return np.isin(contest.groups, contest.groups[level != level_of_island[island]])
+    island_of_group = np.zeros(num, int)
+    island_of_group[contest.groups] = island
+    apart = (level != level_of_island[island]) | (island != island_of_group[contest.groups])
+    return np.isin(contest.groups, contest.groups[apart])
 
 
 def without(ballots: votes.Votes, left_out: np.ndarray) -> votes.Votes:

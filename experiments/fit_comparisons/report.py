@@ -38,7 +38,7 @@ def print_rankings(rankings: Mapping[str, Sequence[Ranked]]) -> None:
         if len(ranking) > RESPONSES_SHOWN:
             console.say(f"and {len(ranking) - RESPONSES_SHOWN:,} more responses: see ranking.csv")
     if len(rankings) > RANKINGS_SHOWN:
-        console.say(f"and {len(rankings) - RANKINGS_SHOWN:,} more rankings: see ranking.csv")
+        console.say(f"ranking.csv has all {len(rankings):,} rankings.")
 
 
 def sureness(probability: float) -> str:
@@ -47,7 +47,7 @@ def sureness(probability: float) -> str:
         return ""
     if 0.025 < probability < 0.975:
         return f"{probability:.0%}: not separable"
-    return f"{probability:.1%}" if 0.001 < probability < 0.999 else "over 99.9%" if probability > 0.5 else "under 0.1%"
+    return _share(probability)
 
 
 def comparisons_in_words(contest: Contest, one: str, other: str) -> Iterable[str]:
@@ -56,19 +56,29 @@ def comparisons_in_words(contest: Contest, one: str, other: str) -> Iterable[str
     for group, (begin, end) in enumerate(contest.bounds()):
         if one in names[begin:end] and other in names[begin:end]:
             ids = (begin + names[begin:end].index(name) for name in (one, other))
-            yield _in_words(contest.names[group], votes.compare(contest.draws, *ids), one, other)
+            yield _in_words(contest, group, one, other, *ids)
 
 
-def _in_words(group: str, fitted: votes.Comparison, one: str, other: str) -> str:
+def _in_words(contest: Contest, group: int, one: str, other: str, one_id: int, other_id: int) -> str:
+    fitted = votes.compare(contest.fit, contest.draws, one_id, other_id)
+    if np.isnan(fitted.win_probability):
+        return f"{contest.names[group]}: without a prior, the votes do not say whether {one} is better than {other}."
+    sides = np.sort(np.stack(contest.entrants.votes.responses), axis=0)
+    met = int(np.sum((sides[0] == min(one_id, other_id)) & (sides[1] == max(one_id, other_id))))
+    basis = f"They met in {met:,} of the votes." if met else "They never met: others, whom both met, decide."
     if fitted.separable:
         verdict = f"{one} is {'better' if fitted.better > 0.5 else 'worse'} than {other}"
     else:
         verdict = f"{one} and {other} are not separable"
     return (
-        f"{group}: {verdict}. The probability that {one} is better is {float(fitted.better):.1%}; its "
-        f"probability of winning against {other} is {float(fitted.win_probability):.0%} "
-        f"({float(fitted.low):.0%} to {float(fitted.high):.0%})."
+        f"{contest.names[group]}: {verdict}. The probability that {one} is better is {_share(float(fitted.better))}; "
+        f"its probability of winning against {other} is {float(fitted.win_probability):.0%} "
+        f"({float(fitted.low):.0%} to {float(fitted.high):.0%}). {basis}"
     )
+
+
+def _share(probability: float) -> str:
+    return f"{probability:.1%}" if 0.001 < probability < 0.999 else "over 99.9%" if probability > 0.5 else "under 0.1%"
 
 
 def first_in_words(first: Mapping[str, float]) -> str:

@@ -44,16 +44,14 @@ def test_connected_votes_need_no_warning():
 def test_who_never_lost_or_won_is_named_with_the_number_of_votes():
     cast = ballots(*[(0, 1)] * 3, (0, 2), (1, 2), (2, 1), (1, 3), (2, 3))
     assert warnings(cast, 4) == [
-        "r0 never lost in 4 votes: its strength is bounded from above only by the prior.",
-        "r3 never won in 2 votes: its strength is bounded from below only by the prior.",
+        "r0 never lost in 4 votes: no vote bounds its strength from above.",
+        "r3 never won in 2 votes: no vote bounds its strength from below.",
     ]
 
 
 def test_a_set_that_never_lost_is_named():
     cast = ballots((0, 1), (1, 0), (0, 2), (2, 3), (3, 4), (4, 2))
-    assert warnings(cast, 5) == [
-        "r0, r1 never lost against the rest: their strengths are bounded from above only by the prior."
-    ]
+    assert warnings(cast, 5) == ["r0, r1 never lost against the rest: no vote bounds their strengths from above."]
 
 
 def test_sets_that_were_never_compared_are_named():
@@ -64,7 +62,7 @@ def test_sets_that_were_never_compared_are_named():
 def test_groups_have_warnings_of_their_own_and_many_are_counted():
     cast = ballots((0, 1), (0, 1), (1, 0))
     assert warnings(cast, 2, ("tea", "coffee"), np.array([0, 1, 1]))[0] == (
-        "r0 never lost in 1 vote (tea): its strength is bounded from above only by the prior."
+        "r0 never lost in 1 vote (tea): no vote bounds its strength from above."
     )
     many = votes.Votes(Pair(np.zeros(50, int), np.ones(50, int)))
     sentences = warnings(many, 2, [f"p{i}" for i in range(50)], np.arange(50))

@@ -124,7 +124,7 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.csv", b"model_a,model_b\na,b\n", "no column winner; found model_a, model_b"),
         ("a.csv", b"model_a,model_b,winner\na,b,c\n", "line 2: winner must name one of the two.*or tie, got 'c'"),
         ("a.csv", b"model_a,model_b,winner\na,b,\n", "line 2: winner is blank"),
-        ("a.csv", b"model_a,model_b,winner\nb,a,b\n", "line 2: winner could mean either response, got 'b'"),
+        ("a.csv", b"model_a,model_b,winner\nx,tie,tie\n", "line 2: winner could mean either response, got 'tie'"),
         ("a.csv", b"model_a,model_b,winner\nx,x,tie\n", "line 2: model_a and model_b are the same, 'x'"),
         ("a.csv", b"chosen,rejected,tie\na,b,perhaps\n", "line 2: tie must be yes or no, got 'perhaps'"),
         ("a.csv", b"chosen,rejected,first\na,b,tie\n", "line 2: first must name one of the two.* model_b, got 'tie'"),
@@ -328,6 +328,12 @@ def test_winners_are_spelled_in_many_ways(tmp_path):
     assert file.columns == {}
 
 
+def test_names_come_before_shorthand(tmp_path):
+    rows = [("A", "B", "A"), ("B", "A", "A"), ("B", "A", "model_a")]
+    file = votes.read(write_csv(tmp_path / "a.csv", rows, ("model_a", "model_b", "winner")))
+    assert [file.responses[i] for i in file.votes.responses.chosen] == ["A", "A", "B"]
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_ties_of_chosen_and_rejected(tmp_path, suffix):
     cells = [True, False, False] if suffix != ".csv" else ["TRUE", "", "no"]
@@ -354,6 +360,8 @@ def test_further_columns_are_read_when_asked_for(tmp_path):
     assert file.columns["lang"].names == ("en", "de")
     assert file.columns["lang"].ids.tolist() == [0, 1]
     assert file.unused_columns == ("x",)
+    with pytest.raises(ValueError, match="the column winner holds no names to group votes by"):
+        votes.read(path, columns=["winner"])
     with pytest.raises(ValueError, match="no column language; found chosen, rejected, Lang, x"):
         votes.read(path, columns=["language"])
 

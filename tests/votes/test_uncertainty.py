@@ -101,13 +101,14 @@ def test_comparisons_by_hand():
     strengths = np.array([[0.0, 1.0], [2.0, 1.0], [3.0, 1.0], [5.0, 1.0], [1.0, 1.0]], np.float32)
     nothing = np.zeros(5)
     refits = votes.Fit(strengths, nothing, nothing, nothing, nothing, nothing)
-    found = votes.compare(refits, np.array([[0, 1]]), np.array([[1, 0]]))
+    fitted = votes.Fit(np.array([2.0, 1.0]), nothing, nothing, nothing, nothing, nothing)
+    found = votes.compare(fitted, refits, np.array([[0, 1]]), np.array([[1, 0]]))
     np.testing.assert_allclose(found.better, [[0.7, 0.3]])
     np.testing.assert_allclose(found.win_probability, special.expit([[1.0, -1.0]]))
     low, high = special.expit(np.quantile(strengths[:, 0] - 1, [0.025, 0.975]))
     np.testing.assert_allclose([found.low, found.high], [[[low, 1 - high]], [[high, 1 - low]]], rtol=1e-6)
     assert not found.separable.any()
-    assert votes.compare(refits._replace(strengths=strengths + np.array([9, 0])), 0, 1).separable
+    assert votes.compare(fitted, refits._replace(strengths=strengths + np.array([9, 0])), 0, 1).separable
 
 
 def test_ranks_are_those_of_each_group():
