@@ -17,8 +17,8 @@ from dpo_jax.votes.strengths import Fit, LogLikelihood, Votes, fit, half_wins, m
 CONVERGED = 1e-2
 """Refits stop after a step below this (nats): the next one would be of the order of its square."""
 
-VOTES_AT_ONCE = 2**22
-"""Refits are stacked up to this many votes."""
+VOTES_AT_ONCE, RESPONSES_AT_ONCE = 2**22, 2**19
+"""Refits are stacked up to so many votes, and so many strengths."""
 
 
 COMPARED_AT_ONCE = 2**22
@@ -120,7 +120,7 @@ def bootstrap(
         return jax.vmap(once)(keys)
 
     start = refit(distinct, prior=prior)
-    stack = int(np.clip(VOTES_AT_ONCE // len(rows), 1, num_fits))
+    stack = int(np.clip(min(VOTES_AT_ONCE // len(rows), RESPONSES_AT_ONCE // num_responses), 1, num_fits))
     keys = jax.random.split(key, num_fits)
     done = []
     for begin in range(0, num_fits, stack):
