@@ -20,7 +20,6 @@ CONVERGED = 1e-2
 VOTES_AT_ONCE, RESPONSES_AT_ONCE = 2**22, 2**19
 """Refits are stacked up to so many votes, and so many strengths."""
 
-
 COMPARED_AT_ONCE = 2**22
 """Differences of strengths that are sorted at once."""
 

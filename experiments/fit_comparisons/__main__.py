@@ -220,7 +220,7 @@ def save(out: Path, options: Options, results: Results, seconds: float) -> None:
         files.save_figure(figures.calibration(bins), out / "calibration.png")
     summary = {
         "file": options.file.name,
-        "beta": 1.0,
+        "beta": 1.0,  # at which DPO on a table has this likelihood
         **{name: value for name, value in vars(options).items() if name not in ("file", "out")},
         "test": results.tests[-1] if results.tests else None,
         "test_overall": results.tests[0] if results.tests else None,

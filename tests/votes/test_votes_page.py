@@ -1,5 +1,6 @@
 """The page of rankings: its code runs, and its numbers are those of the reported results."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -29,9 +30,11 @@ def test_all_code_runs(as_users_have_it, monkeypatch, capsys):
 def test_the_answer_in_words_is_that_of_the_reported_results():
     rows = (page.REPORTED / "fit_comparisons" / "summary.json").read_text(encoding="utf-8")
     overall = json.loads(rows)["rankings"]["overall"]
-    strengths = {entry["response"]: entry["strength"] for entry in overall}
-    probability = 1 / (1 + np.exp(strengths["Assam"] - strengths["Sencha"]))
-    assert f"against Assam is {probability:.0%} (" in PAGE
+    with (page.REPORTED / "fit_comparisons" / "pairs.csv").open(newline="", encoding="utf-8") as file:
+        row = next(row for row in csv.DictReader(file) if (row["response"], row["opponent"]) == ("Sencha", "Assam"))
+    share, low, high = (float(row[name]) for name in ("win_probability", "low", "high"))
+    met = int(row["wins"]) + int(row["losses"]) + int(row["ties"])
+    assert f"against Assam is {share:.0%} ({low:.0%} to {high:.0%}). They met in {met} of the votes." in PAGE
     best, second = overall[:2]
     assert (best["response"], second["response"]) == ("Sencha", "Assam")
     for page_ in (PAGE, Path(votes.__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")):
