@@ -6,7 +6,20 @@ Subpackages are imported on first use: `import dpo_jax; dpo_jax.losses.dpo_loss(
 import importlib
 from typing import Any
 
-_SUBMODULES = ("checks", "fast", "figures", "intervals", "losses", "rlhf", "sweep", "toy", "train", "types", "votes")
+_SUBMODULES = (
+    "checks",
+    "fast",
+    "figures",
+    "intervals",
+    "losses",
+    "rlhf",
+    "strings",
+    "sweep",
+    "toy",
+    "train",
+    "types",
+    "votes",
+)
 
 
 def __getattr__(name: str) -> Any:

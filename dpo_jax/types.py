@@ -160,12 +160,60 @@ class Rollouts(NamedTuple):
     returns: Float[Array, " n"] | None = None
 
 
+class TokenLogps(NamedTuple):
+    """Log-probabilities of the tokens of responses.
+
+    Attributes:
+      values: a row for each response, a column for each token (nats).
+      mask: which entries are tokens of the response; the others have no meaning.
+    """
+
+    values: Float[Array, "*n tokens"]
+    mask: Bool[Array, "*n tokens"]
+
+
+class TokenRollouts(NamedTuple):
+    """Responses of a policy, token by token. Every leaf shares its leading axis.
+
+    Attributes:
+      prompts: ids of prompts, or arrays of tokens.
+      responses: ids of responses, or arrays of tokens.
+      mask: which entries of the arrays below are tokens of the response.
+      logps: log-probabilities of the tokens under the policy that sampled them.
+      reference_logps: the same under the reference policy.
+      rewards: of the responses.
+      advantages: of the tokens.
+      weights: how much each response counts, relative to 1; `None` means equally.
+      values: predictions of a value function for each token, or `None`.
+      returns: targets of the value function, or `None`.
+    """
+
+    prompts: Int[Array, "n ..."]
+    responses: Int[Array, "n ..."]
+    mask: Bool[Array, "n tokens"]
+    logps: Float[Array, "n tokens"]
+    reference_logps: Float[Array, "n tokens"]
+    rewards: Float[Array, " n"]
+    advantages: Float[Array, "n tokens"]
+    weights: Float[Array, " n"] | None = None
+    values: Float[Array, "n tokens"] | None = None
+    returns: Float[Array, "n tokens"] | None = None
+
+
 LogProbFn: TypeAlias = Callable[[Params, Array, Any], Any]
 """Scores responses: `log_prob(params, prompts, responses)`.
 
 `responses` is an array or any pytree of arrays (a `Pair`, say); the result has the same structure, with a
 log-probability for each response.
 """
+
+TokenLogProbFn: TypeAlias = Callable[[Params, Array, Any], TokenLogps]
+"""Scores the tokens of responses: `token_log_prob(params, prompts, responses) -> TokenLogps`, of one array of ids or of
+tokens."""
+
+TokenValueFn: TypeAlias = Callable[[Params, Array, Any], Array]
+"""Predicts rewards token by token: `token_value(params, prompts, responses) -> values`; each value depends on the
+tokens before its place only."""
 
 AskFn: TypeAlias = Callable[[Any], Array]
 """Draws prompts: `ask(key) -> prompts`, the same number each time."""

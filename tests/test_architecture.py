@@ -21,6 +21,7 @@ FLOORS = {
     "toy": 2,
     "losses": 2,
     "votes": 2,
+    "strings": 3,
     "train": 3,
     "rlhf": 4,
     "sweep": 5,

@@ -2,6 +2,7 @@
 
 from dpo_jax.toy.exact import bayes_prediction as bayes_prediction
 from dpo_jax.toy.exact import best_of_n_policy as best_of_n_policy
+from dpo_jax.toy.exact import coverage as coverage
 from dpo_jax.toy.exact import evaluate as evaluate
 from dpo_jax.toy.exact import expected_reward as expected_reward
 from dpo_jax.toy.exact import frontier as frontier
@@ -9,6 +10,7 @@ from dpo_jax.toy.exact import implicit_reward as implicit_reward
 from dpo_jax.toy.exact import kl_to_reference as kl_to_reference
 from dpo_jax.toy.exact import log_partition as log_partition
 from dpo_jax.toy.exact import optimal_policy as optimal_policy
+from dpo_jax.toy.exact import optimal_policy_at_kl as optimal_policy_at_kl
 from dpo_jax.toy.exact import ranking_accuracy as ranking_accuracy
 from dpo_jax.toy.exact import recovered_reward as recovered_reward
 from dpo_jax.toy.exact import regret as regret

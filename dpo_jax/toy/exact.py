@@ -49,6 +49,57 @@ def optimal_policy(
     return jax.nn.log_softmax(_tilted(reference_log_probs, rewards, beta), axis=-1)
 
 
+def optimal_policy_at_kl(
+    reference_log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"], *, kl: Numeric
+) -> Float[Array, "*n responses"]:
+    r"""Log-probabilities of the policy of highest expected reward among those that are as far from the reference.
+
+    It is the `optimal_policy` for the :math:`\beta` at which the mean of KL(policy || reference) over all prompts is
+    the given one, found by bisection. Beyond the largest possible KL, that of the best responses alone, it is nearly
+    these.
+
+    Args:
+      reference_log_probs: log-probabilities of the reference policy.
+      rewards: rewards of the responses.
+      kl: the divergence (nats), mean over prompts; zero or positive.
+    """
+    checks.interval("kl", kl, "[0, inf)")
+    checks.same_shape(reference_log_probs=reference_log_probs, rewards=rewards)
+    spread = jnp.max(rewards) - jnp.min(rewards)
+    scaled = (rewards - jnp.max(rewards, axis=-1, keepdims=True)) / jnp.where(spread > 0, spread, 1)
+
+    def policy(log_beta: Array) -> Array:
+        return optimal_policy(reference_log_probs, scaled, beta=jnp.exp(log_beta))
+
+    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        far = jnp.mean(kl_to_reference(policy(middle), reference_log_probs)) > kl
+        return jnp.where(far, middle, low), jnp.where(far, high, middle)
+
+    ends = jnp.asarray(-9.0, scaled.dtype), jnp.asarray(9.0, scaled.dtype)
+    low, high = jax.lax.fori_loop(0, 40, halve, ends)
+    return policy((low + high) / 2)
+
+
+def coverage(log_probs: Float[Array, "*n responses"], reference_log_probs: Float[Array, "*n responses"]) -> Array:
+    r"""How badly a reference covers a policy, for each prompt: 1 if they are equal, infinite if it misses a response.
+
+    .. math:: \sum_y \frac{\pi(y|x)^2}{\pi_{ref}(y|x)}
+
+    That is 1 plus the :math:`\chi^2` divergence. Source: Huang et al. 2024, arXiv 2407.13399, Sec. 2, the
+    concentrability of a policy.
+
+    Args:
+      log_probs: log-probabilities of the policy, mostly the optimum.
+      reference_log_probs: log-probabilities of the reference policy.
+    """
+    checks.same_shape(log_probs=log_probs, reference_log_probs=reference_log_probs)
+    never = log_probs == -jnp.inf
+    exponent = jnp.where(never, 0, 2 * log_probs) - jnp.where(never, 0, reference_log_probs)
+    return jnp.sum(jnp.where(never, 0, jnp.exp(exponent)), axis=-1)
+
+
 def best_of_n_policy(
     log_probs: Float[Array, "*n responses"], scores: Float[Array, "*n responses"], *, num: Numeric
 ) -> Float[Array, "*n responses"]:

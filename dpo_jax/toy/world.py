@@ -109,25 +109,32 @@ def preferences(world: World, prompts: Ids, chosen: Ids, rejected: Ids, weights:
     return Preferences(prompts, Pair(chosen, rejected), _checked_weights(prompts, weights))
 
 
-def sample_demonstrations(key: Key[Array, ""], world: World, *, num: int) -> Demonstrations:
-    """Demonstrations for uniform prompts, each response sampled with a probability proportional to its reward.
+def sample_demonstrations(
+    key: Key[Array, ""], world: World, *, num: int, log_probs: Float[Array, "prompts responses"] | None = None
+) -> Demonstrations:
+    """Demonstrations for uniform prompts.
 
     Args:
       key: typed PRNG key.
-      world: its rewards are the (unnormalised) probabilities.
+      world: its rewards are the (unnormalised) probabilities of responses, unless a table is given.
       num: how many; static.
+      log_probs: table of the policy that demonstrates (nats); `None` samples each response with a probability
+        proportional to its reward.
 
     Raises:
-      TypeError, ValueError: the key is not a key, or a prompt has negative or no positive rewards (checked unless
-        they are traced).
+      TypeError, ValueError: the key is not a key, or a prompt has negative or no positive rewards or probabilities
+        (checked unless they are traced).
     """
     checks.key(key)
     checks.size("num", num)
     _check_world(world)
-    checks.choices("world.rewards", world.rewards)
+    if log_probs is None:
+        checks.choices("world.rewards", world.rewards)
+        log_probs = jnp.log(at_least_float32(world.rewards))
+    checks.same_shape(log_probs=log_probs, rewards=world.rewards)
     prompt_key, response_key = jax.random.split(key)
     prompts = jax.random.randint(prompt_key, (num,), 0, world.num_prompts)
-    return Demonstrations(prompts, generate(response_key, jnp.log(at_least_float32(world.rewards)), prompts))
+    return Demonstrations(prompts, generate(response_key, log_probs, prompts))
 
 
 def preference_probability(

@@ -1,0 +1,37 @@
+"""The world of strings: responses of several tokens, and still everything is known exactly."""
+
+from dpo_jax.strings.pairs import edit_distances as edit_distances
+from dpo_jax.strings.pairs import sample_pairs as sample_pairs
+from dpo_jax.strings.pairs import shared_prefixes as shared_prefixes
+from dpo_jax.strings.policies import CausalMLP as CausalMLP
+from dpo_jax.strings.policies import Markov as Markov
+from dpo_jax.strings.policies import PrefixTable as PrefixTable
+from dpo_jax.strings.policies import greedy_fn as greedy_fn
+from dpo_jax.strings.policies import log_prob_fn as log_prob_fn
+from dpo_jax.strings.policies import outputs_by_paths as outputs_by_paths
+from dpo_jax.strings.policies import respond_fn as respond_fn
+from dpo_jax.strings.policies import sample_fn as sample_fn
+from dpo_jax.strings.policies import token_log_prob_fn as token_log_prob_fn
+from dpo_jax.strings.policies import token_value_fn as token_value_fn
+from dpo_jax.strings.rewards import judged as judged
+from dpo_jax.strings.rewards import make_world as make_world
+from dpo_jax.strings.rewards import path_rewards as path_rewards
+from dpo_jax.strings.rewards import reference_log_probs as reference_log_probs
+from dpo_jax.strings.rewards import word_counts as word_counts
+from dpo_jax.strings.space import PADDING as PADDING
+from dpo_jax.strings.space import Strings as Strings
+from dpo_jax.strings.space import one_state as one_state
+from dpo_jax.strings.space import previous_letter as previous_letter
+from dpo_jax.strings.space import states_of as states_of
+from dpo_jax.strings.tree import advantages as advantages
+from dpo_jax.strings.tree import expected_length as expected_length
+from dpo_jax.strings.tree import kl_by_place as kl_by_place
+from dpo_jax.strings.tree import length_distribution as length_distribution
+from dpo_jax.strings.tree import next_token_log_probs as next_token_log_probs
+from dpo_jax.strings.tree import prefix_log_probs as prefix_log_probs
+from dpo_jax.strings.tree import soft_advantages as soft_advantages
+from dpo_jax.strings.tree import soft_values as soft_values
+from dpo_jax.strings.tree import string_log_probs as string_log_probs
+from dpo_jax.strings.tree import token_kl as token_kl
+from dpo_jax.strings.tree import token_log_ratios as token_log_ratios
+from dpo_jax.strings.tree import values as values

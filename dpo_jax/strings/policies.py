@@ -1,0 +1,333 @@
+"""Policies that read a string token by token, and the functions that learners need of them.
+
+Each policy is a Flax module with two ways in:
+
+- `policy(embeddings)`: the table of log-probabilities of all strings, `[prompts, responses]`, as a policy of the
+  one-token world has it. So `toy.table_fn`, `toy.log_prob_fn`, `toy.respond_fn` and `toy.enumerate_fn` work with it.
+- `policy.outputs(embeddings, prompts, tokens)`: logits of the next token at each place of given strings, from the
+  tokens before it alone; `[*n, horizon, choices]`.
+
+The first costs as much as there are prefixes, the second as much as the strings have tokens: few strings at a time are
+scored on their own paths (`log_prob_fn`), and a table is made where a policy is evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dpo_jax import checks
+from dpo_jax.fast.layers import DenseByRows, dense, uniform_fan_in
+from dpo_jax.fast.rows import take
+from dpo_jax.strings.space import PADDING, Strings, path_of, previous_letter, states_of
+from dpo_jax.strings.tree import string_log_probs
+from dpo_jax.types import LogProbFn, Params, RespondFn, Responses, TokenLogProbFn, TokenLogps, TokenValueFn
+
+
+class CausalMLP(nn.Module):
+    r"""`toy.ToyLM`, which also reads the tokens so far: a neural autoregressive estimator.
+
+    .. math:: h_t = \mathrm{relu} \Big( W x + b + \sum_{s < t} U_s[y_s] \Big), \qquad z_t = V h_t + c
+
+    Of causal networks it is the one with the least work: a token adds one row to the hidden layer, so strings that
+    share a prefix share all work on it, and the whole tree costs one layer for each prefix. With enough hidden units it
+    can be any policy. At a horizon of 1 it is `ToyLM`. Source: Larochelle and Murray 2011, "The Neural Autoregressive
+    Distribution Estimator", with weights of the output that are shared by all places, and a prompt.
+
+    Attributes:
+      strings: which strings there are.
+      hidden_dim: width of the hidden layer.
+      num_outputs: outputs after each prefix; `None` means a logit for each token. With 1 it is a value function
+        (`token_value_fn`).
+    """
+
+    strings: Strings
+    hidden_dim: int = 32
+    num_outputs: int | None = None
+
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
+        return string_log_probs(jax.nn.log_softmax(self.outputs(embeddings)), self.strings)
+
+    @nn.compact
+    def outputs(
+        self,
+        embeddings: Float[Array, "prompts features"],
+        prompts: Int[Array, " n"] | None = None,
+        tokens: Int[Array, "n horizon"] | None = None,
+    ) -> Float[Array, "..."]:
+        """Outputs at each place of given strings, or, without strings, after every prefix of every prompt."""
+        hidden = dense(self.hidden_dim, embeddings)(embeddings)
+        shape = (self.strings.horizon - 1, self.strings.num_letters, self.hidden_dim)
+        letters = self.param("letters", _as_one_layer, shape, embeddings.dtype)
+        if tokens is None or prompts is None:
+            hidden = _after_every_prefix(hidden, letters)
+        else:
+            hidden = _along(take(hidden, prompts), letters, tokens)
+        return DenseByRows(self.num_outputs or self.strings.num_choices, name="Dense_1")(nn.relu(hidden))
+
+
+class PrefixTable(nn.Module):
+    """One logit for each prompt, prefix and next token: can be any policy. It starts with uniform next tokens.
+
+    Attributes:
+      strings: which strings there are.
+      num_outputs: outputs after each prefix; `None` means a logit for each token.
+    """
+
+    strings: Strings
+    num_outputs: int | None = None
+
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
+        return string_log_probs(jax.nn.log_softmax(self.outputs(embeddings)), self.strings)
+
+    @nn.compact
+    def outputs(
+        self,
+        embeddings: Float[Array, "prompts features"],
+        prompts: Int[Array, " n"] | None = None,
+        tokens: Int[Array, "n horizon"] | None = None,
+    ) -> Float[Array, "..."]:
+        """See `CausalMLP.outputs`."""
+        states = np.arange(self.strings.num_prefixes)
+        shape = (len(embeddings), len(states), self.num_outputs or self.strings.num_choices)
+        logits = self.param("logits", nn.initializers.zeros, shape, embeddings.dtype)
+        return _by_state(self.strings, states, logits, prompts, tokens)
+
+
+class Markov(nn.Module):
+    """One logit for each prompt, previous letter and next token: most policies are out of its reach.
+
+    Attributes:
+      strings: which strings there are.
+    """
+
+    strings: Strings
+
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
+        return string_log_probs(jax.nn.log_softmax(self.outputs(embeddings)), self.strings)
+
+    @nn.compact
+    def outputs(
+        self,
+        embeddings: Float[Array, "prompts features"],
+        prompts: Int[Array, " n"] | None = None,
+        tokens: Int[Array, "n horizon"] | None = None,
+    ) -> Float[Array, "..."]:
+        """See `CausalMLP.outputs`."""
+        states = states_of(self.strings, previous_letter(self.strings))
+        shape = (len(embeddings), 1 + self.strings.num_letters, self.strings.num_choices)
+        logits = self.param("logits", nn.initializers.zeros, shape, embeddings.dtype)
+        return _by_state(self.strings, states, logits, prompts, tokens)
+
+
+def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"], *, mean: bool = False) -> LogProbFn:
+    """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives take.
+
+    Strings are scored on their own paths, whose number of tokens is the work; `toy.log_prob_fn` makes the whole table
+    instead, which is less work if a batch has more tokens than there are prefixes.
+
+    Args:
+      policy: a policy of this module, or any other with the same two ways in.
+      embeddings: its input for each prompt.
+      mean: divide by the number of tokens, as SimPO, ORPO and others want it. No loss can detect the wrong choice.
+    """
+    score = token_log_prob_fn(policy, embeddings)
+
+    def log_prob(params: Params, prompts: Array, responses: Any) -> Any:
+        leaves, structure = jax.tree.flatten(responses)
+        every = jnp.concatenate([jnp.broadcast_to(prompts, leaf.shape).ravel() for leaf in leaves])
+        token_logps, mask = score(params, every, jnp.concatenate([leaf.ravel() for leaf in leaves]))
+        logps = jnp.sum(token_logps, axis=-1)
+        if mean:
+            logps /= jnp.maximum(jnp.sum(mask, axis=-1), 1)
+        ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+        parts = zip(jnp.split(logps, ends), leaves, strict=True)
+        return jax.tree.unflatten(structure, [part.reshape(leaf.shape) for part, leaf in parts])
+
+    return log_prob
+
+
+def token_log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> TokenLogProbFn:
+    """The function `(params, prompts, responses) -> TokenLogps` of one array of ids: log-probabilities of each token.
+
+    Raises:
+      TypeError, ValueError: ids are not integers, or out of range. Where they are traced their values are unknown;
+        there, the first token of such a string has a log-probability of NaN.
+    """
+    strings = cast(Any, policy).strings
+
+    def score(params: Params, prompts: Int[Array, "*n"], responses: Int[Array, "*n"]) -> TokenLogps:
+        tokens, mask, known = _tokens_of(strings, len(embeddings), prompts, responses)
+        shape = jnp.shape(responses)
+        rows = jnp.where(known, prompts, 0).ravel()
+        logits = policy.apply(params, embeddings, rows, tokens.reshape(-1, strings.horizon), method="outputs")
+        log_probs = jax.nn.log_softmax(cast(Array, logits)).reshape(*shape, strings.horizon, -1)
+        chosen = jax.nn.one_hot(tokens, strings.num_choices, dtype=log_probs.dtype)  # padding is no token
+        values = jnp.sum(chosen * log_probs, axis=-1)
+        return TokenLogps(values.at[..., 0].add(jnp.where(known, 0, jnp.nan)), mask)
+
+    return score
+
+
+def token_value_fn(network: nn.Module, embeddings: Float[Array, "prompts features"]) -> TokenValueFn:
+    """The function `(params, prompts, responses) -> values` `[*n, horizon]` of a network with one output.
+
+    A value belongs to the prefix before the token of its place; those behind the end of a string are meaningless.
+    """
+    strings = cast(Any, network).strings
+
+    def value(params: Params, prompts: Int[Array, "*n"], responses: Int[Array, "*n"]) -> Array:
+        tokens, _, known = _tokens_of(strings, len(embeddings), prompts, responses)
+        rows = jnp.where(known, prompts, 0).ravel()
+        found = network.apply(params, embeddings, rows, tokens.reshape(-1, strings.horizon), method="outputs")
+        return jnp.where(known[..., None], cast(Array, found)[..., 0].reshape(tokens.shape), jnp.nan)
+
+    return value
+
+
+def sample_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> Callable[..., Int[Array, "..."]]:
+    """The function `(key, params, prompts) -> tokens` `[n, horizon]` that samples strings token by token.
+
+    Behind the end of a string is `PADDING`; `Strings.ids` makes ids of the tokens. A prompt out of range gets padding
+    alone, which is no string.
+    """
+
+    def draw(key: Key[Array, ""], log_probs: Float[Array, "n choices"]) -> Int[Array, " n"]:
+        return jax.random.categorical(key, log_probs)
+
+    write = _write_fn(policy, embeddings, draw)
+    horizon = cast(Any, policy).strings.horizon
+
+    def sample(key: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Int[Array, "n horizon"]:
+        checks.key(key)
+        return write(jax.random.split(key, horizon), params, prompts)
+
+    return sample
+
+
+def greedy_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -> Callable[..., Int[Array, "..."]]:
+    """The function `(params, prompts) -> tokens` `[n, horizon]` that takes the most probable token each time.
+
+    The string is not always the most probable one, which `toy.greedy` finds.
+    """
+    write = _write_fn(policy, embeddings, lambda _, log_probs: jnp.argmax(log_probs, axis=-1))
+    horizon = cast(Any, policy).strings.horizon
+    return lambda params, prompts: write([None] * horizon, params, prompts)
+
+
+def respond_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"], *, group_size: int) -> RespondFn:
+    """The function `(key, params, prompts) -> Responses` that samples groups token by token, without a table.
+
+    `toy.respond_fn` samples from the table, and can mix in a reference.
+    """
+    checks.size("group_size", group_size)
+    sample, strings = sample_fn(policy, embeddings), cast(Any, policy).strings
+
+    def respond(key: Key[Array, ""], params: Params, prompts: Int[Array, " n"]) -> Responses:
+        tokens = sample(key, params, jnp.repeat(prompts, group_size))
+        return Responses(strings.ids(tokens).reshape(*prompts.shape, group_size))
+
+    return respond
+
+
+def outputs_by_paths(
+    policy: nn.Module, params: Params, embeddings: Float[Array, "prompts features"]
+) -> Float[Array, "prompts prefixes outputs"]:
+    """Outputs after every prefix, by running a causal policy on all strings: for networks that only know paths."""
+    strings = cast(Any, policy).strings
+    first = np.zeros((strings.num_prefixes, 2), int)  # a string and a place where each prefix is followed by a token
+    for place in range(strings.horizon)[::-1]:
+        inside = strings.mask[:, place]
+        first[strings.prefixes[inside, place]] = np.stack([np.flatnonzero(inside), np.full(inside.sum(), place)], -1)
+
+    def of_prompt(prompt: Int[Array, ""]) -> Array:
+        rows = jnp.full(strings.num_responses, prompt)
+        return cast(Array, policy.apply(params, embeddings, rows, jnp.asarray(strings.tokens), method="outputs"))
+
+    return jax.lax.map(of_prompt, jnp.arange(len(embeddings)))[:, first[:, 0], first[:, 1]]
+
+
+def _write_fn(
+    policy: nn.Module,
+    embeddings: Float[Array, "prompts features"],
+    choose: Callable[[Any, Float[Array, "n choices"]], Int[Array, " n"]],
+) -> Callable[[Any, Params, Array], Int[Array, "n horizon"]]:
+    """The function `(keys, params, prompts) -> tokens`, which chooses each token given those before it."""
+    strings = cast(Any, policy).strings
+
+    def write(keys: Any, params: Params, prompts: Int[Array, " n"]) -> Int[Array, "n horizon"]:
+        checks.ids("prompts", prompts, len(embeddings))
+        known = (prompts >= 0) & (prompts < len(embeddings))
+        tokens, going_on = jnp.full((len(prompts), strings.horizon), PADDING, jnp.int32), known
+        for place in range(strings.horizon):
+            logits = policy.apply(params, embeddings, jnp.where(known, prompts, 0), tokens, method="outputs")
+            chosen = choose(keys[place], jax.nn.log_softmax(cast(Array, logits)[:, place]))
+            tokens = tokens.at[:, place].set(jnp.where(going_on, chosen, PADDING))
+            going_on &= chosen < strings.num_letters
+        return tokens
+
+    return write
+
+
+def _tokens_of(
+    strings: Strings, num_prompts: int, prompts: Int[Array, "*n"], responses: Int[Array, "*n"]
+) -> tuple[Int[Array, "*n horizon"], Bool[Array, "*n horizon"], Bool[Array, "*n"]]:
+    """The tokens of strings, which of them count, and whether prompt and response are in range."""
+    checks.ids("prompts", prompts, num_prompts)
+    checks.ids("responses", responses, strings.num_responses)
+    checks.same_shape(prompts=prompts, responses=responses)
+    known = (prompts >= 0) & (prompts < num_prompts) & (responses >= 0) & (responses < strings.num_responses)
+    tokens = take(jnp.asarray(strings.tokens), jnp.where(known, responses, 0))
+    return tokens, tokens >= 0, known
+
+
+def _as_one_layer(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+    """Initialises the letters of all places as the weights of one dense layer."""
+    places, letters, features = shape
+    return uniform_fan_in(key, (max(1, places * letters), features), dtype)[: places * letters].reshape(shape)
+
+
+def _after_every_prefix(
+    hidden: Float[Array, "prompts hidden"], letters: Float[Array, "places letters hidden"]
+) -> Float[Array, "prompts prefixes hidden"]:
+    """Sums along the tree: each prefix adds the row of its last letter to the sum of its parent."""
+    levels = [hidden[:, None]]
+    for rows in letters:
+        children = levels[-1][:, :, None] + rows
+        levels.append(children.reshape(len(hidden), -1, hidden.shape[-1]))
+    return jnp.concatenate(levels, axis=1)
+
+
+def _along(
+    hidden: Float[Array, "n hidden"], letters: Float[Array, "places letters hidden"], tokens: Int[Array, "n horizon"]
+) -> Float[Array, "n horizon hidden"]:
+    """Sums along given strings; the end and padding add nothing."""
+    places, num_letters, _ = letters.shape
+    before = tokens[:, :places]
+    inside = (before >= 0) & (before < num_letters)
+    index = jnp.where(inside, before + num_letters * jnp.arange(places), 0)
+    sums = [hidden]
+    for place in range(places):
+        row = take(letters.reshape(places * num_letters, -1), index[:, place])
+        sums.append(sums[-1] + jnp.where(inside[:, place, None], row, 0))
+    return jnp.stack(sums, axis=1)
+
+
+def _by_state(
+    strings: Strings,
+    states: Int[np.ndarray, " prefixes"],
+    logits: Float[Array, "prompts states outputs"],
+    prompts: Int[Array, " n"] | None,
+    tokens: Int[Array, "n horizon"] | None,
+) -> Float[Array, "..."]:
+    """Outputs that depend on the prompt and on the state that a prefix leads to."""
+    if tokens is None or prompts is None:
+        return logits[:, states]
+    reached = jnp.asarray(states)[path_of(strings, tokens)]
+    return take(logits.reshape(-1, logits.shape[-1]), logits.shape[1] * prompts[:, None] + reached)
