@@ -13,6 +13,8 @@ from dpo_jax.strings.policies import respond_fn as respond_fn
 from dpo_jax.strings.policies import sample_fn as sample_fn
 from dpo_jax.strings.policies import token_log_prob_fn as token_log_prob_fn
 from dpo_jax.strings.policies import token_value_fn as token_value_fn
+from dpo_jax.strings.reading import Scores as Scores
+from dpo_jax.strings.reading import read_scores as read_scores
 from dpo_jax.strings.rewards import judged as judged
 from dpo_jax.strings.rewards import make_world as make_world
 from dpo_jax.strings.rewards import path_rewards as path_rewards

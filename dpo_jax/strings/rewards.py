@@ -67,7 +67,7 @@ def word_counts(strings: Strings, word: Sequence[int]) -> Int[np.ndarray, " resp
         np.all(strings.tokens[:, start : start + len(word)] == np.asarray(word), axis=-1)
         for start in range(strings.horizon - len(word) + 1)
     ]
-    return np.sum([np.zeros(strings.num_responses, np.int32), *windows], axis=0, dtype=np.int32)
+    return np.asarray(np.sum([np.zeros(strings.num_responses, np.int32), *windows], axis=0))
 
 
 def make_world(
