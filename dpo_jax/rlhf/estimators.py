@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.rlhf.reinforcement import Advantages
+from dpo_jax.types import Learner, Params
 
 
 def policy_gradient(
@@ -46,13 +50,59 @@ def estimate_moments(
       group_size: :math:`K`; static.
       advantages: from the rewards of groups to advantages, for instance `losses.rloo_advantages`.
     """
-    checks.size("group_size", group_size)
     checks.same_shape(logits=logits, rewards=rewards)
-    num_responses = len(logits)
-    groups = np.indices((num_responses,) * group_size).reshape(group_size, -1).T
     log_probs = jax.nn.log_softmax(logits)
+
+    def estimate(group: Int[Array, " group"]) -> Array:
+        score = jnp.eye(len(logits), dtype=logits.dtype)[group] - jnp.exp(log_probs)
+        return jnp.mean(advantages(rewards[group][None], None)[0, :, None] * score, axis=0)
+
+    return group_moments(log_probs, estimate, group_size=group_size)
+
+
+def group_moments(
+    log_probs: Float[Array, " responses"],
+    estimate: Callable[[Int[Array, " group"]], Any],
+    *,
+    group_size: int,
+    groups_at_once: int = 1024,
+) -> tuple[Any, Any]:
+    r"""Exact mean and variance of any function of a group of samples, for one prompt.
+
+    Enumerates all :math:`R^K` groups, where R is the number of responses and K the size of the group.
+
+    Args:
+      log_probs: log-probabilities of the policy that samples, for one prompt.
+      estimate: from the ids of a group to an array, or a pytree of arrays: for instance the gradient that a learner
+        takes from this group (`learner_gradient`).
+      group_size: static.
+      groups_at_once: how many groups are evaluated at once; static.
+
+    Returns:
+      Mean and variance, each of the structure of the estimate.
+    """
+    checks.size("group_size", group_size)
+    groups = jnp.asarray(np.indices((len(log_probs),) * group_size).reshape(group_size, -1).T)
     probability = jnp.exp(jnp.sum(log_probs[groups], axis=-1))
-    score = jnp.eye(num_responses, dtype=logits.dtype) - jnp.exp(log_probs)[None]
-    estimate = jnp.mean(advantages(rewards[groups], None)[..., None] * score[groups], axis=-2)
-    mean = probability @ estimate
-    return mean, probability @ (estimate - mean[None]) ** 2
+    estimates = jax.lax.map(estimate, groups, batch_size=groups_at_once)
+    mean = jax.tree.map(lambda values: jnp.tensordot(probability, values, 1), estimates)
+    variance = jax.tree.map(
+        lambda values, centre: jnp.tensordot(probability, (values - centre[None]) ** 2, 1), estimates, mean
+    )
+    return mean, variance
+
+
+def learner_gradient(key: Key[Array, ""], params: Params, learner: Learner) -> Params:
+    """The direction in which a learner's first optimizer step of a round moves the parameters, before the optimizer.
+
+    It is minus the gradient of the learner's objective on all data of the round: an estimate of the policy gradient, up
+    to the learner's bias. With a `respond` that returns a given group, `group_moments` has its exact mean and variance.
+
+    Args:
+      key: typed PRNG key, for collecting data.
+      params: of the policy, or an `ActorCritic`.
+      learner: for instance `rlhf.rloo(...)`.
+    """
+    data, _ = learner.collect(key, params, jax.tree.map(jnp.asarray, learner.memory))
+    gradient = jax.grad(lambda params: learner.objective(params, data)[0])(params)
+    return jax.tree.map(jnp.negative, gradient)

@@ -107,7 +107,7 @@ def reinforce(
     """
     checks.interval("beta", beta, "[0, inf)")
     checks.interval("momentum", momentum, "[0, 1)")
-    _refuse_actor_critic(reference_params)
+    refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: Params, memory: Baseline) -> tuple[Rollouts, Baseline]:
         groups = collect_groups(
@@ -146,7 +146,7 @@ def rloo(
       clip: see `losses.ppo_loss`.
     """
     checks.interval("beta", beta, "[0, inf)")
-    _refuse_actor_critic(reference_params)
+    refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
         groups = collect_groups(
@@ -194,7 +194,7 @@ def grpo(
     checks.interval("beta", beta, "[0, inf)")
     checks.interval("clip", clip, "(0, inf]")
     checks.interval("clip_high", clip if clip_high is None else clip_high, "(0, inf]")
-    _refuse_actor_critic(reference_params)
+    refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Rollouts, None]:
         groups = collect_groups(
@@ -250,7 +250,7 @@ def ppo(
         checks.interval("beta", beta, "[0, inf)")
     checks.interval("value_clip", value_clip, "(0, inf]")
     checks.interval("value_weight", value_weight, "[0, inf)")
-    _refuse_actor_critic(reference_params)
+    refuse_actor_critic(reference_params)
 
     def collect(key: Key[Array, ""], params: ActorCritic, memory: Any) -> tuple[Rollouts, Any]:
         if not isinstance(params, ActorCritic):
@@ -293,7 +293,7 @@ def _at_least_float32(value: Numeric) -> Any:
     return jnp.promote_types(jnp.result_type(value), jnp.float32)
 
 
-def _refuse_actor_critic(reference_params: Params) -> None:
+def refuse_actor_critic(reference_params: Params) -> None:
     """The reference is a policy, not an `ActorCritic`, whose attribute `policy` would be one."""
     if isinstance(reference_params, ActorCritic):
         raise TypeError("reference_params must be those of a policy, got an ActorCritic: use its attribute policy")

@@ -20,3 +20,4 @@ from dpo_jax.train.statistics import batch_reference_point as batch_reference_po
 from dpo_jax.train.statistics import moving_reference as moving_reference
 from dpo_jax.train.statistics import running_margin_moments as running_margin_moments
 from dpo_jax.train.statistics import running_shift as running_shift
+from dpo_jax.train.tokens import token_policy_gradient_objective as token_policy_gradient_objective
