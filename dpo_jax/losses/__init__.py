@@ -1,5 +1,6 @@
 """Preference losses: one pure function per paper, grouped by input."""
 
+from dpo_jax.losses.additions import down_sampling_mask as down_sampling_mask
 from dpo_jax.losses.additions import length_desensitized_logps as length_desensitized_logps
 from dpo_jax.losses.additions import weighted_sum as weighted_sum
 from dpo_jax.losses.additions import with_sft as with_sft
@@ -20,6 +21,8 @@ from dpo_jax.losses.batch import beta_dpo_loss as beta_dpo_loss
 from dpo_jax.losses.batch import kto_reference_point as kto_reference_point
 from dpo_jax.losses.batch import update_margin_moments as update_margin_moments
 from dpo_jax.losses.batch import update_shift as update_shift
+from dpo_jax.losses.credit import generalized_advantages as generalized_advantages
+from dpo_jax.losses.credit import token_rewards as token_rewards
 from dpo_jax.losses.divergences import LOSSES_OF_THE_MARGIN as LOSSES_OF_THE_MARGIN
 from dpo_jax.losses.divergences import alpha_divergence as alpha_divergence
 from dpo_jax.losses.divergences import chi_square_kl as chi_square_kl

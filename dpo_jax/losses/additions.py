@@ -1,4 +1,4 @@
-"""Wrappers of losses: an SFT term, weighted sums, weights for off-policy data, length desensitization."""
+"""Wrappers of losses: an SFT term, weighted sums, weights for off-policy data; and tokens that count for less."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.losses.ratios import difference, fitted, times
@@ -186,6 +186,56 @@ def length_desensitized_logps(
     share = jnp.broadcast_to(alpha, lengths.shape)[..., None]
     weights = jnp.where(place < common_lengths[..., None], 1, share)
     return jnp.sum(times(weights, token_logps), axis=-1)
+
+
+def down_sampling_mask(
+    key: Key[Array, ""], lengths: Int[Array, "*batch"], common_lengths: Int[Array, "*batch"], *, num_tokens: int
+) -> Bool[Array, "*batch {num_tokens}"]:
+    r"""SamPO's tokens: of each response as many as the shorter one of its pair has, drawn at random.
+
+    .. math:: \sum_{t \in S} \log \frac{\pi(y_t|\cdot)}{\pi_{ref}(y_t|\cdot)}, \qquad |S| = l
+
+    Every set of :math:`l` tokens is equally likely, so the expected sum is :math:`l` times the mean over all tokens.
+    The shorter response keeps all of its tokens. Source: Lu et al. 2024, "Eliminating Biased Length Reliance of Direct
+    Preference Optimization via Down-Sampled KL Divergence", arXiv 2406.10957. For each of the two responses, sum the
+    log-probabilities of policy and reference over the *same* mask, and pass the sums to `dpo_loss`. The authors' code
+    draws other tokens for the reference than for the policy.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> token_logps = jnp.array([[-1.0, -1.0, -1.0, -9.0], [-2.0, -2.0, -9.0, -9.0]])
+    >>> lengths, common_lengths = jnp.array([3, 2]), jnp.array([2, 2])
+    >>> mask = down_sampling_mask(jax.random.key(0), lengths, common_lengths, num_tokens=4)
+    >>> print(jnp.sum(token_logps, axis=-1, where=mask))  # two tokens each
+    [-2. -4.]
+
+    Args:
+      key: a typed PRNG key. Draw again for each batch and epoch.
+      lengths: number of tokens of each response, which come first in its row.
+      common_lengths: :math:`l`, the length of the shorter response of its pair.
+      num_tokens: length of the rows.
+
+    Returns:
+      Which tokens count.
+
+    Raises:
+      TypeError: lengths are not integers, or the key is not a typed key.
+      ValueError: shapes differ, or a response is longer than the rows or shorter than the common length (checked unless
+        they are traced).
+    """
+    checks.key(key)
+    checks.integers("lengths", lengths)
+    checks.integers("common_lengths", common_lengths)
+    checks.same_shape(lengths=lengths, common_lengths=common_lengths)
+    checks.size("num_tokens", num_tokens)
+    checks.interval("lengths", lengths, f"[0, {num_tokens}]")
+    checks.interval("common_lengths", common_lengths, "[0, inf)")
+    checks.interval("lengths - common_lengths", lengths - common_lengths, "[0, inf)")
+    draws = jax.random.uniform(key, (*lengths.shape, num_tokens))
+    place = jax.lax.broadcasted_iota(lengths.dtype, draws.shape, draws.ndim - 1)
+    inside = place < lengths[..., None]
+    ranks = jnp.argsort(jnp.argsort(jnp.where(inside, draws, 2.0)))  # a permutation even where draws are equal
+    return inside & (ranks < common_lengths[..., None])
 
 
 def _weighted(values: Float[Array, "*batch"], **weights: Numeric) -> Float[Array, "*batch"]:

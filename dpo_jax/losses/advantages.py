@@ -83,9 +83,13 @@ def rloo_advantages(
 def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None = None) -> Float[Array, "*n"]:
     r"""Advantages with mean 0 and variance 1 over the whole batch, as in PPO implementations.
 
+    For advantages of tokens, the weights are the mask, as floating-point numbers. What stands where they are 0 is
+    ignored; where it is not finite, the result is 0. TRL's `masked_whiten` takes the variance of samples: its results
+    are :math:`\sqrt{(n - 1) / n}` times these, where :math:`n` is the number of tokens that count.
+
     Args:
-      advantages: of all responses, two at least.
-      weights: of the responses; `None` means equally.
+      advantages: of all responses, or of all tokens; two at least.
+      weights: of the responses or tokens; `None` means equally.
     """
     checks.floating("advantages", advantages)
     checks.size("the number of advantages", advantages.size, at_least=2)
@@ -94,9 +98,10 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
         checks.interval("weights", weights, "[0, inf)")
     flat = advantages.ravel()
     weights = None if weights is None else weights.ravel()
-    centred = _centred(flat, weights)
+    ignored = False if weights is None else (weights == 0) & ~jnp.isfinite(flat)
+    centred = _centred(jnp.where(ignored, 0, flat), weights)
     size, variance = _spread(centred, weights)
-    white = centred / size / jnp.sqrt(variance + 1e-8 / size**2)
+    white = jnp.where(ignored, 0, centred / size / jnp.sqrt(variance + 1e-8 / size**2))
     return white.reshape(advantages.shape).astype(advantages.dtype)
 
 
