@@ -44,15 +44,16 @@ class CausalMLP(nn.Module):
       strings: which strings there are.
       hidden_dim: width of the hidden layer.
       num_outputs: outputs after each prefix; `None` means a logit for each token. With 1 it is a value function
-        (`token_value_fn`).
+        (`token_value_fn`), and has no table: called, it gives its outputs.
     """
 
     strings: Strings
     hidden_dim: int = 32
     num_outputs: int | None = None
 
-    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
-        return string_log_probs(jax.nn.log_softmax(self.outputs(embeddings)), self.strings)
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts ..."]:
+        outputs = self.outputs(embeddings)
+        return outputs if self.num_outputs else string_log_probs(jax.nn.log_softmax(outputs), self.strings)
 
     @nn.compact
     def outputs(
@@ -77,14 +78,15 @@ class PrefixTable(nn.Module):
 
     Attributes:
       strings: which strings there are.
-      num_outputs: outputs after each prefix; `None` means a logit for each token.
+      num_outputs: see `CausalMLP`.
     """
 
     strings: Strings
     num_outputs: int | None = None
 
-    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts responses"]:
-        return string_log_probs(jax.nn.log_softmax(self.outputs(embeddings)), self.strings)
+    def __call__(self, embeddings: Float[Array, "prompts features"]) -> Float[Array, "prompts ..."]:
+        outputs = self.outputs(embeddings)
+        return outputs if self.num_outputs else string_log_probs(jax.nn.log_softmax(outputs), self.strings)
 
     @nn.compact
     def outputs(
