@@ -28,18 +28,26 @@ class DenseByRows(nn.Module):
 
     features: int
 
-    @nn.compact
     def __call__(self, inputs: Float[Array, "*prompts fan_in"]) -> Float[Array, "*prompts features"]:
-        fan_in = inputs.shape[-1]
+        weight, bias = self.parameters(inputs.shape[-1], inputs.dtype)
+        product = _product_for(inputs)(inputs, weight.T, (((inputs.ndim - 1,), (0,)), ((), ())), "highest")
+        return product + jnp.broadcast_to(bias, product.shape)
+
+    def of_columns(self, inputs: Float[Array, "fan_in n"]) -> Float[Array, "features n"]:
+        """The layer of inputs that stand in columns."""
+        weight, bias = self.parameters(len(inputs), inputs.dtype)
+        return jnp.matmul(weight, inputs, precision="highest") + bias[:, None]
+
+    @nn.compact
+    def parameters(self, fan_in: int, dtype: Any) -> tuple[Float[Array, "features fan_in"], Float[Array, " features"]]:
+        """Weights and biases."""
         weight = self.param(
             "weight",
             lambda key, shape, dtype: uniform_fan_in(key, shape[::-1], dtype).T,
             (self.features, fan_in),
-            inputs.dtype,
+            dtype,
         )
-        bias = self.param("bias", _uniform_bias(fan_in), (self.features,), inputs.dtype)
-        product = _product_for(inputs)(inputs, weight.T, (((inputs.ndim - 1,), (0,)), ((), ())), "highest")
-        return product + jnp.broadcast_to(bias, product.shape)
+        return weight, self.param("bias", _uniform_bias(fan_in), (self.features,), dtype)
 
 
 def dense(features: int, inputs: Float[Array, "*prompts fan_in"]) -> nn.Dense:

@@ -1,9 +1,9 @@
 """RLHF: learners that try things out, against a reward model, the true reward, or fresh comparisons."""
 
 from dpo_jax.rlhf.estimators import estimate_moments as estimate_moments
-from dpo_jax.rlhf.estimators import policy_gradient as policy_gradient
 from dpo_jax.rlhf.estimators import group_moments as group_moments
 from dpo_jax.rlhf.estimators import learner_gradient as learner_gradient
+from dpo_jax.rlhf.estimators import policy_gradient as policy_gradient
 from dpo_jax.rlhf.groups import Groups as Groups
 from dpo_jax.rlhf.groups import best_of_n as best_of_n
 from dpo_jax.rlhf.groups import collect_groups as collect_groups

@@ -112,7 +112,9 @@ def token_ppo(
         loss, metrics = surrogate(params.policy, batch)
         assert batch.values is not None and batch.returns is not None
         values = inside(token_value(params.value, batch.prompts, batch.responses), batch.mask)
-        errors = value_loss(values, inside(batch.values, batch.mask), inside(batch.returns, batch.mask), clip=value_clip)
+        errors = value_loss(
+            values, inside(batch.values, batch.mask), inside(batch.returns, batch.mask), clip=value_clip
+        )
         error = aggregate(errors, batch.mask, weights=batch.weights)
         return loss + value_weight * error, {**metrics, "value_loss": error}
 

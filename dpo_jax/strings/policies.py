@@ -5,7 +5,8 @@ Each policy is a Flax module with two ways in:
 - `policy(embeddings)`: the table of log-probabilities of all strings, `[prompts, responses]`, as a policy of the
   one-token world has it. So `toy.table_fn`, `toy.log_prob_fn`, `toy.respond_fn` and `toy.enumerate_fn` work with it.
 - `policy.outputs(embeddings, prompts, tokens)`: logits of the next token at each place of given strings, from the
-  tokens before it alone; `[*n, horizon, choices]`.
+  tokens before it alone; `[horizon, choices, n]`. The strings stand last: when runs are stacked, they fill the vectors
+  of the processor, and a few choices would not.
 
 The first costs as much as there are prefixes, the second as much as the strings have tokens: few strings at a time are
 scored on their own paths (`log_prob_fn`), and a table is made where a policy is evaluated.
@@ -66,11 +67,11 @@ class CausalMLP(nn.Module):
         hidden = dense(self.hidden_dim, embeddings)(embeddings)
         shape = (self.strings.horizon - 1, self.strings.num_letters, self.hidden_dim)
         letters = self.param("letters", _as_one_layer, shape, embeddings.dtype)
+        last = DenseByRows(self.num_outputs or self.strings.num_choices, name="Dense_1")
         if tokens is None or prompts is None:
-            hidden = _after_every_prefix(hidden, letters)
-        else:
-            hidden = _along(take(hidden, prompts), letters, tokens)
-        return DenseByRows(self.num_outputs or self.strings.num_choices, name="Dense_1")(nn.relu(hidden))
+            return last(nn.relu(_after_every_prefix(hidden, letters)))
+        places = _along(_columns(hidden, prompts), letters, tokens)
+        return jnp.stack([last.of_columns(nn.relu(columns)) for columns in places])
 
 
 class PrefixTable(nn.Module):
@@ -169,10 +170,10 @@ def token_log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts featu
         shape = jnp.shape(responses)
         rows = jnp.where(known, prompts, 0).ravel()
         logits = policy.apply(params, embeddings, rows, tokens.reshape(-1, strings.horizon), method="outputs")
-        log_probs = jax.nn.log_softmax(cast(Array, logits)).reshape(*shape, strings.horizon, -1)
-        chosen = jax.nn.one_hot(tokens, strings.num_choices, dtype=log_probs.dtype)  # padding is no token
-        values = jnp.sum(chosen * log_probs, axis=-1)
-        return TokenLogps(values.at[..., 0].add(jnp.where(known, 0, jnp.nan)), mask)
+        log_probs = jax.nn.log_softmax(cast(Array, logits), axis=1)
+        chosen = jnp.moveaxis(jax.nn.one_hot(tokens.reshape(-1, strings.horizon).T, strings.num_choices), -1, 1)
+        values = jnp.sum(chosen.astype(log_probs.dtype) * log_probs, axis=1)  # padding is no token
+        return TokenLogps(jnp.where(known[..., None], values.T.reshape(*shape, -1), jnp.nan), mask)
 
     return score
 
@@ -188,7 +189,7 @@ def token_value_fn(network: nn.Module, embeddings: Float[Array, "prompts feature
         tokens, _, known = _tokens_of(strings, len(embeddings), prompts, responses)
         rows = jnp.where(known, prompts, 0).ravel()
         found = network.apply(params, embeddings, rows, tokens.reshape(-1, strings.horizon), method="outputs")
-        return jnp.where(known[..., None], cast(Array, found)[..., 0].reshape(tokens.shape), jnp.nan)
+        return jnp.where(known[..., None], cast(Array, found)[:, 0].T.reshape(tokens.shape), jnp.nan)
 
     return value
 
@@ -252,7 +253,7 @@ def outputs_by_paths(
         rows = jnp.full(strings.num_responses, prompt)
         return cast(Array, policy.apply(params, embeddings, rows, jnp.asarray(strings.tokens), method="outputs"))
 
-    return jax.lax.map(of_prompt, jnp.arange(len(embeddings)))[:, first[:, 0], first[:, 1]]
+    return jax.lax.map(of_prompt, jnp.arange(len(embeddings)))[:, first[:, 1], :, first[:, 0]].swapaxes(0, 1)
 
 
 def _write_fn(
@@ -269,7 +270,7 @@ def _write_fn(
         tokens, going_on = jnp.full((len(prompts), strings.horizon), PADDING, jnp.int32), known
         for place in range(strings.horizon):
             logits = policy.apply(params, embeddings, jnp.where(known, prompts, 0), tokens, method="outputs")
-            chosen = choose(keys[place], jax.nn.log_softmax(cast(Array, logits)[:, place]))
+            chosen = choose(keys[place], jax.nn.log_softmax(cast(Array, logits)[place].T))
             tokens = tokens.at[:, place].set(jnp.where(going_on, chosen, PADDING))
             going_on &= chosen < strings.num_letters
         return tokens
@@ -307,18 +308,19 @@ def _after_every_prefix(
 
 
 def _along(
-    hidden: Float[Array, "n hidden"], letters: Float[Array, "places letters hidden"], tokens: Int[Array, "n horizon"]
-) -> Float[Array, "n horizon hidden"]:
-    """Sums along given strings; the end and padding add nothing."""
-    places, num_letters, _ = letters.shape
-    before = tokens[:, :places]
-    inside = (before >= 0) & (before < num_letters)
-    index = jnp.where(inside, before + num_letters * jnp.arange(places), 0)
+    hidden: Float[Array, "hidden n"], letters: Float[Array, "places letters hidden"], tokens: Int[Array, "n horizon"]
+) -> list[Float[Array, "hidden n"]]:
+    """Sums along given strings, a column for each, at each place; the end and padding add nothing."""
     sums = [hidden]
-    for place in range(places):
-        row = take(letters.reshape(places * num_letters, -1), index[:, place])
-        sums.append(sums[-1] + jnp.where(inside[:, place, None], row, 0))
-    return jnp.stack(sums, axis=1)
+    for rows, token in zip(letters, tokens.T, strict=False):
+        sums.append(sums[-1] + _columns(rows, token))
+    return sums
+
+
+def _columns(rows: Float[Array, "some hidden"], index: Int[Array, " n"]) -> Float[Array, "hidden n"]:
+    """Rows by index, as columns, zero where the index is out of range: a product, since there are few rows."""
+    which = (index == jnp.arange(len(rows))[:, None]).astype(rows.dtype)
+    return jnp.matmul(rows.T, which, precision="highest")
 
 
 def _by_state(
@@ -332,4 +334,5 @@ def _by_state(
     if tokens is None or prompts is None:
         return logits[:, states]
     reached = jnp.asarray(states)[path_of(strings, tokens)]
-    return take(logits.reshape(-1, logits.shape[-1]), logits.shape[1] * prompts[:, None] + reached)
+    found = take(logits.reshape(-1, logits.shape[-1]), logits.shape[1] * prompts[:, None] + reached)
+    return jnp.moveaxis(found, 0, -1)
