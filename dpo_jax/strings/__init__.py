@@ -1,5 +1,9 @@
 """The world of strings: responses of several tokens, and still everything is known exactly."""
 
+from dpo_jax.strings.lengths import lengths_of as lengths_of
+from dpo_jax.strings.lengths import num_tokens_of as num_tokens_of
+from dpo_jax.strings.lengths import on_means as on_means
+from dpo_jax.strings.lengths import token_lookup as token_lookup
 from dpo_jax.strings.pairs import edit_distances as edit_distances
 from dpo_jax.strings.pairs import sample_pairs as sample_pairs
 from dpo_jax.strings.pairs import shared_prefixes as shared_prefixes

@@ -47,6 +47,8 @@ class Pipeline:
     Attributes:
       make_world: from a key to a world: prompts, responses and rewards; see `toy.World`.
       policy: the network.
+      demonstrator: from a world to the table of the policy that demonstrates; `None` demonstrates good responses in
+        proportion to their reward.
       num_demonstrations: of how many demonstrations SFT learns.
       num_preferences: how many comparisons are made. The notebook draws 2,000 pairs and drops the tenth of them that
         pairs a response with itself.
@@ -56,6 +58,7 @@ class Pipeline:
 
     make_world: Callable[[Key[Array, ""]], toy.World] = toy.make_world
     policy: nn.Module = POLICY
+    demonstrator: Callable[[toy.World], Float[Array, "prompts responses"]] | None = None
     num_demonstrations: int = 500
     num_preferences: int = 1800
     sft_epochs: int = 100
@@ -92,10 +95,11 @@ class Pipeline:
         """Makes a world, and a policy that imitates demonstrations."""
         world_key, demonstration_key, init_key, fit_key, rest = jax.random.split(key, 5)
         world = self.make_world(world_key)
+        shown = None if self.demonstrator is None else self.demonstrator(world)
         params, history = train.fit(
             fit_key,
             self.policy.init(init_key, world.embeddings),
-            toy.sample_demonstrations(demonstration_key, world, num=self.num_demonstrations),
+            toy.sample_demonstrations(demonstration_key, world, num=self.num_demonstrations, log_probs=shown),
             objective=train.sft_objective(self.log_prob(world)),
             optimizer=optax.adam(self.sft_learning_rate),
             num_epochs=self.sft_epochs,

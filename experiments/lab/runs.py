@@ -52,8 +52,16 @@ def standard_run(
     Returns:
       What `measured` returns; NaN if training diverged.
     """
-    _, train_key, method_key, init_key = jax.random.split(start.key, 4)
     feedback = feedback_of(pipeline, start, setting)
+    log_probs = trained(pipeline, method, start, feedback, hyperparameters)
+    return measured(start, feedback, log_probs)
+
+
+def trained(
+    pipeline: Pipeline, method: Method, start: Start, feedback: Feedback, hyperparameters: Mapping[str, Numeric]
+) -> Float[Array, "prompts responses"]:
+    """The table of the policy after training by one method; NaN if training diverged."""
+    _, train_key, method_key, init_key = jax.random.split(start.key, 4)
     log_prob, table = pipeline.log_prob(start.world), pipeline.table(start.world)
     setup = Setup(method_key, log_prob, table, start.params, start.log_probs)
     tuned = {name: value for name, value in hyperparameters.items() if name != "learning_rate"}
@@ -64,9 +72,7 @@ def standard_run(
         objective=method.objective(setup, tuned),
         learning_rate=hyperparameters["learning_rate"],
     )
-    finished = jnp.isfinite(history["loss"][-1])
-    found = measured(start, feedback, table(params))
-    return {name: jnp.where(finished, value, jnp.nan) for name, value in found.items()}
+    return jnp.where(jnp.isfinite(history["loss"][-1]), table(params), jnp.nan)
 
 
 def feedback_of(pipeline: Pipeline, start: Start, setting: Setting) -> Feedback:

@@ -87,7 +87,8 @@ def at_edge(ranges: Ranges, candidate: Float[np.ndarray, " dimensions"]) -> list
 def trials(settings: Sequence[Setting], points: Float[np.ndarray, "settings candidates dimensions"]) -> Trials:
     """A row for each setting and each of its candidates."""
     num = points.shape[1]
-    repeated = Setting(*(np.repeat(np.array(column, np.float32), num) for column in zip(*settings, strict=True)))  # type: ignore[arg-type]
+    columns = (np.repeat(np.array(column, np.float32), num) for column in zip(*settings, strict=True))
+    repeated = type(settings[0])(*columns)
     return Trials(np.arange(len(settings) * num), repeated, points.reshape(-1, points.shape[-1]))
 
 
