@@ -137,6 +137,8 @@ def test_as_many_tokens_are_drawn_as_the_shorter_response_has(key):
     np.testing.assert_array_equal(masks.sum(-1), np.broadcast_to(COMMON, (200, 6)))
     assert not np.any(masks & (np.arange(7) >= LENGTHS[:, None]))
     np.testing.assert_array_equal(draw(key), draw(key))
+    too_long = jax.jit(lambda lengths: losses.down_sampling_mask(key, lengths, lengths + 2, num_tokens=7))
+    np.testing.assert_array_equal(too_long(jnp.asarray(LENGTHS)).sum(-1), LENGTHS)
 
 
 def test_every_set_of_tokens_is_equally_likely_and_rows_are_independent(key):
