@@ -210,7 +210,7 @@ def down_sampling_mask(
     [-2. -4.]
 
     Args:
-      key: a typed PRNG key. Draw again for each batch and epoch.
+      key: a typed PRNG key, another one for each batch, and for each side of the pairs.
       lengths: number of tokens of each response, which come first in its row.
       common_lengths: :math:`l`, the length of the shorter response of its pair.
       num_tokens: length of the rows.
@@ -220,8 +220,8 @@ def down_sampling_mask(
 
     Raises:
       TypeError: lengths are not integers, or the key is not a typed key.
-      ValueError: shapes differ, or a response is longer than the rows or shorter than the common length (checked unless
-        they are traced).
+      ValueError: shapes differ, or a response is longer than the rows or shorter than the common length. Where lengths
+        are traced, a shorter one keeps all of its tokens.
     """
     checks.key(key)
     checks.integers("lengths", lengths)
@@ -234,8 +234,8 @@ def down_sampling_mask(
     draws = jax.random.uniform(key, (*lengths.shape, num_tokens))
     place = jax.lax.broadcasted_iota(lengths.dtype, draws.shape, draws.ndim - 1)
     inside = place < lengths[..., None]
-    ranks = jnp.argsort(jnp.argsort(jnp.where(inside, draws, 2.0)))  # a permutation even where draws are equal
-    return inside & (ranks < common_lengths[..., None])
+    shuffled = jnp.argsort(jnp.where(inside, draws, 2.0))  # places of the response first, in random order
+    return inside & (shuffled < common_lengths[..., None])
 
 
 def _weighted(values: Float[Array, "*batch"], **weights: Numeric) -> Float[Array, "*batch"]:

@@ -147,7 +147,7 @@ def whiten(x, *, shift_mean):
     return _whitened(x.token_rewards, MASK, shift_mean)
 
 
-def _whitened(values, mask, shift_mean):
+def _whitened(values, mask, shift_mean=True):
     """Zero where TRL has numbers that it does not use: behind the mask."""
     masked, everywhere = jnp.asarray(np.asarray(values)[mask]), np.zeros_like(values)
     everywhere[mask] = losses.whitened(masked) + (0 if shift_mean else jnp.mean(masked))
@@ -158,11 +158,41 @@ def ppo_kl(x, *, kl_estimator):
     return KL[kl_estimator](x.old, x.reference)
 
 
+def gae(x, *, gamma, lam):
+    return losses.generalized_advantages(x.token_rewards, x.old_values, x.mask, decay=lam, discount=gamma)
+
+
 def ppo_rewards(x, *, kl_coef, kl_estimator, whiten_rewards, gamma, lam):
-    rewards = jnp.where(x.mask, -kl_coef * KL[kl_estimator](x.old, x.reference), 0)
-    last = np.minimum(INPUTS["lengths"], MAX_LENGTH - 1)
-    rewards += x.rewards[:, None] * (np.arange(MAX_LENGTH) == last[:, None])
+    """TRL's score is at the place behind the end, where neither policy has a log-probability to compare."""
+    logps, reference = (jnp.where(x.mask, array, 0) for array in (x.old, x.reference))
+    rewards = losses.token_rewards(x.rewards, logps, reference, x.value_mask, beta=kl_coef)
+    if kl_estimator != "k1":
+        rewards += kl_coef * (losses.k1_estimate(logps, reference) - KL[kl_estimator](logps, reference))
     return _whitened(rewards, VALUE_MASK, shift_mean=False) if whiten_rewards else rewards
+
+
+def ppo_rollout(x, **options):
+    """Advantages, white over the tokens of responses, and returns."""
+    rewards = ppo_rewards(x, **options)
+    of = losses.generalized_advantages
+    advantages, returns = of(rewards, x.old_values, x.value_mask, decay=options["lam"], discount=options["gamma"])
+    return _whitened(advantages, MASK), returns
+
+
+def ppo_step(x, *, cliprange, cliprange_value, vf_coef, **options):
+    advantages, returns = ppo_rollout(x, **options)
+    x = SimpleNamespace(**{**vars(x), "token_advantages": advantages, "returns": returns})
+    return ppo(x, cliprange=cliprange, cliprange_value=cliprange_value, vf_coef=vf_coef)
+
+
+def cut_rewards(x, *, kl_coef, gamma, lam):
+    return losses.token_rewards(x.rewards, x.old, x.reference, x.mask, beta=kl_coef)
+
+
+def cut_rollout(x, **options):
+    rewards = cut_rewards(x, **options)
+    of = losses.generalized_advantages
+    return of(rewards, x.old_values, x.mask, decay=options["lam"], discount=options["gamma"])
 
 
 def xpo(x, *, beta, alpha, loss_type):
@@ -191,17 +221,22 @@ OURS = {
     "ppo_loss": ppo,
     "whiten": whiten,
     "ppo_kl": ppo_kl,
+    "gae_advantages": lambda x, **options: gae(x, **options)[0],
+    "gae_returns": lambda x, **options: gae(x, **options)[1],
     "ppo_rewards": ppo_rewards,
+    "ppo_advantages": lambda x, **options: ppo_rollout(x, **options)[0],
+    "ppo_returns": lambda x, **options: ppo_rollout(x, **options)[1],
+    "ppo_step": ppo_step,
+    "cut_rewards": cut_rewards,
+    "cut_advantages": lambda x, **options: cut_rollout(x, **options)[0],
+    "cut_returns": lambda x, **options: cut_rollout(x, **options)[1],
+    "cut_white_advantages": lambda x, **options: _whitened(cut_rollout(x, **options)[0], MASK),
     "xpo_loss": xpo,
     "nash_md_loss": nash_md,
 }
 NOT_OURS = {
     "grpo_loss, sapo": "a sigmoid of the ratio instead of a clip",
     "grpo_loss, vespo": "a gamma density of the ratio instead of a clip",
-    "gae_advantages": "here tokens have no values and rewards of their own",
-    "gae_returns": "the same",
-    "ppo_advantages": "the same",
-    "ppo_returns": "the same",
 }
 
 

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from dpo_jax import losses
 from dpo_jax.types import Pair
@@ -123,6 +124,75 @@ def test_tokens_past_the_common_length_count_for_less(alpha):
         jnp.asarray(tokens, jnp.float32), jnp.asarray(lengths), jnp.asarray(common), alpha=alpha
     )
     np.testing.assert_allclose(logps, expected, rtol=1e-5)
+
+
+LENGTHS, COMMON = np.array([6, 3, 1, 4, 5, 0]), np.array([2, 3, 1, 4, 0, 0])
+
+
+def test_as_many_tokens_are_drawn_as_the_shorter_response_has(key):
+    """In every draw: no fewer, no more, and none behind the end."""
+    draw = jax.jit(lambda key: losses.down_sampling_mask(key, jnp.asarray(LENGTHS), jnp.asarray(COMMON), num_tokens=7))
+    masks = np.asarray(jax.vmap(draw)(jax.random.split(key, 200)))
+    assert masks.dtype == bool and masks.shape == (200, 6, 7)
+    np.testing.assert_array_equal(masks.sum(-1), np.broadcast_to(COMMON, (200, 6)))
+    assert not np.any(masks & (np.arange(7) >= LENGTHS[:, None]))
+    np.testing.assert_array_equal(draw(key), draw(key))
+    too_long = jax.jit(lambda lengths: losses.down_sampling_mask(key, lengths, lengths + 2, num_tokens=7))
+    np.testing.assert_array_equal(too_long(jnp.asarray(LENGTHS)).sum(-1), LENGTHS)
+
+
+def test_every_set_of_tokens_is_equally_likely_and_rows_are_independent(key):
+    """Chi-square: ten sets of two tokens out of five, and of three out of five, in two rows and in both together."""
+    lengths, common = jnp.array([5, 5]), jnp.array([2, 3])
+    draw = jax.vmap(lambda key: losses.down_sampling_mask(key, lengths, common, num_tokens=6))
+    masks = np.asarray(draw(jax.random.split(key, 20_000)))
+    codes = masks @ (1 << np.arange(6))
+    numbers = [np.unique(column, return_inverse=True)[1] for column in codes.T]
+    for sets, num_sets in ((numbers[0], 10), (numbers[1], 10), (10 * numbers[0] + numbers[1], 100)):
+        counts = np.bincount(sets, minlength=num_sets)
+        assert stats.chisquare(counts).pvalue > 1e-3, counts
+        assert len(counts) == num_sets
+
+
+def test_sums_over_drawn_tokens_are_in_expectation_the_common_length_times_the_mean(key):
+    """The mean over all sets of tokens, each drawn about as often."""
+    tokens = -np.random.default_rng(0).random((6, 7))
+    draw = jax.vmap(lambda key: losses.down_sampling_mask(key, jnp.asarray(LENGTHS), jnp.asarray(COMMON), num_tokens=7))
+    masks = np.asarray(draw(jax.random.split(key, 5000)))
+    means = np.where(np.arange(7) < LENGTHS[:, None], tokens, 0).sum(-1) / np.maximum(LENGTHS, 1)
+    np.testing.assert_allclose((masks * tokens).sum(-1).mean(0), COMMON * means, atol=0.02)
+
+
+def test_one_mask_serves_policy_and_reference(key):
+    """A response that policy and reference like equally has a log-ratio of 0, whatever is drawn."""
+    policy, reference = -jax.random.uniform(key, (2, 6, 7))
+    reference = reference.at[0].set(policy[0])
+    mask = losses.down_sampling_mask(jax.random.key(1), jnp.asarray(LENGTHS), jnp.asarray(COMMON), num_tokens=7)
+    sums = [jnp.sum(logps, axis=-1, where=mask) for logps in (policy, reference)]
+    gaps = np.where(mask, policy - reference, 0).sum(-1)
+    assert gaps[0] == 0 and gaps[1] != 0
+    np.testing.assert_allclose(losses.k1_estimate(*sums), gaps, atol=1e-6)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(
+    ("lengths", "common", "num_tokens", "error", "message"),
+    [
+        ([4, 9], [1, 1], 8, ValueError, r"lengths must be in .0, 8., got 9 in row 1"),
+        ([4, 3], [1, 4], 8, ValueError, r"lengths - common_lengths must be in .0, inf., got -1 in row 1"),
+        ([4, 3], [1, -1], 8, ValueError, r"common_lengths must be in .0, inf., got -1 in row 1"),
+        ([4, 3], [1], 8, ValueError, r"lengths \(2,\), common_lengths \(1,\)"),
+        ([4.0, 3.0], [1, 1], 8, TypeError, "lengths must hold integers"),
+        ([4, 3], [1.0, 1.0], 8, TypeError, "common_lengths must hold integers"),
+        ([4, 3], [1, 1], 0, ValueError, "num_tokens must be at least 1, got 0"),
+        ([4, 3], [1, 1], 8.0, TypeError, "num_tokens must be a whole number"),
+    ],
+)
+def test_tokens_that_cannot_be_drawn_are_refused(lengths, common, num_tokens, error, message, key):
+    with pytest.raises(error, match=message):
+        losses.down_sampling_mask(key, jnp.array(lengths), jnp.array(common), num_tokens=num_tokens)
+    with pytest.raises(TypeError, match="key must be a typed key"):
+        losses.down_sampling_mask(0, jnp.array([1]), jnp.array([1]), num_tokens=1)
 
 
 def test_one_token_is_one_token():

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from dpo_jax.losses import centred_advantages, grpo_advantages, reinforce_loss, rloo_advantages, whitened
+from tests.losses import rollout_oracles
 
 GROUPED = [centred_advantages, grpo_advantages, rloo_advantages]
 EVERY = [*GROUPED, whitened]
@@ -109,6 +110,34 @@ def test_jit_and_vmap_change_nothing_and_groups_are_by_themselves(of):
 def test_whitening_can_be_compiled():
     advantages = jax.random.normal(jax.random.key(0), SHAPE)
     np.testing.assert_allclose(jax.jit(whitened)(advantages), whitened(advantages), rtol=1e-5)
+
+
+@pytest.mark.parametrize("rubbish", [np.nan, np.inf, -np.inf])
+def test_whitening_by_a_mask_ignores_what_is_not_finite_behind_it(rubbish):
+    """In values and in gradients: both are 0 there."""
+    advantages, mask = np.random.default_rng(0).normal(size=(3, 4)), np.arange(4) < np.array([[2], [4], [1]])
+    weights = jnp.asarray(mask, jnp.float32)
+    measured = jax.value_and_grad(lambda x: jnp.sum(jnp.sin(whitened(x, weights))))
+    spoilt = jnp.asarray(np.where(mask, advantages, rubbish), jnp.float32)
+    white = whitened(spoilt, weights)
+    np.testing.assert_allclose(white, np.where(mask, as_by_numpy(advantages, mask, whitened), 0), rtol=1e-5, atol=1e-6)
+    value, gradient = measured(spoilt)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient != 0, mask)
+    assert np.isnan(whitened(spoilt.at[1, 1].set(jnp.nan), weights)[mask]).all()  # one that counts
+
+
+def test_whitening_by_a_mask_is_that_of_trl_but_for_the_variance_of_samples():
+    mask, rewards = (np.array(rollout_oracles.INPUTS[name]) for name in ("mask", "token_rewards"))
+    (entry,) = (
+        entry
+        for entry in rollout_oracles.ENTRIES
+        if entry["loss"] == "whiten" and entry["hyperparameters"]["shift_mean"]
+    )
+    num = mask.sum()
+    white = whitened(jnp.asarray(np.where(mask, rewards, np.nan)), jnp.asarray(mask, jnp.float32))
+    expected = np.where(mask, entry["values"], 0)
+    np.testing.assert_allclose(white * np.sqrt((num - 1) / num), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("of", EVERY)

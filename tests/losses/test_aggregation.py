@@ -101,7 +101,62 @@ def test_nothing_at_all_counts_as_zero(aggregate, equation):
     np.testing.assert_array_equal(gradient, 0)
 
 
+# Weights
+
+
+@every_one
+@pytest.mark.parametrize("lengths", [[3, 5, 2, 1], [3, 0, 5, 5]])
+def test_weights_count_as_often(aggregate, equation, lengths):
+    """Weights with a mean of 1: each response is there so many times, or not at all, as by its probability."""
+    numbers, counts = np.random.default_rng(0).normal(size=SHAPE), np.array([2, 0, 1, 5])
+    expected = equation(np.repeat(numbers, counts, axis=0), np.repeat(lengths, counts))
+    values, mask = jnp.asarray(numbers), jnp.asarray(mask_of(lengths))
+    total = aggregate(values, mask, jnp.asarray(counts / counts.mean(), jnp.float32))
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    np.testing.assert_array_equal(aggregate(values, mask, jnp.ones(4)), aggregate(values, mask))
+
+
+@every_one
+@pytest.mark.parametrize("rubbish", [np.nan, -np.inf])
+def test_weighted_or_not_what_stands_behind_the_end_has_no_gradient(aggregate, equation, rubbish):
+    mask, weights = jnp.asarray(mask_of([3, 5, 0, 1])), jnp.array([0.5, 0.0, 1.5, 2.0])
+    measured = jax.jit(jax.value_and_grad(aggregate))
+    values = jnp.arange(1.0, 21.0).reshape(SHAPE)
+    clean, polluted = (measured(jnp.where(mask, values, other), mask, weights) for other in (0, rubbish))
+    chex.assert_trees_all_equal(clean, polluted)
+    np.testing.assert_array_equal(clean[1] > 0, mask & (weights > 0)[:, None])
+
+
+@every_one
+def test_without_weight_nothing_counts_not_even_infinity(aggregate, equation):
+    mask = jnp.asarray(mask_of([3, 5, 0, 1]))
+    total, gradient = jax.value_and_grad(aggregate)(jnp.ones(SHAPE), mask, jnp.zeros(4))
+    assert total == 0
+    np.testing.assert_array_equal(gradient, 0)
+    weights = jnp.array([1.0, 0.0, 1.0, 1.0])
+    infinite = jnp.ones(SHAPE).at[1, 2].set(jnp.inf)
+    np.testing.assert_array_equal(aggregate(infinite, mask, weights), aggregate(jnp.ones(SHAPE), mask, weights))
+
+
+@every_one
+def test_weights_do_not_change_the_dtype(aggregate, equation):
+    values = jnp.ones(SHAPE, jnp.bfloat16)
+    assert aggregate(values, jnp.asarray(mask_of([3, 5, 0, 1])), jnp.ones(4)).dtype == jnp.bfloat16
+
+
 # Bad input
+
+
+@every_one
+@pytest.mark.usefixtures("as_users_have_it")
+def test_weights_that_make_no_sense_are_refused(aggregate, equation):
+    mask = jnp.ones(SHAPE, bool)
+    for shape in ((4, 1), (5,), ()):
+        with pytest.raises(ValueError, match=r"shapes must be equal, got values_of_one_token \(4,\), weights"):
+            aggregate(jnp.ones(SHAPE), mask, jnp.ones(shape))
+    for weight in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match=f"weights must be in .0, inf., got {weight} in row 2"):
+            aggregate(jnp.ones(SHAPE), mask, jnp.ones(4).at[2].set(weight))
 
 
 @every_one

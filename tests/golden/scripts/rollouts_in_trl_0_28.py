@@ -31,7 +31,7 @@ def main() -> None:
     assert version("trl") == VERSION, f"this script is for TRL {VERSION}"
     torch.set_default_dtype(torch.float64)
     entries = [*ppo_loss_entries(), *gae_entries(), *whitening_entries(), *kl_entries(), *ppo_rollout_entries()]
-    entries += [*xpo_entries(), *nash_md_entries()]
+    entries += [*cut_rollout_entries(), *ppo_step_entries(), *xpo_entries(), *nash_md_entries()]
     loss_inputs.write_golden(__file__, f"TRL {VERSION}", torch.__version__, entries)
 
 
@@ -90,22 +90,43 @@ def ppo_rollout_entries():
     The score is not the last token's but of the one behind it, which has a value, too; only a response without room for
     it has the score at its last token.
     """
-    score = excerpt(PPOTrainer.train, "response_idxs = ", "advantages = torch.masked_fill(")
     for kl_estimator, whiten_rewards in product(("k1", "k3"), (False, True)):
         options = {"kl_coef": 0.05, "kl_estimator": kl_estimator, "gamma": 0.98, "lam": 0.95}
         options["whiten_rewards"] = whiten_rewards
-        names = score(
-            args=SimpleNamespace(**options),
-            responses=torch.zeros_like(OLD),
-            sequence_lengths=torch.tensor(rollout_inputs.LENGTHS) - 1,
-            logprobs=OLD,
-            ref_logprobs=REFERENCE,
-            values=torch.tensor(rollout_inputs.OLD_VALUES),
-            scores=torch.tensor(rollout_inputs.REWARDS),
-        )
+        names = ppo_rollout("advantages = torch.masked_fill(", **options)
         note = f"{FROM_SOURCE}; the score is at the token behind the end, if there is room (value_mask)"
         for name in ("rewards", "advantages", "returns"):
             yield new_entry(f"ppo_{name}", options, names[name], None, note)
+
+
+def cut_rollout_entries():
+    """The same of one response at a time, in arrays that end with it, so that the score is at its last token.
+
+    Advantages are whitened over all responses, as TRL does it.
+    """
+    for kl_coef, (gamma, lam) in product((0.05, 1.0), ((1.0, 0.95), (0.9, 0.5))):
+        options = {"kl_coef": kl_coef, "gamma": gamma, "lam": lam}
+        arrays = {name: torch.zeros_like(OLD) for name in ("rewards", "advantages", "returns")}
+        for row, length in enumerate(rollout_inputs.LENGTHS):
+            place = slice(row, row + 1), slice(int(length))
+            names = ppo_rollout("returns = ", *place, kl_estimator="k1", whiten_rewards=False, **options)
+            for name, array in arrays.items():
+                array[place] = names[name]
+        arrays["white_advantages"] = masked_whiten(arrays["advantages"], MASKS["mask"]) * MASKS["mask"]
+        note = f"{FROM_SOURCE}; of one response at a time, in arrays that end with it; zero behind the end"
+        for name, array in arrays.items():
+            yield new_entry(f"cut_{name}", options, array, None, note)
+
+
+def ppo_step_entries():
+    """From the scores of responses to the loss, through rewards, advantages and returns of tokens."""
+    for kl_coef, vf_coef in ((0.05, 0.1), (1.0, 1.0)):
+        rollout = {"kl_coef": kl_coef, "kl_estimator": "k1", "gamma": 1.0, "lam": 0.95, "whiten_rewards": False}
+        clips = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": vf_coef}
+        names = ppo_rollout("advantages = torch.masked_fill(", **rollout)
+        names = ppo_losses(**clips, advantages=names["advantages"], returns=names["returns"])
+        gradients = slopes(names["loss"], names, "policy", "values")
+        yield new_entry("ppo_step", rollout | clips, names["loss"], gradients)
 
 
 def xpo_entries():
@@ -139,7 +160,24 @@ def nash_md_entries():
         yield new_entry("nash_md_loss", {"beta": beta}, values, {"policy": slope.tolist()}, "TRL returns the mean")
 
 
-def ppo_losses(*, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, value_mask="value_mask") -> dict:
+def ppo_rollout(last: str, rows=slice(None), tokens=slice(None), **options) -> dict:
+    """The names of TRL's statements from the scores to the last one, for some rows and places."""
+    place = rows, tokens
+    statements = excerpt(PPOTrainer.train, "response_idxs = ", last)
+    return statements(
+        args=SimpleNamespace(**options),
+        responses=torch.zeros_like(OLD[place]),
+        sequence_lengths=torch.tensor(rollout_inputs.LENGTHS[rows]) - 1,
+        logprobs=OLD[place],
+        ref_logprobs=REFERENCE[place],
+        values=torch.tensor(rollout_inputs.OLD_VALUES[place]),
+        scores=torch.tensor(rollout_inputs.REWARDS[rows]),
+    )
+
+
+def ppo_losses(
+    *, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, value_mask="value_mask", advantages=None, returns=None
+) -> dict:
     """The names of TRL's statements afterwards, with the leaves `policy` and `values`."""
     policy, values = (
         torch.tensor(array, requires_grad=True) for array in (rollout_inputs.POLICY, rollout_inputs.VALUES)
@@ -152,10 +190,10 @@ def ppo_losses(*, cliprange=0.2, cliprange_value=0.2, vf_coef=0.1, value_mask="v
         padding_mask_p1=~MASKS[value_mask],
         new_logprobs=policy,
         mb_logprobs=OLD,
-        mb_advantage=torch.tensor(rollout_inputs.TOKEN_ADVANTAGES),
+        mb_advantage=torch.tensor(rollout_inputs.TOKEN_ADVANTAGES) if advantages is None else advantages,
         vpred=values,
         mb_values=torch.tensor(rollout_inputs.OLD_VALUES),
-        mb_return=torch.tensor(rollout_inputs.RETURNS),
+        mb_return=torch.tensor(rollout_inputs.RETURNS) if returns is None else returns,
     )
     return names | {"policy": policy, "values": values}
 
