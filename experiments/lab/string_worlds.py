@@ -7,7 +7,6 @@ letters on average, and who show good strings more often.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, strings, toy, train
-from dpo_jax.types import LogProbFn, Metrics, Numeric, Objective, Pair, Params, Preferences, StatefulObjective
+from dpo_jax.types import Metrics, Numeric, Objective, Pair, Params, Preferences, StatefulObjective
 from experiments.lab.feedback import Feedback, Setting
 from experiments.lab.methods import BETA as BETA_RANGE
 from experiments.lab.methods import METHODS, Hyperparameters, Method, Setup

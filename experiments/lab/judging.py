@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.intervals import half_width
-from experiments.claims.figure import Measured
+from experiments.lab.claim_figure import Measured
 from experiments.lab.statistics import mean_and_stderr
 
 NOTHING = 0.01
@@ -41,6 +41,7 @@ class Claim:
       panels: what its figure shows; see `figure.draw`.
       xlabel: and over what.
       log: whether that axis is logarithmic.
+      papers: where the claim is made: arXiv numbers.
       details: other numbers that belong to it, by name.
     """
 
@@ -53,6 +54,7 @@ class Claim:
     xlabel: str
     details: Mapping[str, Estimate | float] = field(default_factory=dict)
     log: bool = False
+    papers: tuple[str, ...] = ()
 
 
 def estimate(values: Any) -> Estimate:
