@@ -162,12 +162,12 @@ def test_every_claim_has_an_effect_a_verdict_a_figure_and_a_text(claims):
 
 def test_numbers_on_the_page_have_the_digits_of_their_intervals():
     def number(effect, half):
-        return script._number({"effect": effect, "interval": [effect - half, effect + half]})
+        return claims_page._number({"effect": effect, "interval": [effect - half, effect + half]})
 
     assert number(0.12345, 0.0123) == "0.123 ± 0.012"
     assert number(-2.345, 0.5) == "-2.35 ± 0.50"
     assert number(0.00012345, 0.0000123) == "0.000123 ± 0.000012"
-    assert script._number(0.2) == "0.2"
+    assert claims_page._number(0.2) == "0.2"
 
 
 @pytest.mark.slow
