@@ -299,7 +299,7 @@ def _after_every_prefix(
     """Sums along the tree: each prefix adds the row of its last letter to the sum of its parent."""
     levels = [hidden[:, None]]
     for rows in letters:
-        children = levels[-1][:, :, None] + rows
+        children = levels[-1][:, :, None] + rows[None, None]
         levels.append(children.reshape(len(hidden), -1, hidden.shape[-1]))
     return jnp.concatenate(levels, axis=1)
 
@@ -311,7 +311,7 @@ def _along(
     places, num_letters, _ = letters.shape
     before = tokens[:, :places]
     inside = (before >= 0) & (before < num_letters)
-    index = jnp.where(inside, before + num_letters * jnp.arange(places), 0)
+    index = jnp.where(inside, before + num_letters * jnp.arange(places)[None], 0)
     sums = [hidden]
     for place in range(places):
         row = take(letters.reshape(places * num_letters, -1), index[:, place])

@@ -54,9 +54,8 @@ def path_rewards(
     totals = string_log_probs(of_letters, strings)
     if final is None:
         return totals
-    full = strings.lengths == strings.horizon
-    last = transitions[states[strings.prefixes[:, -1]], np.minimum(strings.tokens[:, -1], strings.num_letters - 1)]
-    return totals + jnp.where(full, final[..., last], 0)
+    ends = np.asarray(transitions)[states[strings.offsets[-2] :]].ravel()  # of the longest strings, which have no end
+    return totals.at[..., -len(ends) :].add(final[..., ends])
 
 
 def word_counts(strings: Strings, word: Sequence[int]) -> Int[np.ndarray, " responses"]:
@@ -120,7 +119,7 @@ def make_world(
     rewards = _centred_by_length(drawn, strings) / jnp.sqrt(strings.horizon)
     return toy.World(
         embeddings=jax.random.normal(embedding_key, (num_prompts, embedding_dim)),
-        rewards=rewards + length * strings.lengths / strings.horizon,
+        rewards=rewards + _in_proportion_to_length(length, strings),
     )
 
 
@@ -136,7 +135,7 @@ def judged(world: toy.World, strings: Strings, *, liking: Numeric) -> toy.World:
     """
     checked(strings, **{"world.rewards": world.rewards})
     checks.finite("liking", liking)
-    return world._replace(rewards=world.rewards + liking * strings.lengths / strings.horizon)
+    return world._replace(rewards=world.rewards + _in_proportion_to_length(liking, strings))
 
 
 def reference_log_probs(
@@ -182,12 +181,17 @@ def _probability_of_going_on(expected_length: Float[Array, ""], horizon: int) ->
 def _counts(strings: Strings, word: Int[Array, " letters"]) -> Int[Array, " responses"]:
     """`word_counts` of a traced word."""
     starts = range(strings.horizon - len(word) + 1)
-    matches = [jnp.all(strings.tokens[:, start : start + len(word)] == word, axis=-1) for start in starts]
+    matches = [jnp.all(strings.tokens[:, start : start + len(word)] == word[None], axis=-1) for start in starts]
     return jnp.sum(jnp.stack(matches), axis=0)
+
+
+def _in_proportion_to_length(size: Numeric, strings: Strings) -> Float[Array, "1 responses"]:
+    """The given size for strings of full length, zero for the empty one."""
+    return size * jnp.asarray(strings.lengths / strings.horizon)[None]
 
 
 def _centred_by_length(rewards: Float[Array, "*n responses"], strings: Strings) -> Float[Array, "*n responses"]:
     """Rewards minus their mean over the strings of the same length."""
-    members = np.eye(strings.horizon + 1, dtype=np.float32)[strings.lengths]
+    members = np.eye(strings.horizon + 1, dtype=rewards.dtype)[strings.lengths]
     means = jnp.matmul(rewards, members / np.maximum(members.sum(axis=0), 1), precision="highest")
     return rewards - means[..., strings.lengths]
