@@ -47,6 +47,8 @@ def path_rewards(
     states = states_of(strings, transitions)
     if weights.shape[-2:] != np.shape(transitions):
         raise ValueError(f"weights must have the shape of transitions, got {weights.shape} and {np.shape(transitions)}")
+    if final is not None and final.shape != weights.shape[:-1]:
+        raise ValueError(f"final must have a number for each state of weights, got {final.shape} and {weights.shape}")
     at_ends = jnp.zeros(weights.shape[:-1], weights.dtype) if final is None else final
     of_letters = weights[..., states, :]
     if not strings.fixed_length:
@@ -105,6 +107,7 @@ def make_world(
     for name, num in {"num_prompts": num_prompts, "embedding_dim": embedding_dim, "num_words": num_words}.items():
         checks.size(name, num)
     checks.size("letters_per_word", letters_per_word)
+    checks.finite("length", length)
     embedding_key, letter_key, order_key, word_key, weight_key = jax.random.split(key, 5)
     shape = (num_prompts, strings.num_letters)
     drawn = letters * path_rewards(
