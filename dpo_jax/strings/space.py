@@ -46,7 +46,7 @@ class Strings:
     >>> strings.tokens[:3]  # the end is token 2, and padding -1
     array([[ 2, -1],
            [ 0,  2],
-           [ 1,  2]])
+           [ 1,  2]], dtype=int32)
 
     Attributes:
       num_letters: size of the alphabet.
@@ -106,7 +106,8 @@ class Strings:
         """The tokens of each string, padded by `PADDING`."""
         rows = []
         for length in [self.horizon] if self.fixed_length else range(self.horizon + 1):
-            letters = np.indices((self.num_letters,) * length).reshape(length, self.num_letters**length).T
+            digits = self.num_letters ** np.arange(length)[::-1]
+            letters = np.arange(self.num_letters**length)[:, None] // digits % self.num_letters
             row = np.full((len(letters), self.horizon), PADDING)
             row[:, :length] = letters
             if length < self.horizon:
