@@ -52,7 +52,7 @@ def walk(string, transitions):
 
 
 def automaton_optimum(transitions, weights, final, chain, *, beta, horizon, fixed_length=False):
-    """The optimum where a reward is a sum over an automaton's states and the reference is Markov, by dynamic programming.
+    """The optimum where rewards are sums along an automaton and the reference is Markov, by dynamic programming.
 
     Args:
       transitions: the state after each state and letter.
