@@ -170,7 +170,7 @@ def _probability_of_going_on(expected_length: Float[Array, ""], horizon: int) ->
     """Solves `sum(p**k for k in 1 .. horizon) = expected_length` by bisection."""
     powers = jnp.arange(1, horizon + 1)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
         short = jnp.sum(middle**powers) < expected_length
