@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dpo_jax import checks
 from dpo_jax.strings.space import MOST_STRINGS, Strings
 
 Column = str | int
 """The name of a column, or its number, counted from 0."""
+
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest score."""
 
 
 class Scores(NamedTuple):
@@ -54,15 +56,15 @@ def read_scores(
     Raises:
       OSError: the file cannot be read.
       ValueError: naming the line: a column is missing, or its name occurs twice; a line has more or fewer cells than
-        the first; a score is no finite number; a string has two scores, or letters that cannot be
-        printed; strings are missing; or there are too many strings to list.
+        the first; a score is no finite number; a string has two scores, or letters that cannot be printed; strings are
+        missing; or there are too many strings to list.
     """
     path = Path(path)
     columns = [string] if isinstance(string, str | int) else list(string)
     if not columns:
         raise ValueError("string must name a column")
-    if missing is not None:
-        checks.finite("missing", np.float32(missing))
+    if missing is not None and not abs(missing) <= LARGEST:
+        raise ValueError(f"missing must be a finite number, got {missing}")
     found: dict[str, tuple[float, int]] = {}
     lines = _lines(path)
     places, width = None, 0
@@ -140,6 +142,6 @@ def _number(path: Path, line: int, cell: str) -> float:
         value = float(cell)
     except ValueError:
         value = math.nan
-    if not abs(value) <= np.finfo(np.float32).max:
+    if not abs(value) <= LARGEST:
         raise ValueError(f"{path}, line {line}: a score must be a finite number, got {cell!r}")
     return value
