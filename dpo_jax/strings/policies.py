@@ -45,7 +45,7 @@ class CausalMLP(nn.Module):
       strings: which strings there are.
       hidden_dim: width of the hidden layer.
       num_outputs: outputs after each prefix; `None` means a logit for each token. With 1 it is a value function
-        (`token_value_fn`).
+        (`token_value_fn`), which has no table: `network.init(key, embeddings, method="outputs")`.
     """
 
     strings: Strings
