@@ -152,7 +152,8 @@ def reference_log_probs(
       letter_logits: preferences for letters, up to a constant; `None` means none.
 
     Raises:
-      ValueError: strings have a fixed length, or the expected length is out of range (checked unless traced).
+      ValueError: strings have a fixed length, or the expected length is out of range. Where it is traced its value is
+        unknown; there, all log-probabilities are NaN.
     """
     if strings.fixed_length:
         raise ValueError("strings of a fixed length have no expected length to choose")
@@ -167,7 +168,7 @@ def reference_log_probs(
 
 
 def _probability_of_going_on(expected_length: Float[Array, ""], horizon: int) -> Float[Array, ""]:
-    """Solves `sum(p**k for k in 1 .. horizon) = expected_length` by bisection."""
+    """Solves `sum(p**k for k in 1 .. horizon) = expected_length` by bisection; NaN if there is no solution."""
     powers = jnp.arange(1, horizon + 1)
 
     def halve(_: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -178,7 +179,7 @@ def _probability_of_going_on(expected_length: Float[Array, ""], horizon: int) ->
 
     zero = jnp.zeros_like(expected_length)
     low, high = jax.lax.fori_loop(0, 50, halve, (zero, zero + 1))
-    return (low + high) / 2
+    return jnp.where((expected_length > 0) & (expected_length < horizon), (low + high) / 2, jnp.nan)
 
 
 def _counts(strings: Strings, word: Int[Array, " letters"]) -> Int[Array, " responses"]:

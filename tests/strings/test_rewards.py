@@ -253,9 +253,10 @@ def test_references_have_the_expected_length(expected_length):
 
 
 def test_expected_lengths_may_be_traced():
-    lengths = jnp.array([0.5, 2.0])
+    lengths = jnp.array([0.5, 2.0, 0.0, 3.0, jnp.nan])
     found = jax.jit(jax.vmap(lambda length: strings.reference_log_probs(SPACES[0], expected_length=length)))(lengths)
-    np.testing.assert_allclose(np.exp(found) @ SPACES[0].lengths, lengths, rtol=1e-5)
+    np.testing.assert_allclose(np.exp(found[:2]) @ SPACES[0].lengths, lengths[:2], rtol=1e-5)
+    assert jnp.all(jnp.isnan(found[2:]))
 
 
 def test_expected_lengths_are_checked(as_users_have_it):
