@@ -107,8 +107,8 @@ def test_pairs_can_be_compared(key):
 
 
 def test_a_prompt_without_allowed_pair_gets_none(key):
-    allowed = jnp.zeros((15, 15), bool).at[1, 2].set(True).at[2, 1].set(True)
-    log_probs = jnp.zeros((2, 15)).at[1, 2].set(-jnp.inf)
+    allowed = jnp.zeros((15, 15), bool).at[[1, 2, 13, 14], [2, 1, 14, 13]].set(True)
+    log_probs = jnp.zeros((2, 15)).at[[0, 1, 1], [13, 2, 14]].set(-jnp.inf)
     with pytest.raises(ValueError, match="allowed must give at least 2 responses of each prompt .*, got 0 in row 1"):
         strings.sample_pairs(key, log_probs, allowed, num=10)
     prompts, pair = sample_pairs(key, log_probs, allowed, num=50)

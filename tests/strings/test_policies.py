@@ -155,6 +155,14 @@ def test_no_output_depends_on_later_tokens(policy):
             assert np.all(np.any(after[:, place + 1] != before[:, place + 1], axis=-1))
 
 
+def test_the_end_and_padding_add_nothing_to_the_network():
+    tokens = jnp.array([[1, 3, -1], [3, -1, -1], [2, 0, 1]])
+    found = POLICIES[0].apply(params_of(POLICIES[0]), EMBEDDINGS, jnp.array([0, 1, 0]), tokens, method="outputs")
+    np.testing.assert_array_equal(found[0, 2], found[0, 1])
+    np.testing.assert_array_equal(found[1, 1:], jnp.stack([found[1, 0]] * 2))
+    assert jnp.all(found[2, 2] != found[2, 1])
+
+
 def test_no_output_has_a_slope_by_letters_of_its_own_or_later_places():
     policy = POLICIES[0]
     tokens = jnp.array([[0, 2, 1]])
