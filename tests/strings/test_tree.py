@@ -10,7 +10,7 @@ import pytest
 from dpo_jax import strings, toy
 from tests.strings import naive
 
-SIZES = [(3, 3, False), (3, 5, False), (2, 4, True), (4, 1, False)]
+SIZES = [(3, 5, False), (2, 4, True), (4, 1, False)]
 sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 BETA = 0.7
 
@@ -113,8 +113,9 @@ def test_soft_values_are_those_of_continuations(size):
     close(facts(size)["soft values"][:, 0], BETA * facts(size)["log Z"])
 
 
-@sizes
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 2e-6)])
+@pytest.mark.parametrize(
+    ("size", "dtype", "tolerance"), [*((size, np.float64, 1e-10) for size in SIZES), (SIZES[0], np.float32, 2e-6)]
+)
 def test_soft_advantages_are_the_log_ratios_of_the_optimum(size, dtype, tolerance):
     found = facts(size, dtype)
     close(found["soft advantages"], BETA * found["ratios of the optimum"], tolerance)
@@ -176,20 +177,32 @@ def test_an_automaton_and_a_markov_reference_have_an_optimum_without_any_list(do
     expected, log_prob = naive.automaton_optimum(
         transitions, weights, final, chain, beta=beta, horizon=size[1], fixed_length=size[2]
     )
-    states = strings.states_of(space, strings.previous_letter(space))
-    reference = strings.string_log_probs(jnp.log(jnp.asarray(chain))[states], space)
-    rewards = strings.path_rewards(space, transitions, jnp.asarray(weights), jnp.asarray(final))
-    optimum = toy.optimal_policy(reference, rewards, beta=beta)
-    close(toy.log_partition(reference, rewards, beta=beta), expected["log_partition"])
+
+    @jax.jit
+    def enumerated(chain, weights, final):
+        states = strings.states_of(space, strings.previous_letter(space))
+        reference = strings.string_log_probs(jnp.log(chain)[states], space)
+        rewards = strings.path_rewards(space, transitions, weights, final)
+        optimum = toy.optimal_policy(reference, rewards, beta=beta)
+        return optimum, {
+            "log_partition": toy.log_partition(reference, rewards, beta=beta),
+            "expected_reward": toy.expected_reward(optimum, rewards),
+            "kl_to_reference": toy.kl_to_reference(optimum, reference),
+            "kl_by_place": strings.kl_by_place(optimum, reference, space).sum(),
+            "lengths": strings.length_distribution(optimum, space),
+            "expected_length": strings.expected_length(optimum, space),
+        }
+
+    optimum, found = enumerated(*map(jnp.asarray, (chain, weights, final)))
     close(optimum, [log_prob(string) for string in naive.listed(*size)])
-    close(toy.expected_reward(optimum, rewards), expected["expected_reward"])
-    close(toy.kl_to_reference(optimum, reference), expected["kl_to_reference"])
-    close(strings.kl_by_place(optimum, reference, space).sum(), expected["kl_to_reference"])
-    close(strings.length_distribution(optimum, space), expected["lengths"])
-    close(strings.expected_length(optimum, space), expected["lengths"] @ np.arange(size[1] + 1))
+    expected["kl_by_place"] = expected["kl_to_reference"]
+    expected["expected_length"] = expected["lengths"] @ np.arange(size[1] + 1)
+    assert found.keys() == expected.keys()
+    for name, number in found.items():
+        close(number, expected[name])
 
 
-@pytest.mark.parametrize("size", [(3, 3, False), (2, 4, True)], ids=str)
+@pytest.mark.parametrize("size", [(3, 3, False), (2, 3, True)], ids=str)
 def test_advantages_make_the_policy_gradient(double, size):
     """The slope of the expected reward by a logit is P(prefix) P(token) A(prefix, token)."""
     policy, _, rewards = tables(size)
@@ -214,23 +227,30 @@ def test_what_never_occurs_is_followed_by_anything():
     probs = np.array([0.5, 0.0, 0.0, 0.0, 0.0, 0.2, 0.3])  # no string begins with a
     with np.errstate(divide="ignore"):
         log_probs = jnp.log(jnp.asarray(probs))
-    found = jnp.exp(strings.next_token_log_probs(log_probs, space))
-    np.testing.assert_allclose(found, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3], [0.4, 0.6, 0]], rtol=1e-6)
-    assert jnp.exp(strings.prefix_log_probs(log_probs, space)).tolist() == pytest.approx([1, 0, 0.5])
-    back = strings.string_log_probs(strings.next_token_log_probs(log_probs, space), space)
-    np.testing.assert_allclose(jnp.exp(back), probs, rtol=1e-6)
-    rewards = jnp.arange(7.0)
-    assert strings.values(log_probs, rewards, space)[0] == pytest.approx(2.8)
-    np.testing.assert_allclose(
-        strings.kl_by_place(log_probs, jnp.full(7, -np.log(7)), space).sum(), np.log(7) - 1.0296530, rtol=1e-5
-    )
-    np.testing.assert_allclose(strings.length_distribution(log_probs, space), [0.5, 0, 0.5], rtol=1e-6)
+
+    @jax.jit
+    def all_at_once(log_probs):
+        tokens = strings.next_token_log_probs(log_probs, space)
+        prefixes = strings.prefix_log_probs(log_probs, space)
+        value = strings.values(log_probs, jnp.arange(7.0), space)[0]
+        kl = strings.kl_by_place(log_probs, jnp.full(7, -np.log(7)), space).sum()
+        back = strings.string_log_probs(tokens, space)
+        return (*map(jnp.exp, (tokens, prefixes, back)), value, kl, strings.length_distribution(log_probs, space))
+
+    tokens, prefixes, back, value, kl, lengths = all_at_once(log_probs)
+    np.testing.assert_allclose(tokens, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3], [0.4, 0.6, 0]], rtol=1e-6)
+    np.testing.assert_allclose(prefixes, [1, 0, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(back, probs, rtol=1e-6)
+    assert value == pytest.approx(2.8)
+    assert kl == pytest.approx(np.log(7) + np.sum(probs * np.log(np.where(probs, probs, 1))))
+    np.testing.assert_allclose(lengths, [0.5, 0, 0.5], rtol=1e-6)
 
 
 def test_a_value_that_is_not_a_number_stays_with_its_prompt():
     space = strings.Strings(2, 2)
     table = jnp.log(jnp.full((2, 7), 1 / 7)).at[0, 6].set(jnp.nan)
-    for found in (strings.next_token_log_probs(table, space), strings.values(table, jnp.zeros((2, 7)), space)):
+    measures = (strings.next_token_log_probs, lambda table, space: strings.values(table, jnp.zeros((2, 7)), space))
+    for found in jax.jit(lambda table: [measure(table, space) for measure in measures])(table):
         assert jnp.isnan(found[0]).any()
         assert not jnp.isnan(found[1]).any()
 
@@ -261,9 +281,7 @@ def test_tables_of_other_strings_are_refused(as_users_have_it):
 
 
 def test_beta_is_traced_and_prompts_may_have_any_axes():
-    _, reference, rewards = (jnp.asarray(table) for table in tables((3, 3, False)))
-    reference, space = jnp.log(reference), strings.Strings(3, 3)
-    several = jax.jit(
-        jax.vmap(lambda beta: strings.soft_advantages(reference[None], rewards[None], space, beta=beta)[0])
-    )(jnp.array([0.2, BETA]))
-    close(several[1], facts((3, 3, False))["soft advantages"], 4e-6)
+    _, reference, rewards = (jnp.asarray(table)[None] for table in tables(SIZES[0]))
+    advantages = partial(strings.soft_advantages, jnp.log(reference), rewards, strings.Strings(*SIZES[0]))
+    several = jax.jit(jax.vmap(lambda beta: advantages(beta=beta)))(jnp.array([0.2, BETA]))
+    close(several[1, 0], facts(SIZES[0])["soft advantages"], 4e-6)
