@@ -71,8 +71,8 @@ class Strings:
             raise ValueError(f"alphabet must not have a letter twice, got {self.alphabet!r}")
         if self.alphabet and len(self.alphabet) != self.num_letters:
             raise ValueError(f"alphabet must have {self.num_letters} letters, got {self.alphabet!r}")
-        too_long = self.horizon > LONGEST
-        if too_long or self.horizon * math.log2(self.num_letters) > 20 or self.num_responses > MOST_STRINGS:
+        too_many = self.horizon > LONGEST or self.horizon * math.log2(self.num_letters) > math.log2(MOST_STRINGS)
+        if too_many or self.num_responses > MOST_STRINGS:
             what = f"{MOST_STRINGS:,} strings" if self.num_letters > 1 else f"{LONGEST} letters in a string"
             raise ValueError(
                 f"{self.num_letters} letters and a horizon of {self.horizon} make more than {what}, "
