@@ -94,8 +94,8 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
             "population": _split(grid(on_all_pairs, starts, loss=list(ON_ALL_PAIRS), beta=SMALL_BETAS), seeds),
         }
     with console.waiting("Evaluating what needs no training"):
-        found["exact"] = _last(over_seeds(partial(exact, pipeline), reported))
-        found["far"] = _last(over_seeds(partial(exact, pipeline), far))
+        found["exact"] = _last(over_seeds(exact, reported))
+        found["far"] = _last(over_seeds(exact, far))
     return found
 
 
@@ -319,7 +319,7 @@ def by_learner(pipeline: Pipeline, start: Start, *, learner: str, rate: Numeric)
     return measured(start, table(both.policy))
 
 
-def on_all_pairs(pipeline: Pipeline, start: Start, *, loss: str, beta: Numeric) -> Metrics:
+def on_all_pairs(_: Pipeline, start: Start, *, loss: str, beta: Numeric) -> Metrics:
     """The minimum of a loss over all pairs of short strings, weighted by how often they occur: a table, no samples."""
     world = strings.make_world(start.key, SMALL, num_prompts=1)
     reference = toy.optimal_policy(
@@ -333,7 +333,7 @@ def on_all_pairs(pipeline: Pipeline, start: Start, *, loss: str, beta: Numeric) 
     sums = toy.log_prob_fn(table, world.embeddings)
     means = strings.on_means(sums, SMALL)
     params = {"params": {"logits": reference}}
-    nums = lambda params, batch, logps: strings.num_tokens_of(SMALL, batch.responses)  # noqa: E731
+    nums = lambda _, batch, __: strings.num_tokens_of(SMALL, batch.responses)  # noqa: E731
     objectives: dict[str, tuple[Any, Objective]] = {
         "dpo": (sums, train.preference_objective(sums, losses.dpo_loss, beta=beta)),
         "ipo on sums": (sums, train.preference_objective(sums, losses.ipo_loss, beta=beta)),
@@ -367,7 +367,7 @@ def on_all_pairs(pipeline: Pipeline, start: Start, *, loss: str, beta: Numeric) 
     }
 
 
-def exact(pipeline: Pipeline, start: Start) -> Metrics:
+def exact(start: Start) -> Metrics:
     """What needs no training: sizes of soft advantages by place, coverage, and measures of SFT policy and optimum."""
     rewards, reference = start.world.rewards, start.log_probs
     optimum = toy.optimal_policy(reference, rewards, beta=BETA)
