@@ -17,15 +17,27 @@ import optax
 from jaxtyping import Array, Float
 
 from dpo_jax import losses, rlhf, strings, sweep, toy, train
-from dpo_jax.types import Metrics, Numeric, Objective, Params, Preferences
+from dpo_jax.types import Metrics, Numeric, Params, Preferences
 from experiments.lab import console, string_worlds
 from experiments.lab.methods import Method
 from experiments.lab.pipeline import Pipeline, Start
 from experiments.lab.runs import trained
 from experiments.lab.statistics import Seconds, over_seeds
-from experiments.lab.string_worlds import BETA, KNOWN, PIPELINE, STRINGS, Judge, heard, measured
+from experiments.lab.string_worlds import BETA, KNOWN, PIPELINE, STRING_METHODS, STRINGS, Judge, heard, measured
 from experiments.lab.tuning import Seeds
+from experiments.token_claims.measures import (
+    accuracy,
+    bad,
+    compared,
+    correlation,
+    entanglement,
+    entropy,
+    mean_where,
+    token_log_probs,
+)
+from experiments.token_claims.population import ON_ALL_PAIRS, SMALL_BETAS, gradient_noise, on_all_pairs
 
+STRING = {method.name: method for method in STRING_METHODS}
 LEARNING_RATE = 3e-3
 BETAS = (0.1, 0.25, 0.5, 1.0, 2.0)
 LIKING = 2.0
@@ -34,21 +46,14 @@ PRICE = LIKING / STRINGS.horizon
 """The price of a letter at which R-DPO undoes that."""
 TRUTHFUL, FOND = Judge(), Judge(liking=LIKING)
 UNIFORM = Judge(on_policy=0.0)
-AFTER_LENGTH = {
-    "dpo": KNOWN["dpo"],
-    "r-dpo": next(m for m in string_worlds.OWN if m.name == "r-dpo"),
-    "ld-dpo": next(m for m in string_worlds.OWN if m.name == "ld-dpo"),
-    "sampo": next(m for m in string_worlds.OWN if m.name == "sampo"),
-}
-"""Losses that are told to undo the judge's liking of length."""
+AFTER_LENGTH = {name: STRING[name] for name in ("dpo", "r-dpo", "ld-dpo", "sampo", "ln-dpo", "simpo")}
+"""Losses that should undo a judge's liking of length."""
+PER_TOKEN = 4.0
+"""How much larger the beta of a loss of means is: about the number of tokens of a string."""
 KEEPERS = {"dpo": KNOWN["dpo"], "rpo": KNOWN["rpo"], "dpo-positive": KNOWN["dpo-positive"]}
 """Losses that keep chosen responses probable."""
 KEPT = {"rpo": {"sft_weight": 0.1}, "dpo-positive": {"penalty": 1.0}}
 DISTANCES = (1, 2, 3, 4)
-SMALL = strings.Strings(num_letters=2, horizon=4)
-"""The strings whose population losses are minimised exactly, by a table."""
-SMALL_BETAS = (0.1, 0.3, 1.0, 3.0, 10.0)
-ON_ALL_PAIRS = ("dpo", "ipo on sums", "ipo on means", "ln-dpo", "simpo", "simpo with a margin", "orpo on sums", "orpo")
 AGGREGATIONS = {
     "mean of responses (GRPO)": losses.mean_of_responses,
     "mean of tokens (DAPO)": losses.mean_of_tokens,
@@ -94,9 +99,7 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
             "population": _split(grid(on_all_pairs, starts, loss=list(ON_ALL_PAIRS), beta=SMALL_BETAS), seeds),
         }
     with console.waiting("Evaluating what needs no training"):
-        found["exact"] = _last(over_seeds(exact, reported))
-        found["far"] = _last(over_seeds(exact, far))
-    return found
+        return {**found, "exact": _last(over_seeds(exact, reported)), "far": _last(over_seeds(exact, far))}
 
 
 def contrarian(world: toy.World) -> Float[Array, "prompts responses"]:
@@ -119,28 +122,31 @@ def dpo(pipeline: Pipeline, start: Start, *, judge: Judge, beta: Numeric) -> Met
     rewards, reference = start.world.rewards, start.log_probs
     change = table - reference
     chosen, rejected = toy.lookup(change, pairs.prompts, pairs.responses)
-    seen = _seen(pairs, table.shape)
+    seen = compared(pairs, table.shape)
     mode = jnp.argmax(reference, axis=-1, keepdims=True)
     found = measured(start, table)
     best = toy.optimal_policy_at_kl(reference, rewards, kl=jnp.maximum(found["kl_to_reference"], 0))
+    asked = strings.judged(start.world, STRINGS, liking=judge.liking).rewards
+    asked_for = toy.optimal_policy_at_kl(reference, asked, kl=jnp.maximum(found["kl_to_reference"], 0))
     advantages = strings.soft_advantages(reference, rewards, STRINGS, beta=beta)
     credit = beta * strings.token_log_ratios(table, reference, STRINGS)
     won, lost = toy.lookup(table, pairs.prompts, pairs.responses)
     best_won, best_lost = toy.lookup(best, pairs.prompts, pairs.responses)
     return {
         **found,
+        "longer_than_asked": found["expected_length"] - jnp.mean(strings.expected_length(asked_for, STRINGS)),
         "chosen_change": jnp.mean(chosen),
         "rejected_change": jnp.mean(rejected),
         "fell": jnp.mean(chosen < 0),
         "mode_change": jnp.mean(jnp.take_along_axis(jnp.exp(table) - jnp.exp(reference), mode, -1)),
         "mode_change_of_best": jnp.mean(jnp.take_along_axis(jnp.exp(best) - jnp.exp(reference), mode, -1)),
-        "entropy_change": jnp.mean(_entropy(table) - _entropy(reference)),
+        "entropy_change": jnp.mean(entropy(table) - entropy(reference)),
         "unseen": jnp.mean(jnp.sum(jnp.where(seen, 0, jnp.exp(table)), -1)),
         "unseen_before": jnp.mean(jnp.sum(jnp.where(seen, 0, jnp.exp(reference)), -1)),
-        "unseen_reward": _mean_where(table, rewards, ~seen),
-        "seen_reward": _mean_where(table, rewards, seen),
+        "unseen_reward": mean_where(table, rewards, ~seen),
+        "seen_reward": mean_where(table, rewards, seen),
         "unseen_of_best": jnp.mean(jnp.sum(jnp.where(seen, 0, jnp.exp(best)), -1)),
-        "credit": _correlation(credit, advantages, jnp.exp(_token_log_probs(reference))),
+        "credit": correlation(credit, advantages, jnp.exp(token_log_probs(reference))),
         "ranked": jnp.mean((won > lost) * 1.0),
         "ranked_by_best": jnp.mean((best_won > best_lost) * 1.0),
         "entangled": entanglement(pipeline, start, pairs, chosen),
@@ -149,7 +155,8 @@ def dpo(pipeline: Pipeline, start: Start, *, judge: Judge, beta: Numeric) -> Met
 
 def after_length(pipeline: Pipeline, start: Start, *, method: str, beta: Numeric) -> Metrics:
     """A loss that should undo a judge's liking of length, told how strong that is where it can be told."""
-    told = {"r-dpo": {"alpha": PRICE}, "ld-dpo": {"alpha": 0.5}}.get(method, {})
+    told = {"r-dpo": {"alpha": PRICE}, "ld-dpo": {"alpha": 0.5}, "simpo": {"gamma": 0.5}}.get(method, {})
+    beta = PER_TOKEN * beta if method in ("ln-dpo", "simpo") else beta
     table, _ = policy_after(pipeline, AFTER_LENGTH[method], start, FOND, beta=beta, **told)
     return measured(start, table)
 
@@ -218,12 +225,12 @@ def reward_models(pipeline: Pipeline, start: Start, *, model: str, rate: Numeric
         scores = score_table(params)
     rewards, reference = start.world.rewards, start.log_probs
     uniform = jnp.zeros_like(reference) - jnp.log(STRINGS.num_responses)
-    seen = _seen(pairs, reference.shape)
+    seen = compared(pairs, reference.shape)
     return {
-        "accuracy": _accuracy(scores, rewards, jnp.exp(reference)),
-        "shifted_accuracy": _accuracy(scores, rewards, jnp.exp(uniform)),
-        "unseen_accuracy": _accuracy(scores, rewards, jnp.exp(reference) * ~seen),
-        "possible": _accuracy(rewards, rewards, jnp.exp(reference)),
+        "accuracy": accuracy(scores, rewards, jnp.exp(reference)),
+        "shifted_accuracy": accuracy(scores, rewards, jnp.exp(uniform)),
+        "unseen_accuracy": accuracy(scores, rewards, jnp.exp(reference) * ~seen),
+        "possible": accuracy(rewards, rewards, jnp.exp(reference)),
     }
 
 
@@ -285,11 +292,11 @@ def by_aggregation(pipeline: Pipeline, start: Start, *, aggregation: str) -> Met
     params, _ = train.fit_online(
         fit_key, start.params, sampled, optimizer=optax.adam(LEARNING_RATE), num_epochs=1, rounds_per_epoch=NUM_STEPS
     )
-    log_probs = table(params)
+    log_probs, lengths = table(params), jnp.broadcast_to(STRINGS.lengths, rewards.shape)
     return {
         "longer_per_reward": longer / better,
-        "length_of_bad": _mean_where(log_probs, STRINGS.lengths * jnp.ones_like(rewards), _bad(start)),
-        "length_of_bad_before": _mean_where(start.log_probs, STRINGS.lengths * jnp.ones_like(rewards), _bad(start)),
+        "length_of_bad": mean_where(log_probs, lengths, bad(start)),
+        "length_of_bad_before": mean_where(start.log_probs, lengths, bad(start)),
         **measured(start, log_probs),
     }
 
@@ -319,60 +326,12 @@ def by_learner(pipeline: Pipeline, start: Start, *, learner: str, rate: Numeric)
     return measured(start, table(both.policy))
 
 
-def on_all_pairs(_: Pipeline, start: Start, *, loss: str, beta: Numeric) -> Metrics:
-    """The minimum of a loss over all pairs of short strings, weighted by how often they occur: a table, no samples."""
-    world = strings.make_world(start.key, SMALL, num_prompts=1)
-    reference = toy.optimal_policy(
-        strings.reference_log_probs(SMALL, expected_length=2.0)[None], world.rewards, beta=2.0
-    )
-    pairs = toy.all_preferences(world)
-    probs = jnp.exp(reference[0])
-    weights = pairs.weights * probs[pairs.responses.chosen] * probs[pairs.responses.rejected]
-    pairs = pairs._replace(weights=weights / jnp.mean(weights))
-    table = toy.TablePolicy(SMALL.num_responses)
-    sums = toy.log_prob_fn(table, world.embeddings)
-    means = strings.on_means(sums, SMALL)
-    params = {"params": {"logits": reference}}
-    nums = lambda _, batch, __: strings.num_tokens_of(SMALL, batch.responses)  # noqa: E731
-    objectives: dict[str, tuple[Any, Objective]] = {
-        "dpo": (sums, train.preference_objective(sums, losses.dpo_loss, beta=beta)),
-        "ipo on sums": (sums, train.preference_objective(sums, losses.ipo_loss, beta=beta)),
-        "ipo on means": (means, train.preference_objective(means, losses.ipo_loss, beta=beta)),
-        "ln-dpo": (sums, train.preference_objective(sums, losses.length_normalized_dpo_loss, beta=beta, lengths=nums)),
-        "simpo": (means, train.reference_free_objective(means, losses.simpo_loss, beta=beta, gamma=0.0)),
-        "simpo with a margin": (means, train.reference_free_objective(means, losses.simpo_loss, beta=beta, gamma=0.5)),
-        "orpo on sums": (sums, train.reference_free_objective(sums, losses.orpo_loss, odds_weight=beta)),
-        "orpo": (means, train.reference_free_objective(means, losses.orpo_loss, odds_weight=beta)),
-    }
-    log_prob, objective = objectives[loss]
-    params, _ = train.fit(
-        start.key,
-        params,
-        train.with_reference(log_prob, params, pairs),
-        objective=objective,
-        optimizer=optax.adam(optax.cosine_decay_schedule(0.05, 600)),
-        num_epochs=600,
-        batch_size=len(pairs.prompts),
-    )
-    log_probs = toy.table_fn(table, world.embeddings)(params)
-    found = toy.evaluate(log_probs, reference, world.rewards)
-    best = toy.optimal_policy_at_kl(reference, world.rewards, kl=jnp.maximum(found["kl_to_reference"], 0))
-    lengths = [strings.expected_length(table, SMALL)[0] for table in (log_probs, best)]
-    return {
-        **found,
-        "merit": found["expected_reward"] - BETA * found["kl_to_reference"],
-        "optimal_merit": BETA * toy.log_partition(reference, world.rewards, beta=BETA)[0],
-        "short_of_frontier": jnp.mean(toy.expected_reward(best, world.rewards)) - found["expected_reward"],
-        "longer": lengths[0] - lengths[1],
-    }
-
-
 def exact(start: Start) -> Metrics:
     """What needs no training: sizes of soft advantages by place, coverage, and measures of SFT policy and optimum."""
     rewards, reference = start.world.rewards, start.log_probs
     optimum = toy.optimal_policy(reference, rewards, beta=BETA)
     advantages = strings.soft_advantages(reference, rewards, STRINGS, beta=BETA)
-    visits = jnp.exp(_token_log_probs(reference))
+    visits = jnp.exp(token_log_probs(reference))
     places = np.repeat(np.arange(STRINGS.horizon), np.diff(STRINGS.offsets))
     weights = visits[None] * (places == np.arange(STRINGS.horizon)[:, None])[:, None, :, None]
     size = jnp.sqrt(jnp.sum(weights * advantages**2, (1, 2, 3)) / jnp.sum(weights, (1, 2, 3)))
@@ -381,6 +340,7 @@ def exact(start: Start) -> Metrics:
         "coverage": jnp.mean(toy.coverage(optimum, reference)),
         "sft": measured(start, reference),
         "optimum": measured(start, optimum),
+        "noise": gradient_noise(start),
     }
 
 
@@ -393,23 +353,9 @@ def token_log_prob(table: Callable[[Params], Array]) -> Any:
     return score
 
 
-def entanglement(pipeline: Pipeline, start: Start, pairs: Preferences, change: Float[Array, " n"]) -> Float[Array, ""]:
-    """How often the gradients of a pair alone tell whether the chosen response becomes more probable in training.
-
-    They say so where the gradient of its log-probability is larger than its product with that of the rejected one.
-    """
-    table = pipeline.table(start.world)
-    jacobian = jax.jacrev(lambda params: table(params).ravel())(start.params)
-    rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)], axis=-1)
-    products = rows @ rows.T
-    chosen, rejected = (start.world.num_responses * pairs.prompts + ids for ids in pairs.responses)
-    rises = products[chosen, chosen] > products[chosen, rejected]
-    return jnp.mean((rises == (change > 0)) * 1.0)
-
-
 def _rows(*judges: Judge) -> Judge:
     """An axis of judges."""
-    return Judge(*(np.array(column, np.float32) for column in zip(*judges, strict=True)))
+    return Judge(*(jnp.asarray(column, jnp.float32) for column in zip(*judges, strict=True)))
 
 
 def _split(found: Mapping[str, np.ndarray], seeds: Seeds) -> dict[str, dict[str, np.ndarray]]:
@@ -424,48 +370,3 @@ def _split(found: Mapping[str, np.ndarray], seeds: Seeds) -> dict[str, dict[str,
 def _last(found: Any) -> Any:
     """The same with the seed last."""
     return jax.tree.map(lambda values: np.moveaxis(values, 0, -1), found)
-
-
-def _seen(pairs: Preferences, shape: tuple[int, ...]) -> Array:
-    """Which responses to which prompts were compared."""
-    seen = jnp.zeros(shape, bool)
-    for ids in pairs.responses:
-        seen = seen.at[pairs.prompts, ids].set(True)
-    return seen
-
-
-def _bad(start: Start) -> Array:
-    """Strings that are worse than the SFT policy's mean."""
-    return start.world.rewards < toy.expected_reward(start.log_probs, start.world.rewards)[:, None]
-
-
-def _token_log_probs(log_probs: Array) -> Array:
-    """The log-probability that a string reaches each prefix and has each next token."""
-    reached = strings.prefix_log_probs(log_probs, STRINGS)
-    return reached[..., None] + strings.next_token_log_probs(log_probs, STRINGS)
-
-
-def _entropy(log_probs: Array) -> Array:
-    return -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
-
-
-def _mean_where(log_probs: Array, values: Array, where: Array) -> Array:
-    """The mean of values under a policy, given that a response is among some."""
-    weights = jnp.where(where, jnp.exp(log_probs), 0)
-    return jnp.mean(jnp.sum(weights * values, -1) / jnp.maximum(jnp.sum(weights, -1), 1e-20))
-
-
-def _correlation(x: Array, y: Array, weights: Array) -> Array:
-    """The correlation of two tables under weights."""
-    shares = weights / jnp.sum(weights)
-    x, y = (values - jnp.sum(shares * values) for values in (x, y))
-    return jnp.sum(shares * x * y) / jnp.sqrt(jnp.sum(shares * x**2) * jnp.sum(shares * y**2))
-
-
-def _accuracy(scores: Array, rewards: Array, weights: Array) -> Array:
-    """How often a score predicts a new comparison of two different responses that are drawn by weights: exact."""
-    wins = toy.preference_table(rewards)
-    above, below = scores[..., :, None] > scores[..., None, :], scores[..., :, None] < scores[..., None, :]
-    right = jnp.where(above, wins, jnp.where(below, 1 - wins, 0.5))
-    pairs = weights[..., :, None] * weights[..., None, :] * ~np.eye(rewards.shape[-1], dtype=bool)
-    return jnp.mean(jnp.sum(pairs * right, (-1, -2)) / jnp.sum(pairs, (-1, -2)))
