@@ -88,12 +88,12 @@ def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
     return FAILS if high < 0 else OPEN
 
 
-def equivalence(effect: Estimate) -> str:
-    """The word for a claim that there is no difference in reward."""
+def equivalence(effect: Estimate, *, within: float = NOTHING) -> str:
+    """The word for a claim that there is no difference, or none that matters."""
     low, high = effect.interval
-    if low > -NOTHING and high < NOTHING:
+    if low > -within and high < within:
         return HOLDS
-    return FAILS if low > NOTHING or high < -NOTHING else OPEN
+    return FAILS if low > within or high < -within else OPEN
 
 
 def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels", *, matters: float = NOTHING) -> str:
