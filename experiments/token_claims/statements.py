@@ -1,4 +1,4 @@
-"""The claims about tokens: each a sentence, papers, an effect with its interval, a verdict, and the numbers behind it."""
+"""The claims about tokens: each a sentence, papers, an effect with its interval, a verdict, and further numbers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,7 +120,7 @@ def r_dpo_removes(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "r_dpo_removes",
         "A price for each token (R-DPO) removes the length bias of the labels.",
-        "letters of R-DPO's strings beyond the best policy at the same KL, labels fond of length, the price is the judge's",
+        "letters of R-DPO's strings beyond the best policy at the same KL, labels fond of length, the judge's price",
         left,
         equivalence(left, within=LETTERS),
         _length_panels(evidence, ["dpo", "r-dpo"]),
@@ -145,8 +145,8 @@ def ld_dpo_and_sampo(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "ld_dpo_and_sampo",
         "LD-DPO and SamPO remove the length bias at no loss.",
-        "letters by which LD-DPO's strings are shorter than DPO's, each beyond the best policy at its KL, labels fond of "
-        "length",
+        "letters by which LD-DPO's strings are shorter than DPO's, each beyond the best policy at its KL, labels fond "
+        "of length",
         effects["LD-DPO: shorter"],
         _in_words(words),
         _length_panels(evidence, ["dpo", "ld-dpo", "sampo"]),
@@ -187,16 +187,14 @@ def means_fix_length(evidence: dict[str, Any]) -> Claim:
         "SimPO with γ = 0.5, infinite data": "simpo with a margin",
         "LN-DPO, infinite data": "ln-dpo",
     }
-    effects |= {
-        name: estimate(np.abs(minima["dpo"]["longer"]) - np.abs(minima[loss]["longer"]))
-        for name, loss in on_all.items()
-    }
+    off = {name: np.abs(found["longer"]) for name, found in minima.items()}
+    effects |= {name: estimate(off["dpo"] - off[loss]) for name, loss in on_all.items()}
     short = {name: estimate(minima[loss]["short_of_frontier"]) for name, loss in on_all.items()}
     first = next(iter(effects))
     return Claim(
         "means_fix_length",
         "Means over tokens (SimPO, length-normalised DPO) fix the length.",
-        "letters by which SimPO is closer than DPO to the length of the best policy at the same KL, labels fond of length",
+        "letters by which SimPO is closer than DPO to the length of the best policy at its KL, labels fond of length",
         effects[first],
         by_condition(effects, "the labels", matters=LETTERS),
         {
@@ -347,14 +345,12 @@ def squeezing(evidence: dict[str, Any]) -> Claim:
     """The most probable string of the SFT policy."""
     found = evidence["dpo"]
     who = {"uniform pairs": UNIFORM, "pairs of the SFT policy": TRUTHFUL}
-    effects = {
-        name: estimate(found["mode_change"][p, USUAL] - found["mode_change_of_best"][p, USUAL])
-        for name, p in who.items()
-    }
+    beyond = found["mode_change"] - found["mode_change_of_best"]
+    effects = {name: estimate(beyond[place, USUAL]) for name, place in who.items()}
     return Claim(
         "squeezing",
         "DPO squeezes probability into what was most probable already, worst where data are off-policy.",
-        "change of the probability of the SFT policy's most probable string, minus the same of the best policy at equal "
+        "change of the probability of the SFT policy's most probable string, minus that of the best policy at equal "
         "KL; uniform pairs, β = 0.5",
         effects["uniform pairs"],
         by_condition(effects, "which strings are compared", matters=SHARE),
@@ -459,8 +455,8 @@ def online_where_far(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "online_where_far",
         "On-policy data win where the best responses are far from the reference.",
-        "gain in reward − β KL by online over offline DPO, as many labels and steps: a reference that avoids good strings "
-        "minus one that prefers them",
+        "gain in reward − β KL by online over offline DPO, as many labels and steps: a reference that avoids good "
+        "strings minus one that prefers them",
         more,
         verdict(more, matters=REWARD),
         {"Reward − β KL, online minus offline": {"DPO": by_name(effects)}},
@@ -512,7 +508,7 @@ def credit_without_labels(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "credit_without_labels",
         "DPO's log-ratios of tokens are advantages: it learns credit without labels of tokens.",
-        "correlation of β times the log-ratio of a token with its soft advantage, over the SFT policy's tokens; β = 0.5",
+        "correlation of β times the log-ratio of a token with its soft advantage, tokens of the SFT policy; β = 0.5",
         effect,
         verdict(effect, matters=0.5),
         {
@@ -583,8 +579,8 @@ def ranking_accuracy_low(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "ranking_accuracy_low",
         "After training, policies still order few pairs rightly by likelihood, far from what is possible.",
-        "share of training pairs whose chosen string is more probable, under the best policy at DPO's KL minus under DPO; "
-        "β = 0.5",
+        "share of training pairs whose chosen string is more probable, under the best policy at DPO's KL minus under "
+        "DPO; β = 0.5",
         effect,
         verdict(effect, matters=SHARE),
         {
@@ -605,7 +601,7 @@ def ranking_accuracy_low(evidence: dict[str, Any]) -> Claim:
 
 def grpo_favours_length(evidence: dict[str, Any]) -> Claim:
     """GRPO's aggregations."""
-    found, names = evidence["aggregation"], list(AGGREGATIONS)
+    found, names = evidence["aggregation"], _short(list(AGGREGATIONS))
     grpo, fixed = 0, 2
     effects = {
         "exact gradient, letters per unit of reward": estimate(
@@ -622,13 +618,11 @@ def grpo_favours_length(evidence: dict[str, Any]) -> Claim:
         by_condition(effects, "what is measured", matters=LETTERS / 2),
         {
             "Letters": {
-                "all strings": by_name({n: estimate(found["expected_length"][i]) for i, n in enumerate(_short(names))}),
-                "bad strings": by_name({n: estimate(found["length_of_bad"][i]) for i, n in enumerate(_short(names))}),
+                "all strings": by_name({n: estimate(found["expected_length"][i]) for i, n in enumerate(names)}),
+                "bad strings": by_name({n: estimate(found["length_of_bad"][i]) for i, n in enumerate(names)}),
             },
             "Letters per unit of reward, exact gradient": {
-                "at the start": by_name(
-                    {n: estimate(found["longer_per_reward"][i]) for i, n in enumerate(_short(names))}
-                )
+                "at the start": by_name({n: estimate(found["longer_per_reward"][i]) for i, n in enumerate(names)})
             },
         },
         "Aggregation",
