@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, rlhf, strings, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
@@ -22,8 +22,18 @@ from experiments.lab import console, string_worlds
 from experiments.lab.methods import Method
 from experiments.lab.pipeline import Pipeline, Start
 from experiments.lab.runs import trained
-from experiments.lab.statistics import Seconds, over_seeds
-from experiments.lab.string_worlds import BETA, KNOWN, PIPELINE, STRING_METHODS, STRINGS, Judge, heard, measured
+from experiments.lab.statistics import Seconds, by_name, over_seeds
+from experiments.lab.string_worlds import (
+    BETA,
+    KNOWN,
+    PIPELINE,
+    STRING_METHODS,
+    STRINGS,
+    Judge,
+    heard,
+    measured,
+    strings_of,
+)
 from experiments.lab.tuning import Seeds
 from experiments.token_claims.measures import (
     accuracy,
@@ -52,19 +62,27 @@ PER_TOKEN = 4.0
 """How much larger the beta of a loss of means is: about the number of tokens of a string."""
 KEEPERS = {"dpo": KNOWN["dpo"], "rpo": KNOWN["rpo"], "dpo-positive": KNOWN["dpo-positive"]}
 """Losses that keep chosen responses probable."""
-KEPT = {"rpo": {"sft_weight": 0.1}, "dpo-positive": {"penalty": 1.0}}
+KEPT = {"rpo": ("sft_weight", 0.1), "dpo-positive": ("penalty", 1.0)}
+"""What keeps them so, and how strong it is at a strength of 1."""
+STRENGTHS = (0.03, 0.1, 0.3, 1.0)
+KEPT_BETAS = (0.25, 0.5, 1.0)
 DISTANCES = (1, 2, 3, 4)
 AGGREGATIONS = {
     "mean of responses (GRPO)": losses.mean_of_responses,
     "mean of tokens (DAPO)": losses.mean_of_tokens,
     "mean per length (Dr. GRPO)": partial(losses.mean_per_length, max_length=STRINGS.horizon),
 }
+MANY_LABELS, PASSES = 8192, 4
+"""How many labels offline and online DPO get, and how often they see each."""
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which the best is chosen in other worlds."""
 SAMPLES_PER_STEP = 32
+NUM_NOISE, NUM_ELSEWHERE = 128, 128
+"""How many worlds the variance of gradients is computed in, and how many each of the other conditions gets."""
 NUM_STEPS = 240
 """Optimizer steps of learners that sample."""
-CHI_BETAS = (0.05, *BETAS)
+CHI_BETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+FLIPPED = Judge(flip_probability=0.2)
 
 
 def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPELINE) -> dict[str, Any]:
@@ -75,6 +93,7 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
         hidden = replace(pipeline, demonstrator=contrarian)
         far = sweep.prepare(hidden.start, key, seeds=seeds.reported)
     reported = starts.sel(seeds.reported)
+    reported_first = starts.sel(seeds.reported[:NUM_NOISE])
     with console.progress("Runs") as report:
 
         def grid(run: Callable[..., Metrics], starts: sweep.Starts = reported, **axes: Any) -> dict[str, np.ndarray]:
@@ -85,7 +104,19 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
             "dpo": grid(dpo, judge=_rows(TRUTHFUL, FOND, UNIFORM), beta=BETAS),
             "after length": _split(grid(after_length, starts, method=list(AFTER_LENGTH), beta=BETAS), seeds),
             "keepers": _split(
-                grid(keeper, starts, method=list(KEEPERS), judge=_rows(TRUTHFUL, UNIFORM), beta=BETAS), seeds
+                grid(
+                    keeper,
+                    starts,
+                    method=list(KEPT),
+                    judge=_rows(TRUTHFUL, UNIFORM),
+                    strength=STRENGTHS,
+                    beta=KEPT_BETAS,
+                ),
+                seeds,
+            ),
+            "kept by nothing": _split(
+                grid(keeper, starts, method=["dpo"], judge=_rows(TRUTHFUL, UNIFORM), strength=[0.0], beta=KEPT_BETAS),
+                seeds,
             ),
             "chi-po": grid(against_overoptimisation, method=["dpo", "chi-po"], beta=CHI_BETAS),
             "alike": grid(alike, distance=DISTANCES),
@@ -96,10 +127,40 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
             },
             "aggregation": grid(by_aggregation, aggregation=list(AGGREGATIONS)),
             "learners": _split(grid(by_learner, starts, learner=["token PPO", "RLOO"], rate=RATES), seeds),
+            "noise": grid(gradient_noise, reported_first),
             "population": _split(grid(on_all_pairs, starts, loss=list(ON_ALL_PAIRS), beta=SMALL_BETAS), seeds),
+        }
+        found["elsewhere"] = {
+            name: grid_of(variation, key, seeds.reported[:NUM_ELSEWHERE], seconds, report, **options)
+            for name, (variation, options) in elsewhere(pipeline).items()
         }
     with console.waiting("Evaluating what needs no training"):
         return {**found, "exact": _last(over_seeds(exact, reported)), "far": _last(over_seeds(exact, far))}
+
+
+def elsewhere(pipeline: Pipeline) -> dict[str, tuple[Pipeline, dict[str, Any]]]:
+    """Other conditions in which DPO runs: verdicts that differ there hold for some conditions only."""
+    return {
+        "as elsewhere": (pipeline, {}),
+        "learning rate / 3": (pipeline, {"learning_rate": [LEARNING_RATE / 3]}),
+        "learning rate x 3": (pipeline, {"learning_rate": [LEARNING_RATE * 3]}),
+        "a fifth of labels flipped": (pipeline, {"judge": _rows(Judge(flip_probability=0.2))}),
+        "a quarter of the pairs": (replace(pipeline, num_preferences=256, num_epochs=120), {}),
+        "four times as long": (replace(pipeline, num_epochs=4 * pipeline.num_epochs), {}),
+        "8 hidden units": (string_worlds.pipeline_of(STRINGS, 8), {}),
+        "3 letters, 4 at most": (string_worlds.pipeline_of(strings.Strings(num_letters=3, horizon=4)), {}),
+        "2 letters, 8 at most": (string_worlds.pipeline_of(strings.Strings(num_letters=2, horizon=8)), {}),
+    }
+
+
+def grid_of(
+    pipeline: Pipeline, key: Key[Array, ""], seeds: range, seconds: Seconds, report: Any, **options: Any
+) -> dict[str, np.ndarray]:
+    """DPO at the usual beta in worlds of its own, with everything that claims are made about."""
+    starts = sweep.prepare(pipeline.start, key, seeds=seeds)
+    axes = {"judge": _rows(TRUTHFUL), "beta": [BETA], **options}
+    results = seconds.count(sweep.grid(partial(dpo, pipeline), starts, report=report, **axes))
+    return {name: values.ravel() for name, values in by_name(results).items()}
 
 
 def contrarian(world: toy.World) -> Float[Array, "prompts responses"]:
@@ -116,25 +177,30 @@ def policy_after(
     return table, feedback.pairs()
 
 
-def dpo(pipeline: Pipeline, start: Start, *, judge: Judge, beta: Numeric) -> Metrics:
+def dpo(
+    pipeline: Pipeline, start: Start, *, judge: Judge, beta: Numeric, learning_rate: Numeric = LEARNING_RATE
+) -> Metrics:
     """DPO, with everything that claims are made about."""
-    table, pairs = policy_after(pipeline, KNOWN["dpo"], start, judge, beta=beta)
+    table, pairs = policy_after(pipeline, KNOWN["dpo"], start, judge, beta=beta, learning_rate=learning_rate)
     rewards, reference = start.world.rewards, start.log_probs
     change = table - reference
     chosen, rejected = toy.lookup(change, pairs.prompts, pairs.responses)
     seen = compared(pairs, table.shape)
     mode = jnp.argmax(reference, axis=-1, keepdims=True)
-    found = measured(start, table)
+    every = strings_of(pipeline)
+    found = measured(start, table, every=every)
     best = toy.optimal_policy_at_kl(reference, rewards, kl=jnp.maximum(found["kl_to_reference"], 0))
-    asked = strings.judged(start.world, STRINGS, liking=judge.liking).rewards
+    asked = strings.judged(start.world, every, liking=judge.liking).rewards
     asked_for = toy.optimal_policy_at_kl(reference, asked, kl=jnp.maximum(found["kl_to_reference"], 0))
-    advantages = strings.soft_advantages(reference, rewards, STRINGS, beta=beta)
-    credit = beta * strings.token_log_ratios(table, reference, STRINGS)
+    advantages = strings.soft_advantages(reference, rewards, every, beta=beta)
+    credit = beta * strings.token_log_ratios(table, reference, every)
     won, lost = toy.lookup(table, pairs.prompts, pairs.responses)
+    true_won, true_lost = toy.lookup(rewards, pairs.prompts, pairs.responses)
     best_won, best_lost = toy.lookup(best, pairs.prompts, pairs.responses)
+    alone, with_all = entanglement(pipeline, start, pairs, chosen)
     return {
         **found,
-        "longer_than_asked": found["expected_length"] - jnp.mean(strings.expected_length(asked_for, STRINGS)),
+        "longer_than_asked": found["expected_length"] - jnp.mean(strings.expected_length(asked_for, every)),
         "chosen_change": jnp.mean(chosen),
         "rejected_change": jnp.mean(rejected),
         "fell": jnp.mean(chosen < 0),
@@ -146,10 +212,12 @@ def dpo(pipeline: Pipeline, start: Start, *, judge: Judge, beta: Numeric) -> Met
         "unseen_reward": mean_where(table, rewards, ~seen),
         "seen_reward": mean_where(table, rewards, seen),
         "unseen_of_best": jnp.mean(jnp.sum(jnp.where(seen, 0, jnp.exp(best)), -1)),
-        "credit": correlation(credit, advantages, jnp.exp(token_log_probs(reference))),
+        "credit": correlation(credit, advantages, jnp.exp(token_log_probs(reference, every))),
         "ranked": jnp.mean((won > lost) * 1.0),
         "ranked_by_best": jnp.mean((best_won > best_lost) * 1.0),
-        "entangled": entanglement(pipeline, start, pairs, chosen),
+        "told_alone": alone,
+        "told_by_all": with_all,
+        "ranked_by_truth": jnp.mean((true_won > true_lost) * 1.0),
     }
 
 
@@ -161,17 +229,18 @@ def after_length(pipeline: Pipeline, start: Start, *, method: str, beta: Numeric
     return measured(start, table)
 
 
-def keeper(pipeline: Pipeline, start: Start, *, method: str, judge: Judge, beta: Numeric) -> Metrics:
+def keeper(pipeline: Pipeline, start: Start, *, method: str, judge: Judge, strength: Numeric, beta: Numeric) -> Metrics:
     """A loss that should keep chosen responses probable."""
-    table, pairs = policy_after(pipeline, KEEPERS[method], start, judge, beta=beta, **KEPT.get(method, {}))
+    kept = {name: strength * most for name, most in [KEPT[method]]} if method in KEPT else {}
+    table, pairs = policy_after(pipeline, KEEPERS[method], start, judge, beta=beta, **kept)
     chosen = toy.lookup(table - start.log_probs, pairs.prompts, pairs.responses.chosen)
     return {**measured(start, table), "chosen_change": jnp.mean(chosen)}
 
 
 def against_overoptimisation(pipeline: Pipeline, start: Start, *, method: str, beta: Numeric) -> Metrics:
-    """A loss with few comparisons and a beta that may be too small."""
+    """A loss with few comparisons, a fifth of them flipped, and a beta that may be too small."""
     few = replace(pipeline, num_preferences=pipeline.num_preferences // 8, batch_size=pipeline.batch_size // 8)
-    table, _ = policy_after(few, KNOWN[method], start, TRUTHFUL, beta=beta)
+    table, _ = policy_after(few, KNOWN[method], start, FLIPPED, beta=beta)
     return measured(start, table)
 
 
@@ -235,15 +304,15 @@ def reward_models(pipeline: Pipeline, start: Start, *, model: str, rate: Numeric
 
 
 def offline_and_online(pipeline: Pipeline, start: Start, *, how: str) -> Metrics:
-    """DPO on as many labels and in as many steps, of pairs of the SFT policy or of the policy as it is by then."""
+    """DPO on as many labels in as many steps, of pairs of the SFT policy or of the policy as it is by then."""
+    many = replace(pipeline, num_preferences=MANY_LABELS, num_epochs=PASSES)
     if how == "offline":
-        table, _ = policy_after(pipeline, KNOWN["dpo"], start, TRUTHFUL, beta=BETA)
+        table, _ = policy_after(many, KNOWN["dpo"], start, TRUTHFUL, beta=BETA)
         return measured(start, table)
-    embeddings = start.world.embeddings
     learner = rlhf.online_dpo(
-        ask=toy.ask_uniformly(start.world, num=pipeline.batch_size),
-        respond=toy.respond_fn(pipeline.policy, embeddings, group_size=2),
-        log_prob=pipeline.log_prob(start.world),
+        ask=toy.ask_uniformly(start.world, num=many.batch_size),
+        respond=toy.respond_fn(many.policy, start.world.embeddings, group_size=2),
+        log_prob=many.log_prob(start.world),
         prefer=toy.preference_fn(start.world.rewards),
         reference_params=start.params,
         beta=BETA,
@@ -253,10 +322,11 @@ def offline_and_online(pipeline: Pipeline, start: Start, *, how: str) -> Metrics
         start.params,
         learner,
         optimizer=optax.adam(LEARNING_RATE),
-        num_epochs=pipeline.steps_per_epoch,
-        passes_per_round=pipeline.num_epochs,
+        num_epochs=1,
+        rounds_per_epoch=many.steps_per_epoch,
+        passes_per_round=PASSES,
     )
-    return measured(start, pipeline.table(start.world)(params))
+    return measured(start, many.table(start.world)(params))
 
 
 def by_aggregation(pipeline: Pipeline, start: Start, *, aggregation: str) -> Metrics:
@@ -340,7 +410,6 @@ def exact(start: Start) -> Metrics:
         "coverage": jnp.mean(toy.coverage(optimum, reference)),
         "sft": measured(start, reference),
         "optimum": measured(start, optimum),
-        "noise": gradient_noise(start),
     }
 
 

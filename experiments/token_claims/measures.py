@@ -11,18 +11,25 @@ from experiments.lab.pipeline import Pipeline, Start
 from experiments.lab.string_worlds import STRINGS
 
 
-def entanglement(pipeline: Pipeline, start: Start, pairs: Preferences, change: Float[Array, " n"]) -> Float[Array, ""]:
-    """How often the gradients of a pair alone tell whether the chosen response becomes more probable in training.
+def entanglement(
+    pipeline: Pipeline, start: Start, pairs: Preferences, change: Float[Array, " n"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How often gradients at the start tell whether a chosen response becomes more probable in training.
 
-    They say so where the gradient of its log-probability is larger than its product with that of the rejected one.
+    Returns:
+      By the gradients of the pair alone, as if no other pair were trained on: it rises where the gradient of its
+      log-probability is larger than the product with that of the rejected one. And by those of all pairs: the direction
+      of the first step.
     """
     table = pipeline.table(start.world)
     jacobian = jax.jacrev(lambda params: table(params).ravel())(start.params)
     rows = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(jacobian)], axis=-1)
     products = rows @ rows.T
     chosen, rejected = (start.world.num_responses * pairs.prompts + ids for ids in pairs.responses)
-    rises = products[chosen, chosen] > products[chosen, rejected]
-    return jnp.mean((rises == (change > 0)) * 1.0)
+    pulls = jnp.zeros(len(products)).at[chosen].add(1.0).at[rejected].add(-1.0)
+    rises = {"alone": products[chosen, chosen] > products[chosen, rejected], "all": (products @ pulls)[chosen] > 0}
+    alone, with_all = (jnp.mean((rise == (change > 0)) * 1.0) for rise in rises.values())
+    return alone, with_all
 
 
 def compared(pairs: Preferences, shape: tuple[int, ...]) -> Array:
@@ -38,10 +45,10 @@ def bad(start: Start) -> Array:
     return start.world.rewards < toy.expected_reward(start.log_probs, start.world.rewards)[:, None]
 
 
-def token_log_probs(log_probs: Array) -> Array:
+def token_log_probs(log_probs: Array, every: strings.Strings = STRINGS) -> Array:
     """The log-probability that a string reaches each prefix and has each next token."""
-    reached = strings.prefix_log_probs(log_probs, STRINGS)
-    return reached[..., None] + strings.next_token_log_probs(log_probs, STRINGS)
+    reached = strings.prefix_log_probs(log_probs, every)
+    return reached[..., None] + strings.next_token_log_probs(log_probs, every)
 
 
 def entropy(log_probs: Array) -> Array:

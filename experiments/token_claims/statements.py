@@ -1,6 +1,6 @@
 """The claims about tokens: each a sentence, papers, an effect with its interval, a verdict, and further numbers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ from experiments.token_claims.evidence import (
     BETAS,
     CHI_BETAS,
     DISTANCES,
-    KEEPERS,
+    KEPT,
+    KEPT_BETAS,
     RATES,
+    STRENGTHS,
 )
 from experiments.token_claims.population import ON_ALL_PAIRS, SMALL_BETAS
 
@@ -56,6 +58,11 @@ def judge(evidence: dict[str, Any]) -> list[Claim]:
     ]
 
 
+def elsewhere(evidence: dict[str, Any], measure: Callable[[dict[str, Any]], Any]) -> dict[str, Estimate]:
+    """An effect on DPO under other conditions, in fewer worlds."""
+    return {f"with {name}": estimate(measure(found)) for name, found in evidence["elsewhere"].items()}
+
+
 def best_of(found: dict[str, Any], place: int | tuple[int, ...], score: str = "merit") -> dict[str, Any]:
     """The results at the best of several values, which is chosen in the tuning worlds."""
     best = int(np.argmax(np.nan_to_num(found["tuning"][score][place].mean(axis=-1), nan=-np.inf)))
@@ -91,7 +98,11 @@ def dpo_lengthens(evidence: dict[str, Any]) -> Claim:
             },
         },
         "β",
-        {**effects, "letters beyond the true optimum, judges fond of length": beyond_truth},
+        {
+            **effects,
+            "letters beyond the true optimum, judges fond of length": beyond_truth,
+            **elsewhere(evidence, lambda found: found["longer_than_asked"]),
+        },
         log=True,
         papers=("2403.19159", "2310.03716"),
     )
@@ -284,6 +295,7 @@ def chosen_falls(evidence: dict[str, Any]) -> Claim:
                 f"change of chosen (nats), {name}": estimate(found["chosen_change"][place, USUAL])
                 for name, place in who.items()
             },
+            **elsewhere(evidence, lambda found: found["fell"] - 0.5),
         },
         log=True,
         papers=("2404.12358", "2406.07327"),
@@ -317,26 +329,39 @@ def similar_pairs(evidence: dict[str, Any]) -> Claim:
 
 
 def gradients_tell(evidence: dict[str, Any]) -> Claim:
-    """Gradient entanglement, pair by pair."""
+    """Gradient entanglement: by the pair's own gradients, and by those of all pairs."""
     found = evidence["dpo"]
     who = {"pairs of the SFT policy": TRUTHFUL, "uniform pairs": UNIFORM}
+    ways = {"the pair's own gradients": "told_alone", "gradients of all pairs": "told_by_all"}
     usual = {name: np.maximum(found["fell"][p, USUAL], 1 - found["fell"][p, USUAL]) for name, p in who.items()}
-    effects = {name: estimate(found["entangled"][p, USUAL] - usual[name]) for name, p in who.items()}
+    effects = {
+        f"{way}, {name}": estimate(found[key][p, USUAL] - usual[name])
+        for way, key in ways.items()
+        for name, p in who.items()
+    }
+    first = next(iter(effects))
     return Claim(
         "gradients_tell",
         "The inner product of the gradients of chosen and rejected tells whether chosen rises or falls.",
         "share of pairs whose direction is told by the pair's own gradients at the start, minus the share of the more "
-        "frequent direction; β = 0.5",
-        effects["pairs of the SFT policy"],
-        by_condition(effects, "which strings are compared", matters=SHARE),
+        "frequent direction; pairs of the SFT policy, β = 0.5",
+        effects[first],
+        by_condition(effects, "which gradients are meant", matters=SHARE),
         {
-            "Share of pairs": {
-                "told by gradients": by_name({n: estimate(found["entangled"][p, USUAL]) for n, p in who.items()}),
+            "Share of pairs whose direction is told": {
+                **{
+                    way: by_name({n: estimate(found[key][p, USUAL]) for n, p in who.items()})
+                    for way, key in ways.items()
+                },
                 "the more frequent direction": by_name({n: estimate(usual[n]) for n in who}),
             }
         },
         "Pairs",
-        {f"told by gradients, {n}": estimate(found["entangled"][p, USUAL]) for n, p in who.items()},
+        {
+            f"share told by {way}, {n}": estimate(found[key][p, USUAL])
+            for way, key in ways.items()
+            for n, p in who.items()
+        },
         papers=("2410.13828",),
     )
 
@@ -365,6 +390,7 @@ def squeezing(evidence: dict[str, Any]) -> Claim:
         {
             **effects,
             **{f"change of entropy (nats), {n}": estimate(found["entropy_change"][p, USUAL]) for n, p in who.items()},
+            **elsewhere(evidence, lambda found: found["mode_change"] - found["mode_change_of_best"]),
         },
         log=True,
         papers=("2407.10490",),
@@ -372,43 +398,66 @@ def squeezing(evidence: dict[str, Any]) -> Claim:
 
 
 def keepers_cost_nothing(evidence: dict[str, Any]) -> Claim:
-    """RPO and DPO-positive beside DPO, each at its best beta."""
-    found = evidence["keepers"]
+    """RPO and DPO-positive, as strong as it takes to keep chosen strings probable, beside DPO."""
     who = {"pairs of the SFT policy": 0, "uniform pairs": 1}
-    at_best = {
-        (name, pairs): best_of(found, (place, judge))
-        for place, name in enumerate(KEEPERS)
+    shown = {"rpo": "RPO", "dpo-positive": "DPO-positive"}
+    plain = {pairs: best_of(evidence["kept by nothing"], (0, judge, 0)) for pairs, judge in who.items()}
+    kept = {
+        (name, pairs): best_that_keeps(evidence["keepers"], (place, judge))
+        for place, name in enumerate(KEPT)
         for pairs, judge in who.items()
     }
-    shown = {"rpo": "RPO", "dpo-positive": "DPO-positive"}
-    keeps, costs = (
+    costs, changes = (
         {
-            f"{label}, {pairs}": estimate(at_best[name, pairs][what] - at_best["dpo", pairs][what])
+            f"{label}, {pairs}": estimate(kept[name, pairs][what] - plain[pairs][what])
             for name, label in shown.items()
             for pairs in who
         }
-        for what in ("chosen_change", "merit")
+        for what in ("merit", "chosen_change")
     )
-    words = {f"{name}: keeps chosen probable": verdict(effect) for name, effect in keeps.items()}
-    words |= {f"{name}: no cost": verdict(no_loss(effect)) for name, effect in costs.items()}
+    lines = {
+        f"{label}, {pairs}": [
+            best_of(evidence["keepers"], (place, judge, strength)) for strength in range(len(STRENGTHS))
+        ]
+        for place, label in enumerate(shown.values())
+        for pairs, judge in who.items()
+    }
     first = next(iter(costs))
     return Claim(
         "keepers_cost_nothing",
         "An NLL term (RPO) or DPO-positive keeps chosen responses probable, at no cost.",
-        "reward − β KL of RPO minus that of DPO, pairs of the SFT policy, each at its best β",
+        "reward − β KL of RPO, as strong as it takes that chosen strings lose at most 0.1 nats on average, minus that "
+        "of DPO; pairs of the SFT policy, each at its best β",
         costs[first],
-        _in_words(words),
+        _in_words({name: verdict(no_loss(effect)) for name, effect in costs.items()}),
         {
-            what: {pairs: by_name({n: estimate(at_best[n, pairs][key]) for n in KEEPERS}) for pairs in who}
-            for what, key in {"Change of chosen (nats)": "chosen_change", "Reward − β KL": "merit"}.items()
+            "Change of chosen (nats)": {
+                name: series(STRENGTHS, [f["chosen_change"] for f in found]) for name, found in lines.items()
+            },
+            "Reward − β KL": {name: series(STRENGTHS, [f["merit"] for f in found]) for name, found in lines.items()},
         },
-        "Loss",
+        "Strength (1: an NLL weight of 0.1 in RPO, a penalty of 1 in DPO-positive)",
         {
             **{f"reward − β KL, minus DPO: {name}": effect for name, effect in costs.items()},
-            **{f"change of chosen (nats), minus DPO: {name}": effect for name, effect in keeps.items()},
+            **{f"change of chosen (nats), DPO, {n}": estimate(f["chosen_change"]) for n, f in plain.items()},
+            **{f"change of chosen (nats), minus DPO: {name}": effect for name, effect in changes.items()},
         },
+        log=True,
         papers=("2404.19733", "2402.13228"),
     )
+
+
+def best_that_keeps(found: dict[str, Any], place: tuple[int, ...]) -> dict[str, Any]:
+    """The results at the best strength and beta of those that keep chosen strings probable in the tuning worlds.
+
+    If none does, those that come closest.
+    """
+    tuning = {name: values[place].mean(axis=-1) for name, values in found["tuning"].items()}
+    keeps = tuning["chosen_change"] >= -0.1
+    score = np.where(keeps, tuning["merit"], -np.inf) if keeps.any() else tuning["chosen_change"]
+    best = np.unravel_index(int(np.argmax(np.nan_to_num(score, nan=-np.inf))), score.shape)
+    assert score.shape == (len(STRENGTHS), len(KEPT_BETAS))
+    return {name: values[place][best] for name, values in found["reported"].items()}
 
 
 def unseen_strings(evidence: dict[str, Any]) -> Claim:
@@ -440,6 +489,7 @@ def unseen_strings(evidence: dict[str, Any]) -> Claim:
             "reward of unseen strings minus that of seen ones": estimate(
                 (found["unseen_reward"] - found["seen_reward"])[USUAL]
             ),
+            **elsewhere(evidence, lambda found: found["unseen"] - found["unseen_before"]),
         },
         log=True,
         papers=("2404.10719",),
@@ -482,7 +532,7 @@ def chi_po_escapes(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "chi_po_escapes",
         "χPO escapes overoptimisation.",
-        "reward that DPO loses from its best β to β = 0.05, minus the same of χPO; 128 pairs",
+        "reward that DPO loses from its best β to β = 0.003, minus the same of χPO; 128 pairs, a fifth flipped",
         effects["loses less than DPO"],
         _in_words(words),
         {
@@ -519,7 +569,11 @@ def credit_without_labels(evidence: dict[str, Any]) -> Claim:
             }
         },
         "β",
-        {"uniform pairs": estimate(found[UNIFORM, USUAL]), "judges fond of length": estimate(found[FOND, USUAL])},
+        {
+            "uniform pairs": estimate(found[UNIFORM, USUAL]),
+            "judges fond of length": estimate(found[FOND, USUAL]),
+            **elsewhere(evidence, lambda found: found["credit"]),
+        },
         log=True,
         papers=("2404.12358", "2412.01981"),
     )
@@ -575,24 +629,31 @@ def implicit_generalises_worse(evidence: dict[str, Any]) -> Claim:
 def ranking_accuracy_low(evidence: dict[str, Any]) -> Claim:
     """How often a policy's likelihood orders the training pairs as labelled."""
     found = {name: values[TRUTHFUL] for name, values in evidence["dpo"].items()}
-    effect = estimate((found["ranked_by_best"] - found["ranked"])[USUAL])
+    effects = {
+        "the best policy at DPO's KL": estimate((found["ranked_by_best"] - found["ranked"])[USUAL]),
+        "the true rewards": estimate((found["ranked_by_truth"] - found["ranked"])[USUAL]),
+    }
+    effect = effects["the true rewards"]
     return Claim(
         "ranking_accuracy_low",
         "After training, policies still order few pairs rightly by likelihood, far from what is possible.",
-        "share of training pairs whose chosen string is more probable, under the best policy at DPO's KL minus under "
-        "DPO; β = 0.5",
+        "share of training pairs whose chosen string has the higher true reward, minus the share in which it is more "
+        "probable under DPO; β = 0.5",
         effect,
-        verdict(effect, matters=SHARE),
+        by_condition(effects, "what is possible", matters=SHARE),
         {
             "Share of pairs": {
                 "DPO": series(BETAS, found["ranked"]),
                 "best policy at DPO's KL": series(BETAS, found["ranked_by_best"]),
+                "true rewards": series(BETAS, found["ranked_by_truth"]),
             }
         },
         "β",
         {
             "under DPO": estimate(found["ranked"][USUAL]),
             "under the best policy at DPO's KL": estimate(found["ranked_by_best"][USUAL]),
+            "by the true rewards": estimate(found["ranked_by_truth"][USUAL]),
+            **elsewhere(evidence, lambda found: found["ranked_by_truth"] - found["ranked"]),
         },
         log=True,
         papers=("2405.19534",),
@@ -646,7 +707,7 @@ def rloo_suffices(evidence: dict[str, Any]) -> Claim:
     """RLOO on whole strings beside PPO with a value for each token."""
     ppo, rloo = (best_of(evidence["learners"], place) for place in (0, 1))
     effect = estimate(rloo["merit"] - ppo["merit"])
-    noise = evidence["exact"]["noise"]
+    noise = evidence["noise"]
     merits = evidence["learners"]["reported"]["merit"]
     variance = {"RLOO": "rloo", "PPO, true values": "ppo", "PPO, no values": "ppo_without_values"}
     return Claim(
