@@ -404,7 +404,7 @@ def exact(start: Start) -> Metrics:
     visits = jnp.exp(token_log_probs(reference))
     places = np.repeat(np.arange(STRINGS.horizon), np.diff(STRINGS.offsets))
     weights = visits[None] * (places == np.arange(STRINGS.horizon)[:, None])[:, None, :, None]
-    size = jnp.sqrt(jnp.sum(weights * advantages**2, (1, 2, 3)) / jnp.sum(weights, (1, 2, 3)))
+    size = jnp.sqrt(jnp.sum(weights * advantages[None] ** 2, (1, 2, 3)) / jnp.sum(weights, (1, 2, 3)))
     return {
         "advantage_by_place": size,
         "coverage": jnp.mean(toy.coverage(optimum, reference)),

@@ -74,5 +74,6 @@ def accuracy(scores: Array, rewards: Array, weights: Array) -> Array:
     wins = toy.preference_table(rewards)
     above, below = scores[..., :, None] > scores[..., None, :], scores[..., :, None] < scores[..., None, :]
     right = jnp.where(above, wins, jnp.where(below, 1 - wins, 0.5))
-    pairs = weights[..., :, None] * weights[..., None, :] * ~np.eye(rewards.shape[-1], dtype=bool)
+    pairs = weights[..., :, None] * weights[..., None, :]
+    pairs = jnp.where(np.eye(rewards.shape[-1], dtype=bool)[None], 0, pairs)
     return jnp.mean(jnp.sum(pairs * right, (-1, -2)) / jnp.sum(pairs, (-1, -2)))
