@@ -9,7 +9,9 @@ Each policy is a Flax module with two ways in:
   of the processor, and a few choices would not.
 
 The first costs as much as there are prefixes, the second as much as the strings have tokens: few strings at a time are
-scored on their own paths (`log_prob_fn`), and a table is made where a policy is evaluated.
+scored on their own paths (`log_prob_fn`), and a table is made where a policy is evaluated. `CausalMLP` never
+does more than both: at the first places, where a batch has more strings than there are prefixes, it runs once for each
+prefix.
 """
 
 from __future__ import annotations
@@ -71,8 +73,13 @@ class CausalMLP(nn.Module):
         last = DenseByRows(self.num_outputs or self.strings.num_choices, name="Dense_1")
         if tokens is None or prompts is None:
             return last(nn.relu(_after_every_prefix(hidden, letters)))
-        places = _along(_columns(hidden, prompts), letters, tokens)
-        return jnp.stack([last.of_columns(nn.relu(columns)) for columns in places])
+        num = _places_to_share(self.strings, len(embeddings), len(prompts))
+        places = [last.of_columns(nn.relu(sums)) for sums in _along(hidden, letters, prompts, tokens, first=num)]
+        if num == 0:
+            return jnp.stack(places)
+        shared = last(nn.relu(_after_every_prefix(hidden, letters[: num - 1])))
+        found = _by_prefix(shared, prompts, path_of(self.strings, tokens)[:, :num])
+        return jnp.concatenate([found, jnp.stack(places)]) if places else found
 
 
 class PrefixTable(nn.Module):
@@ -133,8 +140,8 @@ class Markov(nn.Module):
 def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"], *, mean: bool = False) -> LogProbFn:
     """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives take.
 
-    Strings are scored on their own paths, whose number of tokens is the work; `toy.log_prob_fn` makes the whole table
-    instead, which is less work if a batch has more tokens than there are prefixes.
+    Strings are scored on their own paths, whose number of tokens is the work, or less where they share prefixes
+    (`CausalMLP`). `toy.log_prob_fn` makes the whole table instead.
 
     Args:
       policy: a policy of this module, or any other with the same two ways in.
@@ -318,20 +325,36 @@ def _after_every_prefix(
     return jnp.concatenate(levels, axis=1)
 
 
+def _places_to_share(strings: Strings, num_prompts: int, num: int) -> int:
+    """At how many places, from the first, there are no more prefixes than given strings: there, each runs once."""
+    return sum(num_prompts * strings.num_letters**place <= num for place in range(strings.horizon))
+
+
 def _along(
-    hidden: Float[Array, "hidden n"], letters: Float[Array, "places letters hidden"], tokens: Int[Array, "n horizon"]
+    hidden: Float[Array, "prompts hidden"],
+    letters: Float[Array, "places letters hidden"],
+    prompts: Int[Array, " n"],
+    tokens: Int[Array, "n horizon"],
+    *,
+    first: int,
 ) -> list[Float[Array, "hidden n"]]:
-    """Sums along given strings, a column for each, at each place; the end and padding add nothing."""
-    sums = [hidden]
-    for rows, token in zip(letters, tokens.T, strict=False):
-        sums.append(sums[-1] + _columns(rows, token))
+    """Sums along given strings, a column for each, at each place from the first on; end and padding add nothing.
+
+    Rows are found by a product, since there are few of them.
+    """
+    if first > len(letters):
+        return []
+    before = [_one_hot(token, letters.shape[1], letters.dtype) for token in tokens.T[: len(letters)]]
+    which = jnp.concatenate([_one_hot(prompts, len(hidden), letters.dtype), *before[:first]])
+    sums = [jnp.matmul(jnp.concatenate([hidden, *letters[:first]]).T, which, precision="highest")]
+    for rows, which in zip(letters[first:], before[first:], strict=True):
+        sums.append(sums[-1] + jnp.matmul(rows.T, which, precision="highest"))
     return sums
 
 
-def _columns(rows: Float[Array, "some hidden"], index: Int[Array, " n"]) -> Float[Array, "hidden n"]:
-    """Rows by index, as columns, zero where the index is out of range: a product, since there are few rows."""
-    which = (index[None] == jnp.arange(len(rows))[:, None]).astype(rows.dtype)
-    return jnp.matmul(rows.T, which, precision="highest")
+def _one_hot(index: Int[Array, " n"], num: int, dtype: Any) -> Float[Array, "num n"]:
+    """A column for each index, zero where it is out of range."""
+    return jax.nn.one_hot(index, num, dtype=dtype, axis=0)
 
 
 def _by_state(
@@ -344,6 +367,12 @@ def _by_state(
     """Outputs that depend on the prompt and on the state that a prefix leads to."""
     if tokens is None or prompts is None:
         return logits[:, states]
-    reached = jnp.asarray(states)[path_of(strings, tokens)]
-    found = take(logits.reshape(-1, logits.shape[-1]), logits.shape[1] * prompts[:, None] + reached)
+    return _by_prefix(logits, prompts, jnp.asarray(states)[path_of(strings, tokens)])
+
+
+def _by_prefix(
+    outputs: Float[Array, "prompts prefixes outputs"], prompts: Int[Array, " n"], prefixes: Int[Array, "n places"]
+) -> Float[Array, "places outputs n"]:
+    """Outputs looked up at each place of given strings."""
+    found = take(outputs.reshape(-1, outputs.shape[-1]), outputs.shape[1] * prompts[:, None] + prefixes)
     return jnp.moveaxis(found, 0, -1)

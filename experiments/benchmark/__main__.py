@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from dpo_jax import checks, sweep
-from experiments.benchmark import compare, losses, measuring, report, workloads
+from experiments.benchmark import compare, losses, measuring, report, string_runs, workloads
 from experiments.benchmark.measuring import Clock
 from experiments.lab import commands, console, devices, files, page
 
@@ -57,6 +57,7 @@ class Sizes(NamedTuple):
     Attributes:
       runs: numbers of DPO runs at once.
       torch_runs: those that are made in PyTorch, too.
+      string_runs: numbers of DPO runs on strings at once, in PyTorch, too.
       num_starts: different worlds, data and SFT policies from which DPO runs start.
       pairs: comparisons in the batch that the losses see.
       losses: which losses.
@@ -66,6 +67,7 @@ class Sizes(NamedTuple):
 
     runs: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096, 16384, 102400)
     torch_runs: tuple[int, ...] = (1, 4, 64, 256, 1024)
+    string_runs: tuple[int, ...] = (64, 256, 1024)
     num_starts: int = 1024
     pairs: int = 2**20
     losses: tuple[str, ...] = tuple(losses.LOSSES)
@@ -73,7 +75,7 @@ class Sizes(NamedTuple):
     copy: int = 2**25
 
 
-QUICK = Sizes((1, 2), (1,), 2, 2**12, ("dpo", "nca"), 256, 2**16)
+QUICK = Sizes((1, 2), (1,), (2,), 2, 2**12, ("dpo", "nca"), 256, 2**16)
 ON_ACCELERATORS = Sizes(matrix=8192, copy=2**28)
 NUM_SCALED = 64
 """How many experiments each device makes when devices are compared."""
@@ -93,21 +95,42 @@ def measure(options: Options) -> dict[str, Any]:
         starts = sweep.prepare(workloads.prepare, jax.random.key(options.seed), num_seeds=sizes.num_starts)
         runs = workloads.dpo_runs(starts, options.runs_at_once)
         dpo = list(workloads.at_once(runs, sizes.runs, clock, options.max_seconds))
+    with console.waiting("DPO runs on strings"):
+        string_starts = sweep.prepare(string_runs.prepare, jax.random.key(options.seed), num_seeds=sizes.num_starts)
+        on_strings = string_runs.workload(string_starts, options.runs_at_once)
+        of_strings = list(workloads.at_once(on_strings, sizes.string_runs, clock, options.max_seconds))
     with console.waiting("Losses"):
         of_losses = losses.all_losses(sizes.losses, sizes.pairs, clock)
     with console.waiting("Devices"):
         of_devices = workloads.scaling(whole, 1 if options.quick else NUM_SCALED, clock)
     return {
         "runs_at_once": options.runs_at_once,
-        "steps": {"experiment": workloads.EXPERIMENT_STEPS, "dpo": workloads.DPO.steps},
+        "steps": {
+            "experiment": workloads.EXPERIMENT_STEPS,
+            "dpo": workloads.DPO.steps,
+            "strings": string_runs.TRAINING.steps,
+        },
         "pairs": sizes.pairs,
-        "peaks": report.highest(peaks, [*experiments, *dpo, *of_losses.values()]),
-        "step": workloads.step_counts(starts),
+        "peaks": report.highest(peaks, [*experiments, *dpo, *of_strings, *of_losses.values()]),
+        "step": workloads.step_counts(
+            workloads.dpo_step,
+            starts.values.start.params,
+            starts.values,
+            workloads.DPO.work * (1 / workloads.DPO.steps),
+        ),
+        "string_step": workloads.step_counts(
+            string_runs.step,
+            string_starts.values.params,
+            string_starts.values,
+            string_runs.TRAINING.work * (1 / string_runs.TRAINING.steps),
+        ),
         "experiments": experiments,
         "dpo": dpo,
+        "strings": of_strings,
         "losses": of_losses,
         "scaling": of_devices,
         "torch": beside_torch(options, sizes, starts, runs),
+        "string_torch": strings_beside_torch(options, sizes, string_starts, on_strings),
     }
 
 
@@ -117,21 +140,49 @@ def numbers(options: Options) -> Iterator[int]:
     return itertools.takewhile(lambda num: limit is None or num <= limit, (4**i for i in itertools.count()))
 
 
+def can_compare(options: Options) -> bool:
+    """Whether JAX can be compared with PyTorch here."""
+    return options.torch and jax.default_backend() == "cpu" and importlib.util.find_spec("torch") is not None
+
+
 def beside_torch(
     options: Options, sizes: Sizes, starts: sweep.Starts, runs: workloads.Workload
 ) -> dict[str, Any] | None:
     """The same DPO runs in PyTorch; `None` if that cannot be compared."""
-    if not options.torch or jax.default_backend() != "cpu" or importlib.util.find_spec("torch") is None:
+    if not can_compare(options):
         return None
     from experiments.benchmark import rival
 
     with console.waiting("PyTorch"):
         return rival.compare(
-            jax.device_get(starts.values._replace(key=jax.random.key_data(starts.values.key))),
+            without_keys(starts.values),
             {num: partial(runs.run, num) for num in sizes.torch_runs},
             repeats=options.repeats,
             compile_seconds=0.0 if options.quick else 60.0,
         )
+
+
+def strings_beside_torch(
+    options: Options, sizes: Sizes, starts: sweep.Starts, runs: workloads.Workload
+) -> dict[str, Any] | None:
+    """The same DPO runs on strings in PyTorch; `None` if that cannot be compared."""
+    if not can_compare(options):
+        return None
+    from experiments.benchmark import string_rival
+
+    with console.waiting("PyTorch on strings"):
+        return string_rival.compare(
+            without_keys(starts.values),
+            {num: partial(runs.run, num) for num in sizes.string_runs},
+            runs_at_once=runs.runs_at_once or string_runs.RUNS_AT_ONCE,
+            repeats=options.repeats,
+            compile_seconds=0.0 if options.quick else 60.0,
+        )
+
+
+def without_keys(starts: Any) -> Any:
+    """Starts as NumPy arrays."""
+    return jax.device_get(starts._replace(key=jax.random.key_data(starts.key)))
 
 
 def main(options: Options) -> None:

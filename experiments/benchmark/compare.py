@@ -10,8 +10,9 @@ from experiments.lab import console
 
 Summary = dict[str, Any]
 NEEDED = ("steps", "pairs", "peaks", "experiments", "dpo", "losses", "device", "versions")
+WORKLOADS = {"experiments": "experiments", "dpo": "DPO runs", "strings": "DPO runs on strings"}
 SAME = ("steps", "pairs")
-"""What must be the same, or times are those of different work."""
+"""What must be the same, or times are those of different work; numbers of steps, where both tell them."""
 NOTED = ("device", "machine", "runs_at_once", "repeats", "versions")
 """What may differ, but has a share in the ratios."""
 
@@ -31,13 +32,14 @@ def read(path: Path) -> Summary:
 
 def times(summary: Summary) -> Iterator[tuple[str, float]]:
     """Everything that took time, by name: microseconds."""
-    for what, title in (("experiments", "experiments"), ("dpo", "DPO runs")):
-        for entry in summary[what]:
+    for what, title in WORKLOADS.items():
+        for entry in summary.get(what, []):
             yield f"{entry['num']:,} {title}, per step and run", entry["microseconds_per_step_and_run"]
-    for entry in (summary.get("torch") or {"runs": []})["runs"]:
-        for name, cost in entry["microseconds_per_step_and_run"].items():
-            if name != "jax":
-                yield f"{entry['num']:,} DPO runs, PyTorch, {name}", cost
+    for what, of in (("torch", "dpo"), ("string_torch", "strings")):
+        for entry in (summary.get(what) or {"runs": []})["runs"]:
+            for name, cost in entry["microseconds_per_step_and_run"].items():
+                if name != "jax":
+                    yield f"{entry['num']:,} {WORKLOADS[of]}, PyTorch, {name}", cost
     for name, entry in summary["losses"].items():
         yield f"loss: {name}", 1e6 * entry["seconds"]
 
@@ -49,13 +51,20 @@ def compare(first: Summary, second: Summary) -> list[list[str]]:
       ValueError: if they did different work, or measured nothing in common.
     """
     for name in SAME:
-        if first[name] != second[name]:
+        if not _agree(first[name], second[name]):
             raise ValueError(f"--compare: they did different work: {name} is {first[name]} and {second[name]}")
     old, new = dict(times(first)), dict(times(second))
     common = [name for name in old if name in new]
     if not common:
         raise ValueError("--compare: they measured nothing in common")
     return [[name, f"{old[name]:,.2f}", f"{new[name]:,.2f}", f"{new[name] / old[name]:.2f}"] for name in common]
+
+
+def _agree(first: Any, second: Any) -> bool:
+    """Whether two values are the same; of tables, where both have an entry."""
+    if not (isinstance(first, dict) and isinstance(second, dict)):
+        return bool(first == second)
+    return all(first[name] == second[name] for name in first.keys() & second.keys())
 
 
 def differences(first: Summary, second: Summary) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 It is counted from the algorithm, not from a program. One FLOP is one addition, multiplication, division, comparison,
 root, exponential or logarithm of floating-point numbers. The network runs once per distinct prompt, as everywhere in
-this library. Left out is what happens once per epoch or run: drawing data, orders of data, evaluation.
+this library, and one that reads strings once per distinct prefix of a batch. Left out is what happens once per epoch or
+run: drawing data, orders of data, evaluation.
 
 The bytes are those of a step that finds nothing in fast memory: it reads and writes the parameters and both of Adam's
 moments once, and reads its batch once. Where the state of all runs stays in a cache, fewer pass through memory, so that
@@ -87,6 +88,61 @@ class Network(NamedTuple):
         return 3 * self.prompts * self.responses + weights + biases + hidden
 
 
+class StringNetwork(NamedTuple):
+    """The sizes of `strings.CausalMLP`, and of a batch: uniform strings of up to `horizon` letters.
+
+    Attributes:
+      prompts, features, hidden: as in `Network`.
+      letters, horizon: sizes of the strings.
+      strings: how many are in a batch.
+    """
+
+    prompts: int = 5
+    features: int = 8
+    hidden: int = 32
+    letters: int = 4
+    horizon: int = 5
+    strings: int = 128
+
+    @property
+    def num_params(self) -> int:
+        """Weights, biases, and a row for each letter at each place but the last."""
+        choices, rows = self.letters + 1, self.letters * (self.horizon - 1)
+        return (self.features + 1 + rows) * self.hidden + (self.hidden + 1) * choices
+
+    @property
+    def prefixes(self) -> float:
+        """The expected number of distinct prefixes in a batch; the empty one of each prompt counts always."""
+        sizes = [self.letters**length for length in range(self.horizon + 1)]
+        reach = [sum(sizes[place:]) / sum(sizes) for place in range(1, self.horizon)]  # is a string so long
+        cells = [self.prompts * size for size in sizes[1:-1]]
+        return self.prompts + sum(
+            num * (1 - (1 - share / num) ** self.strings) for num, share in zip(cells, reach, strict=True)
+        )
+
+    @property
+    def forward_flops(self) -> float:
+        """A layer for each prompt; for each prefix a letter's row, ReLU, the last layer, and log-softmax."""
+        choices = self.letters + 1
+        prompts = self.prompts * self.hidden * (2 * self.features - 1)
+        return prompts + self.prefixes * (2 * self.hidden + 2 * self.hidden * choices + 5 * choices)
+
+    @property
+    def backward_flops(self) -> float:
+        """Gradients of logits, of the last layer, and of the hidden sums, which go to letters and shorter prefixes."""
+        choices = self.letters + 1
+        prefix = 3 * choices + choices + 2 * self.hidden * choices + 2 * self.hidden * choices + 2 * self.hidden
+        return self.prefixes * prefix + (2 * self.prompts - 1) * self.hidden * self.features
+
+
+def string_pair(tokens: float) -> Work:
+    """A pair of strings in a batch, of so many tokens each on average.
+
+    The log-probability of each token is added to its string's, and its gradient to that of its prefix.
+    """
+    return Work(DPO_PAIR.flops - 2 + 2 * 2 * tokens, DPO_PAIR.bytes)
+
+
 class Training(NamedTuple):
     """A training run with Adam.
 
@@ -102,7 +158,7 @@ class Training(NamedTuple):
     num_rows: int
     batch_size: int
     row: Work
-    network: Network = Network()
+    network: Network | StringNetwork = Network()
 
     @property
     def steps(self) -> int:

@@ -1,6 +1,7 @@
 """What a benchmark says: tables, figures, and doubts about its numbers."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import numpy as np
 
 from dpo_jax import figures
 from experiments.benchmark.measuring import BESIDE
+from experiments.benchmark.string_runs import TRAINING
 from experiments.benchmark.workloads import DPO, EXPERIMENT_STEPS
 from experiments.lab import console, files, page
 
 TORCH = ("tutorial's loop", "stacked", "by hand", "by hand, compiled")
 """The versions of `rival.py`."""
+STRING_TORCH = ("stacked", "by hand", "by hand, in blocks", "by hand, compiled")
+"""The versions of `string_rival.py`."""
 STEADY = 1.5
 """How far peaks may differ on a machine that does nothing else."""
 
@@ -26,8 +30,8 @@ def highest(peaks: dict[str, float], entries: Iterable[dict[str, Any]]) -> dict[
 
 def shares(summary: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """Every share of a peak: of which entry, of which peak, and how large."""
-    for what in ("experiments", "dpo", "losses"):
-        entries = summary[what]
+    for what in ("experiments", "dpo", "strings", "losses"):
+        entries = summary.get(what, [])
         named = entries.items() if isinstance(entries, dict) else ((f"{e['num']:,} {what}", e) for e in entries)
         for name, entry in named:
             for peak in BESIDE:
@@ -37,7 +41,8 @@ def shares(summary: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 def doubts(summary: dict[str, Any]) -> list[str]:
     """What speaks against a summary: a machine that changed its speed, and shares of its peaks above 100 %."""
     found = []
-    entries = [*summary["experiments"], *summary["dpo"], *summary["losses"].values()]
+    runs = (summary.get(what, []) for what in ("experiments", "dpo", "strings"))
+    entries = [*chain(*runs), *summary["losses"].values()]
     for peak, unit in zip(BESIDE, ("FLOP/s in a matrix product", "B/s in a copy"), strict=True):
         measured = np.ravel([entry["peaks"][peak] for entry in entries])
         if measured.max() > STEADY * measured.min():
@@ -67,9 +72,11 @@ def print_results(summary: dict[str, Any]) -> None:
     for what, title in (
         ("experiments", f"Experiments at once, each {EXPERIMENT_STEPS:,} optimizer steps"),
         ("dpo", f"DPO runs at once, each {DPO.steps:,} optimizer steps"),
+        ("strings", f"DPO runs on strings at once, each {TRAINING.steps:,} optimizer steps"),
     ):
         columns = ("", "compile", "run", "per second", "steps/s", "µs per step and run", "of peak FLOP/s", "of copy")
         console.print_table(title, columns, [_row(entry) for entry in summary[what]])
+    console.print_table("One optimizer step of one run", ["", *STEP_COLUMNS], _steps(summary))
     console.print_table(
         f"Losses with their gradients, {summary['pairs']:,} pairs",
         ["", "compile", "run", "values/s", "of copy"],
@@ -92,12 +99,13 @@ def print_results(summary: dict[str, Any]) -> None:
             for e in summary["scaling"]
         ],
     )
-    if summary["torch"]:
-        console.print_table(
-            f"µs per optimizer step and DPO run, beside PyTorch {summary['torch']['version']}; in turn",
-            ["at once", "JAX", *(f"PyTorch, {name}" for name in TORCH)],
-            [[f"{entry['num']:,}", *_beside(entry)] for entry in summary["torch"]["runs"]],
-        )
+    for what, runs, versions in (("torch", "DPO run", TORCH), ("string_torch", "DPO run on strings", STRING_TORCH)):
+        if summary[what]:
+            console.print_table(
+                f"µs per optimizer step and {runs}, beside PyTorch {summary[what]['version']}; in turn",
+                ["at once", "JAX", *(f"PyTorch, {name}" for name in versions)],
+                [[f"{entry['num']:,}", *_beside(entry, versions)] for entry in summary[what]["runs"]],
+            )
 
 
 def _row(entry: dict[str, Any]) -> list[str]:
@@ -113,10 +121,10 @@ def _row(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _beside(entry: dict[str, Any]) -> list[str]:
+def _beside(entry: dict[str, Any], versions: Sequence[str]) -> list[str]:
     """The cells of a row of the comparison: microseconds, and how many times those of JAX."""
     cost, ratio = entry["microseconds_per_step_and_run"], entry["times_jax"]
-    rivals = [f"{cost[name]:.2f} ({ratio[name]:.2f} ×)" if name in cost else "" for name in TORCH]
+    rivals = [f"{cost[name]:.2f} ({ratio[name]:.2f} ×)" if name in cost else "" for name in versions]
     return [f"{cost['jax']:.2f}", *rivals]
 
 
@@ -135,15 +143,68 @@ def page_tables(summary: dict[str, Any]) -> dict[str, str]:
     columns = ["experiments at once", "compile", "run", "per second", "µs per step and run"]
     tables = {"benchmark experiments": page.table(columns, experiments, numbers=True)}
     if summary["torch"]:
-        rows = [_beside_torch(entry) for entry in summary["torch"]["runs"]]
-        columns = ["DPO runs at once", "this library, µs per step and run", *(f"PyTorch, {name}" for name in TORCH)]
-        tables["benchmark torch"] = page.table(columns, rows, numbers=True)
+        tables["benchmark torch"] = _table_beside_torch("DPO runs at once", summary["torch"], TORCH)
+    if "strings" in summary:
+        tables["benchmark strings"] = page.table(STRING_COLUMNS, _strings(summary), numbers=True)
+        tables["benchmark steps"] = page.table(["one optimizer step", *STEP_COLUMNS], _steps(summary), numbers=True)
+    if summary.get("string_torch"):
+        table = _table_beside_torch("DPO runs on strings at once", summary["string_torch"], STRING_TORCH)
+        tables["benchmark strings torch"] = table
     return tables
 
 
-def _beside_torch(entry: dict[str, Any]) -> list[str]:
+STRING_COLUMNS = [
+    "DPO runs on strings at once",
+    "compile",
+    "run",
+    "µs per step and run",
+    "of one token",
+    "of peak FLOP/s",
+]
+
+
+def _strings(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table of runs on strings: times that of as many runs in the world of one token, where measured."""
+    one_token = {entry["num"]: entry["microseconds_per_step_and_run"] for entry in summary["dpo"]}
+    return [
+        [
+            f"{entry['num']:,}",
+            f"{entry['compile_seconds']:.1f} s",
+            f"{entry['seconds']:.2f} s",
+            _cost(cost := entry["microseconds_per_step_and_run"]),
+            f"{_cost(cost / one_token[entry['num']])}×" if entry["num"] in one_token else "",
+            f"{entry['share_of_peak_flops']:.1%}",
+        ]
+        for entry in summary["strings"]
+    ]
+
+
+STEP_COLUMNS = ["FLOP, at least", "bytes, at least", "FLOP in XLA's program", "bytes in XLA's program"]
+
+
+def _steps(summary: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table of work in one step of one run."""
+    steps = {"one token": summary["step"], "strings": summary["string_step"]}
+    return [
+        [
+            name,
+            f"{step['least_flops']:,.0f}",
+            f"{step['least_bytes']:,.0f}",
+            f"{step['xla'].get('flops', np.nan) + step['xla'].get('transcendentals', np.nan):,.0f}",
+            f"{step['xla'].get('bytes accessed', np.nan):,.0f}",
+        ]
+        for name, step in steps.items()
+    ]
+
+
+def _table_beside_torch(runs: str, compared: dict[str, Any], versions: Sequence[str]) -> str:
+    columns = [runs, "this library, µs per step and run", *(f"PyTorch, {name}" for name in versions)]
+    return page.table(columns, [_beside_torch(entry, versions) for entry in compared["runs"]], numbers=True)
+
+
+def _beside_torch(entry: dict[str, Any], versions: Sequence[str]) -> list[str]:
     costs, times = entry["microseconds_per_step_and_run"], entry["times_jax"]
-    rivals = [f"{_cost(costs[name])} ({_cost(times[name])}×)" if name in costs else "" for name in TORCH]
+    rivals = [f"{_cost(costs[name])} ({_cost(times[name])}×)" if name in costs else "" for name in versions]
     return [f"{entry['num']:,}", _cost(costs["jax"]), *rivals]
 
 
@@ -172,6 +233,7 @@ def save_figures(summary: dict[str, Any], out: Path) -> None:
         return [entry["num"] for entry in entries], [entry["microseconds_per_step_and_run"] for entry in entries]
 
     curves = {"experiments": curve(summary["experiments"]), "DPO runs": curve(summary["dpo"])}
+    curves["DPO runs on strings"] = curve(summary["strings"])
     for name in TORCH if summary["torch"] else ():
         costs = {entry["num"]: entry["microseconds_per_step_and_run"] for entry in summary["torch"]["runs"]}
         costs = {num: cost[name] for num, cost in costs.items() if name in cost}

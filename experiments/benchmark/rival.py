@@ -90,16 +90,21 @@ def compare(
                 contenders["by hand, compiled"] = partial(train, compiled)
             times = {name: statistics.median(t) for name, t in seconds_in_turn(contenders, repeats).items()}
         steps = num * NUM_EPOCHS * -(-starts.preferences.prompts.shape[1] // BATCH_SIZE)
-        entries.append(
-            {
-                "num": num,
-                "microseconds_per_step_and_run": {name: 1e6 * t / steps for name, t in times.items()},
-                "times_jax": {name: t / times["jax"] for name, t in times.items() if name != "jax"},
-                "compile_seconds": compiling,
-                "not_compiled": problem,
-            }
-        )
+        entries.append(entry(num, steps, times, compiling, problem))
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "runs": entries}
+
+
+def entry(
+    num: int, steps: int, times: Mapping[str, float], compiling: float | None, problem: str | None
+) -> dict[str, Any]:
+    """The entry of a summary for so many runs, which take so many optimizer steps together and so many seconds."""
+    return {
+        "num": num,
+        "microseconds_per_step_and_run": {name: 1e6 * t / steps for name, t in times.items()},
+        "times_jax": {name: t / times["jax"] for name, t in times.items() if name != "jax"},
+        "compile_seconds": compiling,
+        "not_compiled": problem,
+    }
 
 
 def train(stack: Stack, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,6 +113,12 @@ def train(stack: Stack, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str,
     Returns:
       The tables of the policies, and for each metric an array `[epochs, runs]` of means over batches.
     """
+    history = epochs(stack, num_epochs)
+    return stack.log_probs(), history
+
+
+def epochs(stack: Stack, num_epochs: int) -> dict[str, Tensor]:
+    """What `train` does before it makes tables: the history."""
     with torch.no_grad():
         for value, start in zip(stack.params, stack.start, strict=True):
             value.copy_(start)
@@ -133,7 +144,7 @@ def train(stack: Stack, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str,
             history["loss"].append(-functional.logsigmoid(by_run) @ shares)
             history["accuracy"].append((by_run > 0).float() @ shares)
             history["reward_margin"].append(by_run @ shares)
-    return stack.log_probs(), {name: torch.stack(values) for name, values in history.items()}
+    return {name: torch.stack(values) for name, values in history.items()}
 
 
 def draw_orders(orders: Tensor, generator: Any) -> None:

@@ -198,15 +198,21 @@ def scaling(workload: Workload, num_each: int, clock: Clock) -> list[dict[str, A
     return entries
 
 
-def step_counts(starts: sweep.Starts) -> dict[str, Any]:
-    """One step of one DPO run: the least work, and what XLA says the compiled step does when 64 are stacked."""
+def step_counts(step: Callable[..., Any], params: Params, starts: Any, work: Work) -> dict[str, Any]:
+    """One optimizer step of a run: the least work, and what XLA says the compiled step does when 64 are stacked.
+
+    Args:
+      step: `(params, start)`.
+      params: of all starts, stacked.
+      starts: from which runs start.
+      work: the least work of a step.
+    """
     num = 64
-    rows = np.arange(num) % len(starts.seeds)
-    stacked = jax.tree.map(lambda leaf: leaf[rows], starts.values)
-    program = measuring.compile_on(1, jax.vmap(dpo_step), stacked.start.params, stacked)
-    least = DPO.work * (1 / DPO.steps)
+    rows = np.arange(num) % len(jax.tree.leaves(starts)[0])
+    stacked = jax.tree.map(lambda leaf: leaf[rows], (params, starts))
+    program = measuring.compile_on(1, jax.vmap(step), *stacked)
     xla = {name: count / num for name, count in program.xla_counts.items()}
-    return {"least_flops": least.flops, "least_bytes": least.bytes, "xla": xla}
+    return {"least_flops": work.flops, "least_bytes": work.bytes, "xla": xla}
 
 
 def _median(job: Job, repeats: int) -> float:

@@ -13,8 +13,8 @@ import pytest
 from dpo_jax import sweep
 from dpo_jax.types import Pair
 from experiments.benchmark import __main__ as benchmark
-from experiments.benchmark import losses, measuring, report, workloads
-from experiments.benchmark.least_work import DPO_PAIR, FLOAT, Network, Training, Work
+from experiments.benchmark import losses, measuring, report, string_runs, workloads
+from experiments.benchmark.least_work import DPO_PAIR, FLOAT, Network, StringNetwork, Training, Work, string_pair
 from experiments.benchmark.measuring import Clock
 from experiments.lab.pipeline import TUTORIAL
 from tests.experiments.walks import ROOT
@@ -65,6 +65,47 @@ def test_least_work_adds_up():
     assert training.work.bytes - 10 * DPO_PAIR.bytes == 4 * FLOAT * (6 * 618 + 40)
     assert Work(6, 3).intensity == 2
     assert Work(1, 2) + Work(3, 4) * 2 == Work(7, 10)
+
+
+def test_the_string_network_that_is_counted_is_the_one_that_is_trained():
+    params = jax.eval_shape(string_runs.POLICY.init, jax.random.key(0), jnp.ones((5, StringNetwork().features)))
+    counted = string_runs.TRAINING.network
+    assert counted == StringNetwork()
+    assert counted.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_least_work_on_strings_is_what_xla_counts_in_a_plain_network():
+    """With so many strings in a batch that all prefixes are among them."""
+    network = StringNetwork(strings=10**6)
+    embeddings = jnp.ones((network.prompts, network.features))
+    params = string_runs.POLICY.init(jax.random.key(0), embeddings)
+    assert network.prefixes == pytest.approx(network.prompts * string_runs.STRINGS.num_prefixes)
+
+    def forward(params):
+        outputs = string_runs.POLICY.apply(params, embeddings, method="outputs")
+        return jax.nn.log_softmax(outputs)
+
+    def count(function):
+        counts = jax.jit(function).lower(params).compile().cost_analysis()
+        return counts["flops"] + counts["transcendentals"]
+
+    slopes = jax.random.normal(jax.random.key(0), (network.prompts, string_runs.STRINGS.num_prefixes, 5))
+    both = count(jax.grad(lambda params: (slopes * forward(params)).sum()))
+    assert network.forward_flops == pytest.approx(count(forward), rel=0.1)
+    assert network.forward_flops + network.backward_flops == pytest.approx(both, rel=0.15)
+
+
+def test_batches_have_as_many_prefixes_and_tokens_as_are_counted():
+    strings, network, rng = string_runs.STRINGS, StringNetwork(), np.random.default_rng(0)
+    found = []
+    for _ in range(50):
+        rows = rng.integers(0, strings.num_responses, network.strings)
+        prompts = np.broadcast_to(rng.integers(0, network.prompts, (network.strings, 1)), (len(rows), strings.horizon))
+        inside = strings.mask[rows]
+        reached = {*zip(prompts[inside].tolist(), strings.prefixes[rows][inside].tolist(), strict=True)}
+        found.append(len(reached | {(prompt, 0) for prompt in range(network.prompts)}))
+    assert network.prefixes == pytest.approx(np.mean(found), rel=0.01)
+    assert string_pair(1.0) == DPO_PAIR + Work(2, 0)
 
 
 # Measuring
@@ -144,12 +185,18 @@ def test_every_workload_runs_and_is_reported(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "roofline.png", "cost_per_step.png"}
     assert [entry["num"] for entry in summary["experiments"]] == [1]
     assert [entry["num"] for entry in summary["dpo"]] == [1, 2]
+    assert [entry["num"] for entry in summary["strings"]] == [2]
     assert all(0 < entry["share_of_peak_flops"] < 1 for entry in summary["experiments"] + summary["dpo"])
-    assert summary["torch"] is None
+    assert summary["torch"] is summary["string_torch"] is None
+    assert summary["string_step"]["least_flops"] < summary["string_step"]["xla"]["flops"]
+    tables = report.page_tables(summary)
+    assert tables.keys() == {"benchmark experiments", "benchmark strings", "benchmark steps"}
+    assert tables["benchmark strings"].splitlines()[2].startswith("| 2 | ")
     assert summary["machine"].keys() == {"processor", "cores", "usable_cores", "memory", "load"}
     assert all(len(e["peaks"]["copy"]) == 2 for e in [*summary["dpo"], *summary["losses"].values()])
     assert all(peak >= max(e["peaks"]["copy"]) for peak in [summary["peaks"]["copy"]] for e in summary["dpo"])
-    assert "Losses with their gradients" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert all(title in said for title in ("Losses with their gradients", "DPO runs on strings at once", "least"))
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
@@ -213,17 +260,13 @@ def test_bad_options_are_told(tmp_path):
 # PyTorch does the same work
 
 
-def arrays_of(starts):
-    return jax.device_get(starts.values._replace(key=jax.random.key_data(starts.values.key)))
-
-
 @pytest.mark.parametrize("version", ["runs_by_autograd", "runs_first", "runs_last"])
 def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version, starts):
     torch = pytest.importorskip("torch")
     from experiments.benchmark import rival
 
     options = {"compiled": False} if version == "runs_last" else {}
-    stack = getattr(rival, version)(arrays_of(starts), 3, **options)
+    stack = getattr(rival, version)(benchmark.without_keys(starts.values), 3, **options)
     with torch.no_grad():
         for value, start in zip(stack.params, stack.start, strict=True):
             value.copy_(start)
@@ -245,7 +288,7 @@ def test_all_versions_in_pytorch_learn_as_the_library_does():
     num = 16
     starts = sweep.prepare(workloads.prepare, jax.random.key(0), num_seeds=num)
     ours = workloads.dpo_runs(starts, None).run(num).isel(again=0)
-    arrays = arrays_of(starts)
+    arrays = benchmark.without_keys(starts.values)
     for make in (rival.runs_by_autograd, rival.runs_first, lambda *args: rival.runs_last(*args, compiled=False)):
         _, history = rival.train(make(arrays, num))
         assert history["loss"].shape == (50, num)
@@ -253,6 +296,46 @@ def test_all_versions_in_pytorch_learn_as_the_library_does():
         assert float(history["accuracy"][-1].mean()) == pytest.approx(float(ours.accuracy.mean()), abs=0.01)
     _, history = rival.tutorial_run(arrays, 0)
     assert history["loss"][-1] == pytest.approx(float(ours.loss[0]), abs=5e-3)
+
+
+@pytest.fixture(scope="module")
+def string_starts():
+    return sweep.prepare(string_runs.prepare, jax.random.key(3), num_seeds=3)
+
+
+@pytest.mark.parametrize("version", ["by_autograd", "by_hand"])
+def test_a_stacked_step_on_strings_in_pytorch_is_the_step_of_the_library(version, string_starts):
+    torch = pytest.importorskip("torch")
+    from experiments.benchmark import string_rival
+
+    starts = string_starts.values
+    stack = getattr(string_rival, version)(benchmark.without_keys(starts), 3)
+    margins = torch.empty(3, 64)
+    with torch.no_grad():
+        for value, start in zip(stack.params, stack.start, strict=True):
+            value.copy_(start)
+        stack.step(stack.cells[..., :64].long(), margins, 1)
+    means = jax.vmap(string_runs.step)(starts.params, starts)["state"].opt_state[0].mu["params"]
+    hidden, last = means["Dense_0"], means["Dense_1"]
+    np.testing.assert_allclose(stack.moments[0][0][:, :-1], hidden["kernel"], atol=1e-8)
+    np.testing.assert_allclose(stack.moments[0][0][:, -1], hidden["bias"], atol=1e-8)
+    np.testing.assert_allclose(stack.moments[0][1], means["letters"].reshape(3, 16, 32), atol=1e-8)
+    np.testing.assert_allclose(stack.moments[0][2], last["weight"], atol=1e-8)
+    np.testing.assert_allclose(stack.moments[0][3][..., 0], last["bias"], atol=1e-8)
+    assert max(float(abs(mean).max()) for mean in stack.moments[0]) > 1e-4
+    np.testing.assert_allclose(margins, 0, atol=1e-5)
+
+
+def test_runs_on_strings_in_pytorch_learn_as_the_library_does(string_starts):
+    pytest.importorskip("torch")
+    from experiments.benchmark import rival, string_rival
+
+    ours = string_runs.workload(string_starts, None).run(3).isel(again=0)
+    arrays = benchmark.without_keys(string_starts.values)
+    for make in (string_rival.by_autograd, string_rival.by_hand):
+        history = rival.epochs(make(arrays, 3), string_runs.NUM_EPOCHS)
+        assert float(history["loss"][-1].mean()) == pytest.approx(float(ours.loss.mean()), abs=2e-3)
+        assert float(history["accuracy"][-1].mean()) == pytest.approx(float(ours.accuracy.mean()), abs=0.02)
 
 
 def test_a_compiler_that_takes_too_long_is_left_out():
