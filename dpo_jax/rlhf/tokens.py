@@ -81,7 +81,9 @@ def token_ppo(
     Args:
       ask, respond, token_log_prob, reward, reference_params, beta, aggregate: see above.
       token_value: predicts rewards for each token, from the tokens before it (`strings.token_value_fn`).
-      decay: :math:`\lambda`, between 0 and 1. With 1 the estimate of the gradient is unbiased, whatever the values.
+      decay: :math:`\lambda`, between 0 and 1. With 1 advantages are unbiased, whatever the values. So is the estimate
+        of the gradient, up to a constant factor, if advantages are not transformed and `aggregate` is
+        `mean_per_length`; the defaults divide by a number of tokens and a standard deviation that depend on the sample.
       clip: see `losses.ppo_loss`.
       value_clip: see `losses.value_loss`.
       value_weight: of the value loss.
@@ -144,6 +146,17 @@ def token_grpo(
     - Dr. GRPO (Liu et al. 2025, arXiv 2503.20783): `advantages=losses.centred_advantages` and
       `aggregate=partial(losses.mean_per_length, max_length=...)`.
     - DAPO (Yu et al. 2025, arXiv 2503.14476): `clip_high=0.28`, `beta=0` and `aggregate=losses.mean_of_tokens`.
+
+    With a positive beta and several tokens none of them finds the optimum of the RLHF objective: the gradient of the KL
+    of each token misses that earlier tokens decide which prefixes occur. With `rloo_advantages`, `k2_estimate` and
+    `mean_of_tokens` or `mean_per_length`, exact expectations stop at
+
+    .. math:: \pi(v|s) \propto \pi_{ref}(v|s) \exp(Q_\pi(s, v) / \beta)
+
+    where :math:`Q_\pi` is the expected reward after prefix s and token v; at the optimum, a soft value is in its place.
+    With `mean_of_responses`, each reward and each log-ratio behind s also counts one over the length of its response,
+    so that even at beta = 0 right responses get shorter and wrong ones longer. `token_ppo` has its KL in the reward,
+    and finds the optimum.
 
     Args:
       ask, respond, token_log_prob, reward, reference_params, beta, aggregate: see above.

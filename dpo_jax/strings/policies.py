@@ -288,7 +288,7 @@ def _write_fn(
             logits = policy.apply(params, embeddings, jnp.where(known, prompts, 0), tokens, method="outputs")
             log_probs = jax.nn.log_softmax(at_least_float32(cast(Array, logits)[place].T))
             going_on &= ~jnp.any(jnp.isnan(log_probs), axis=-1)
-            chosen = choose(keys[place], log_probs)
+            chosen = choose(keys[place], log_probs).astype(tokens.dtype)
             tokens = tokens.at[:, place].set(jnp.where(going_on, chosen, PADDING))
             going_on &= chosen < strings.num_letters
         return tokens

@@ -17,7 +17,7 @@ sum is the denominator, and for the good or the bad ones of `Labels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -45,6 +45,7 @@ from dpo_jax.types import (
     ReferenceFreeLoss,
     Rollouts,
     StatefulObjective,
+    TokenRollouts,
     UnpairedLoss,
 )
 
@@ -79,7 +80,7 @@ def sft_objective(log_prob: LogProbFn) -> Objective:
     """
 
     def objective(params: Params, batch: Demonstrations) -> tuple[Array, Metrics]:
-        _check_type(batch, Demonstrations)
+        check_type(batch, Demonstrations)
         logps = log_prob(params, batch.prompts, batch.responses)
         checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         return -_mean(logps, batch.weights), {}
@@ -111,7 +112,7 @@ def preference_objective(
     """
     hyperparameters = {"beta": beta, **hyperparameters}
     check_call(loss, ("policy", "reference"), hyperparameters)
-    _refuse_now(lambda logps, **h: loss(Pair(logps, logps), Pair(logps, logps), **h), hyperparameters)
+    refuse_now(lambda logps, **h: loss(Pair(logps, logps), Pair(logps, logps), **h), hyperparameters)
 
     def arguments(logps: Any, batch: Preferences) -> tuple[Any, ...]:
         return logps, reference_of(batch)
@@ -144,7 +145,7 @@ def reference_free_objective(score: LogProbFn, loss: ReferenceFreeLoss, **hyperp
     """
     of_rewards = callable(loss) and arrays_of(loss, hyperparameters) == ("rewards",)
     check_call(loss, ("rewards",) if of_rewards else ("policy",), hyperparameters)
-    _refuse_now(lambda scores, **h: loss(Pair(scores, scores), **h), hyperparameters)
+    refuse_now(lambda scores, **h: loss(Pair(scores, scores), **h), hyperparameters)
 
     def arguments(scores: Any, _: Preferences) -> tuple[Pair]:
         checks.pair("the rewards" if of_rewards else "the policy's log-probabilities", scores)
@@ -179,7 +180,7 @@ def unpaired_objective(
     """
     hyperparameters = {"beta": beta, **hyperparameters}
     check_call(loss, ("policy", "reference", "desirable"), hyperparameters)
-    _refuse_now(lambda logps, **h: loss(logps, logps, logps > 0, **h), hyperparameters)
+    refuse_now(lambda logps, **h: loss(logps, logps, logps > 0, **h), hyperparameters)
 
     def arguments(logps: Any, batch: Labels) -> tuple[Any, ...]:
         return logps, reference_of(batch), batch.desirable
@@ -215,7 +216,7 @@ def policy_gradient_objective(
         hyperparameters (checked unless they are traced, or functions).
     """
     check_call(loss, ("logps", "old_logps", "advantages"), hyperparameters)
-    _refuse_now(lambda logps, **h: loss(logps, logps, logps, **h), hyperparameters)
+    refuse_now(lambda logps, **h: loss(logps, logps, logps, **h), hyperparameters, betas="[0, inf)")
 
     def arguments(logps: Any, batch: Rollouts) -> tuple[Any, ...]:
         return logps, batch.logps, batch.advantages
@@ -248,11 +249,13 @@ def with_reference(log_prob: LogProbFn, reference_params: Params, data: Any) -> 
     return data._replace(reference_logps=jax.lax.stop_gradient(logps))
 
 
-def _refuse_now(loss: Callable[..., Array], hyperparameters: dict[str, Hyperparameter]) -> None:
+def refuse_now(
+    loss: Callable[..., Array], hyperparameters: Mapping[str, Hyperparameter], *, betas: str = "(0, inf)"
+) -> None:
     """Calls the loss once, so that invalid hyperparameters raise when the objective is made, not in the first step."""
     beta = hyperparameters.get("beta", 1.0)
     if not callable(beta) and not isinstance(beta, Running):
-        checks.interval("beta", beta, "(0, inf)")
+        checks.interval("beta", beta, betas)
     if any(callable(value) or isinstance(value, Running) for value in hyperparameters.values()):
         return
     shape = np.broadcast_shapes((1,), *(jnp.shape(value) for value in jax.tree.leaves(hyperparameters)))
@@ -270,7 +273,7 @@ def _objective(
     """Scores a batch, computes the hyperparameters, evaluates losses and metrics, and takes their means."""
 
     def apply(params: Params, batch: Any, memory: dict[str, Any]) -> tuple[Array, Metrics, dict[str, Any]]:
-        _check_type(batch, batch_type)
+        check_type(batch, batch_type)
         logps = log_prob(params, batch.prompts, batch.responses)
         checks.one_per_row("log_prob(params, prompts, responses)", logps, len(batch.prompts))
         called_with = arguments(logps, batch)
@@ -281,7 +284,7 @@ def _objective(
         checks.one_per_row(name_of(loss), of_loss, len(batch.prompts), "the objective takes their mean")
         mean = _mean(of_loss, batch.weights)
         of_rows = metrics(logps, batch, values)
-        means = {name: x if isinstance(x, Ratio) else _average(x, batch.weights) for name, x in of_rows.items()}
+        means = {name: x if isinstance(x, Ratio) else average(x, batch.weights) for name, x in of_rows.items()}
         return mean, means, memory
 
     memory = {name: value.memory for name, value in hyperparameters.items() if isinstance(value, Running)}
@@ -309,13 +312,14 @@ def _values(
     return values, memory
 
 
-def _check_type(batch: Any, expected: type) -> None:
+def check_type(batch: Any, expected: type) -> None:
     """Rejects batches of the wrong type."""
     others = {
         Demonstrations: "train.sft_objective",
         Preferences: "train.preference_objective or train.reference_free_objective",
         Labels: "train.unpaired_objective",
         Rollouts: "train.policy_gradient_objective",
+        TokenRollouts: "train.token_policy_gradient_objective",
     }
     if type(batch) in others and not isinstance(batch, expected):
         raise TypeError(
@@ -337,7 +341,8 @@ def _comparison(name: str, chosen: Float[Array, " batch"], rejected: Float[Array
     return {f"chosen_{name}": chosen, f"rejected_{name}": rejected, f"{name}_margin": margin, "accuracy": accuracy}
 
 
-def _average(values: Float[Array, " batch"], weights: Array | None) -> Array | Ratio:
+def average(values: Float[Array, " batch"], weights: Array | None) -> Array | Ratio:
+    """The mean over the batch, weighted if there are weights."""
     if weights is None:
         return jnp.mean(values)
     return _ratio(values, weights, jnp.ones_like(values, bool))

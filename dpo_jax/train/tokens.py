@@ -12,7 +12,7 @@ from dpo_jax import checks
 from dpo_jax.losses.aggregation import mean_of_tokens
 from dpo_jax.losses.structure import name_of
 from dpo_jax.train.families import check_call
-from dpo_jax.train.objectives import Batchwise
+from dpo_jax.train.objectives import Batchwise, average, check_type, refuse_now
 from dpo_jax.types import Metrics, Numeric, Objective, Params, PolicyGradientLoss, TokenLogProbFn, TokenRollouts
 
 Aggregate = Callable[..., Array]
@@ -43,13 +43,14 @@ def token_policy_gradient_objective(
       the ratio of current probabilities to those at sampling time.
 
     Raises:
-      TypeError: the loss is of another family, or the batch is.
+      TypeError, ValueError: the loss is of another family, or the batch is; or the loss refuses the hyperparameters
+        (checked unless they are traced, or functions).
     """
     check_call(loss, ("logps", "old_logps", "advantages"), hyperparameters)
+    refuse_now(lambda logps, **h: loss(logps, logps, logps, **h), hyperparameters, betas="[0, inf)")
 
     def objective(params: Params, batch: TokenRollouts) -> tuple[Array, Metrics]:
-        if not isinstance(batch, TokenRollouts):
-            raise TypeError(f"this objective is for TokenRollouts, got {type(batch).__name__}")
+        check_type(batch, TokenRollouts)
         mask = batch.mask
         logps = inside(token_log_prob(params, batch.prompts, batch.responses).values, mask)
         old, advantages = inside(batch.logps, mask), inside(batch.advantages, mask)
@@ -63,9 +64,10 @@ def token_policy_gradient_objective(
         kl = jnp.sum(inside(batch.logps - batch.reference_logps, mask), axis=-1)
         change = jnp.sum(jnp.abs(jnp.expm1(known - old)), axis=-1) / jnp.maximum(jnp.sum(mask, axis=-1), 1)
         metrics = {"sampled_reward": batch.rewards, "sampled_kl": kl, "ratio_change": change}
-        return aggregate(of_tokens, mask, weights=batch.weights), {
-            name: jnp.average(metric, weights=batch.weights) for name, metric in metrics.items()
-        }
+        value = aggregate(of_tokens, mask, weights=batch.weights)
+        if batch.weights is not None:
+            value = jnp.where(jnp.any(batch.weights < 0), jnp.nan, value)  # so that training stops
+        return value, {name: average(metric, batch.weights) for name, metric in metrics.items()}
 
     return objective
 
