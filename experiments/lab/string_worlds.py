@@ -44,7 +44,7 @@ def pipeline_of(every: strings.Strings, hidden_dim: int = 32) -> Pipeline:
         num_preferences=1024,
         sft_epochs=30,
         sft_batch_size=32,
-        num_epochs=30,
+        num_epochs=20,
         batch_size=64,
     )
 

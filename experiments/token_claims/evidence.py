@@ -58,6 +58,7 @@ TRUTHFUL, FOND = Judge(), Judge(liking=LIKING)
 UNIFORM = Judge(on_policy=0.0)
 AFTER_LENGTH = {name: STRING[name] for name in ("dpo", "r-dpo", "ld-dpo", "sampo", "ln-dpo", "simpo")}
 """Losses that should undo a judge's liking of length."""
+AFTER_BETAS = (0.25, 0.5, 1.0)
 PER_TOKEN = 4.0
 """How much larger the beta of a loss of means is: about the number of tokens of a string."""
 KEEPERS = {"dpo": KNOWN["dpo"], "rpo": KNOWN["rpo"], "dpo-positive": KNOWN["dpo-positive"]}
@@ -65,14 +66,14 @@ KEEPERS = {"dpo": KNOWN["dpo"], "rpo": KNOWN["rpo"], "dpo-positive": KNOWN["dpo-
 KEPT = {"rpo": ("sft_weight", 0.1), "dpo-positive": ("penalty", 1.0)}
 """What keeps them so, and how strong it is at a strength of 1."""
 STRENGTHS = (0.03, 0.1, 0.3, 1.0)
-KEPT_BETAS = (0.25, 0.5, 1.0)
+KEPT_BETAS = (0.5, 1.0)
 DISTANCES = (1, 2, 3, 4)
 AGGREGATIONS = {
     "mean of responses (GRPO)": losses.mean_of_responses,
     "mean of tokens (DAPO)": losses.mean_of_tokens,
     "mean per length (Dr. GRPO)": partial(losses.mean_per_length, max_length=STRINGS.horizon),
 }
-MANY_LABELS, PASSES = 8192, 4
+MANY_LABELS, PASSES = 4096, 5
 """How many labels offline and online DPO get, and how often they see each."""
 RATES = (1e-3, 3e-3, 1e-2)
 """Learning rates of which the best is chosen in other worlds."""
@@ -81,8 +82,8 @@ NUM_NOISE, NUM_ELSEWHERE = 128, 128
 """How many worlds the variance of gradients is computed in, and how many each of the other conditions gets."""
 NUM_STEPS = 240
 """Optimizer steps of learners that sample."""
-CHI_BETAS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-FLIPPED = Judge(flip_probability=0.2)
+CHI_BETAS = (0.003, 0.03, 0.3, 1.0)
+FLIPPED = Judge(flip_probability=0.35)
 
 
 def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPELINE) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
 
         found: dict[str, Any] = {
             "dpo": grid(dpo, judge=_rows(TRUTHFUL, FOND, UNIFORM), beta=BETAS),
-            "after length": _split(grid(after_length, starts, method=list(AFTER_LENGTH), beta=BETAS), seeds),
+            "after length": _split(grid(after_length, starts, method=list(AFTER_LENGTH), beta=AFTER_BETAS), seeds),
             "keepers": _split(
                 grid(
                     keeper,
@@ -145,7 +146,7 @@ def elsewhere(pipeline: Pipeline) -> dict[str, tuple[Pipeline, dict[str, Any]]]:
         "learning rate / 3": (pipeline, {"learning_rate": [LEARNING_RATE / 3]}),
         "learning rate x 3": (pipeline, {"learning_rate": [LEARNING_RATE * 3]}),
         "a fifth of labels flipped": (pipeline, {"judge": _rows(Judge(flip_probability=0.2))}),
-        "a quarter of the pairs": (replace(pipeline, num_preferences=256, num_epochs=120), {}),
+        "a quarter of the pairs": (replace(pipeline, num_preferences=256, num_epochs=4 * pipeline.num_epochs), {}),
         "four times as long": (replace(pipeline, num_epochs=4 * pipeline.num_epochs), {}),
         "8 hidden units": (string_worlds.pipeline_of(STRINGS, 8), {}),
         "3 letters, 4 at most": (string_worlds.pipeline_of(strings.Strings(num_letters=3, horizon=4)), {}),
@@ -238,7 +239,7 @@ def keeper(pipeline: Pipeline, start: Start, *, method: str, judge: Judge, stren
 
 
 def against_overoptimisation(pipeline: Pipeline, start: Start, *, method: str, beta: Numeric) -> Metrics:
-    """A loss with few comparisons, a fifth of them flipped, and a beta that may be too small."""
+    """A loss with few comparisons, a third of them flipped, and a beta that may be too small."""
     few = replace(pipeline, num_preferences=pipeline.num_preferences // 8, batch_size=pipeline.batch_size // 8)
     table, _ = policy_after(few, KNOWN[method], start, FLIPPED, beta=beta)
     return measured(start, table)

@@ -469,7 +469,7 @@ def unseen_strings(evidence: dict[str, Any]) -> Claim:
         "DPO gives probability to responses that nobody showed.",
         "probability of strings that are in no pair, after DPO minus before; pairs of the SFT policy, β = 0.5",
         effect,
-        verdict(effect, matters=SHARE),
+        verdict(effect),
         {
             "Probability of unseen strings": {
                 "SFT": series(BETAS, found["unseen_before"]),
@@ -532,7 +532,7 @@ def chi_po_escapes(evidence: dict[str, Any]) -> Claim:
     return Claim(
         "chi_po_escapes",
         "χPO escapes overoptimisation.",
-        "reward that DPO loses from its best β to β = 0.003, minus the same of χPO; 128 pairs, a fifth flipped",
+        "reward that DPO loses from its best β to β = 0.003, minus the same of χPO; 128 pairs, a third of them flipped",
         effects["loses less than DPO"],
         _in_words(words),
         {

@@ -35,7 +35,9 @@ def made_up(num=6, seed=0):
     betas = len(made.BETAS)
     return {
         "dpo": numbers(made.dpo, 3, betas, judge=made.TRUTHFUL, beta=0.5),
-        "after length": split(made.after_length, len(made.AFTER_LENGTH), betas, method="simpo", beta=0.5),
+        "after length": split(
+            made.after_length, len(made.AFTER_LENGTH), len(made.AFTER_BETAS), method="simpo", beta=0.5
+        ),
         "keepers": split(
             made.keeper,
             *(len(made.KEPT), 2, len(made.STRENGTHS), len(made.KEPT_BETAS)),
