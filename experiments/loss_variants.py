@@ -10,7 +10,6 @@ loss can gain by sharpening it without looking at a label. Two controls show how
 and the SFT policy sharpened by hand.
 """
 
-import difflib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -257,11 +256,7 @@ def page_table(summary: dict[str, Any]) -> str:
 def chosen_methods(names: Sequence[str]) -> list[Method]:
     """The methods of these names, or all of them."""
     known = {method.name: method for method in METHODS}
-    with commands.clear_errors():
-        for name in names:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
-                raise ValueError(f"--losses: there is no {name!r}; perhaps {', '.join(map(repr, close))}")
+    commands.check_names("--losses", names, known)
     return [known[name] for name in names] if names else list(METHODS)
 
 

@@ -2,6 +2,7 @@
 
 from dpo_jax.figures.benchmark_figures import cost_per_step as cost_per_step
 from dpo_jax.figures.benchmark_figures import roofline as roofline
+from dpo_jax.figures.length_figures import lengths as lengths
 from dpo_jax.figures.loss_figures import LossFamily as LossFamily
 from dpo_jax.figures.loss_figures import loss_family as loss_family
 from dpo_jax.figures.loss_figures import loss_frontiers as loss_frontiers
@@ -12,6 +13,7 @@ from dpo_jax.figures.rlhf_figures import learning_rates as learning_rates
 from dpo_jax.figures.rlhf_figures import overoptimisation as overoptimisation
 from dpo_jax.figures.rlhf_figures import reinforcement as reinforcement
 from dpo_jax.figures.rlhf_figures import rlhf_frontier as rlhf_frontier
+from dpo_jax.figures.string_figures import prefix_tree as prefix_tree
 from dpo_jax.figures.sweep_figures import frontiers as frontiers
 from dpo_jax.figures.sweep_figures import heat_maps as heat_maps
 from dpo_jax.figures.sweep_figures import lines as lines

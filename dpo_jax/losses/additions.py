@@ -199,7 +199,8 @@ def down_sampling_mask(
     The shorter response keeps all of its tokens. Source: Lu et al. 2024, "Eliminating Biased Length Reliance of Direct
     Preference Optimization via Down-Sampled KL Divergence", arXiv 2406.10957. For each of the two responses, sum the
     log-probabilities of policy and reference over the *same* mask, and pass the sums to `dpo_loss`. The authors' code
-    draws other tokens for the reference than for the policy.
+    draws other tokens for the reference than for the policy. Drawn by selection sampling (Knuth, The Art of Computer
+    Programming, vol. 2, Algorithm S), which needs no sort.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -232,10 +233,14 @@ def down_sampling_mask(
     checks.interval("common_lengths", common_lengths, "[0, inf)")
     checks.interval("lengths - common_lengths", lengths - common_lengths, "[0, inf)")
     draws = jax.random.uniform(key, (*lengths.shape, num_tokens))
-    place = jax.lax.broadcasted_iota(lengths.dtype, draws.shape, draws.ndim - 1)
-    inside = place < lengths[..., None]
-    shuffled = jnp.argsort(jnp.where(inside, draws, 2.0))  # places of the response first, in random order
-    return inside & (shuffled < common_lengths[..., None])
+
+    def choose(left: tuple[Array, Array], draw: Array) -> tuple[tuple[Array, Array], Array]:
+        tokens, wanted = left  # of so many tokens to come, so many are wanted
+        taken = (tokens > 0) & (draw * tokens < wanted)
+        return (jnp.maximum(tokens - 1, 0), wanted - taken), taken
+
+    _, taken = jax.lax.scan(choose, (lengths, common_lengths), jnp.moveaxis(draws, -1, 0), unroll=8)
+    return jnp.moveaxis(taken, 0, -1)
 
 
 def _weighted(values: Float[Array, "*batch"], **weights: Numeric) -> Float[Array, "*batch"]:

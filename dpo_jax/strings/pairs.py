@@ -76,6 +76,7 @@ def sample_pairs(
     """
     checks.key(key)
     checks.size("num", num)
+    checks.not_nan("log_probs", log_probs)
     checks.boolean("allowed", allowed)
     if allowed.shape != (log_probs.shape[-1],) * 2:
         raise ValueError(f"allowed must have a row and a column for each response, got shape {allowed.shape}")

@@ -30,6 +30,7 @@ from dpo_jax.fast.layers import DenseByRows, dense, uniform_fan_in
 from dpo_jax.fast.rows import take
 from dpo_jax.strings.space import PADDING, Strings, path_of, previous_letter, states_of
 from dpo_jax.strings.tree import string_log_probs
+from dpo_jax.toy.policy import at_least_float32
 from dpo_jax.types import LogProbFn, Params, RespondFn, Responses, TokenLogProbFn, TokenLogps, TokenValueFn
 
 
@@ -146,12 +147,20 @@ def log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"],
       policy: a policy of this module, or any other with the same two ways in.
       embeddings: its input for each prompt.
       mean: divide by the number of tokens, as SimPO, ORPO and others want it. No loss can detect the wrong choice.
+
+    Raises:
+      TypeError, ValueError: ids are not integers, out of range, or of another shape than the prompts. Where they are
+        traced their values are unknown; there, such a string has a log-probability of NaN.
     """
-    score = token_log_prob_fn(policy, embeddings)
+    score, num_responses = token_log_prob_fn(policy, embeddings), cast(Any, policy).strings.num_responses
 
     def log_prob(params: Params, prompts: Array, responses: Any) -> Any:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(responses):
+            name = f"responses{jax.tree_util.keystr(path)}"
+            checks.ids(name, leaf, num_responses)
+            checks.same_shape(**{"prompts": prompts, name: leaf})
         leaves, structure = jax.tree.flatten(responses)
-        every = jnp.concatenate([jnp.broadcast_to(prompts, leaf.shape).ravel() for leaf in leaves])
+        every = jnp.tile(jnp.ravel(prompts), len(leaves))
         token_logps, mask = score(params, every, jnp.concatenate([leaf.ravel() for leaf in leaves]))
         logps = jnp.sum(token_logps, axis=-1)
         if mean:
@@ -178,8 +187,8 @@ def token_log_prob_fn(policy: nn.Module, embeddings: Float[Array, "prompts featu
         rows = jnp.where(known, prompts, 0).ravel()
         logits = policy.apply(params, embeddings, rows, tokens.reshape(-1, strings.horizon), method="outputs")
         log_probs = jax.nn.log_softmax(cast(Array, logits), axis=1)
-        chosen = jnp.moveaxis(jax.nn.one_hot(tokens.reshape(-1, strings.horizon).T, strings.num_choices), -1, 1)
-        values = jnp.sum(chosen.astype(log_probs.dtype) * log_probs, axis=1)  # padding is no token
+        chosen = tokens.reshape(-1, strings.horizon).T[:, None] == jnp.arange(strings.num_choices)[None, :, None]
+        values = jnp.sum(jnp.where(chosen, log_probs, 0), axis=1)  # padding is no token
         return TokenLogps(jnp.where(known[..., None], values.T.reshape(*shape, -1), jnp.nan), mask)
 
     return score
@@ -205,7 +214,7 @@ def sample_fn(policy: nn.Module, embeddings: Float[Array, "prompts features"]) -
     """The function `(key, params, prompts) -> tokens` `[n, horizon]` that samples strings token by token.
 
     Behind the end of a string is `PADDING`; `Strings.ids` makes ids of the tokens. A prompt out of range gets padding
-    alone, which is no string.
+    alone, and a string stops without an end where a log-probability is NaN; neither is a string.
     """
 
     def draw(key: Key[Array, ""], log_probs: Float[Array, "n choices"]) -> Int[Array, " n"]:
@@ -277,7 +286,9 @@ def _write_fn(
         tokens, going_on = jnp.full((len(prompts), strings.horizon), PADDING, jnp.int32), known
         for place in range(strings.horizon):
             logits = policy.apply(params, embeddings, jnp.where(known, prompts, 0), tokens, method="outputs")
-            chosen = choose(keys[place], jax.nn.log_softmax(cast(Array, logits)[place].T))
+            log_probs = jax.nn.log_softmax(at_least_float32(cast(Array, logits)[place].T))
+            going_on &= ~jnp.any(jnp.isnan(log_probs), axis=-1)
+            chosen = choose(keys[place], log_probs)
             tokens = tokens.at[:, place].set(jnp.where(going_on, chosen, PADDING))
             going_on &= chosen < strings.num_letters
         return tokens
@@ -309,7 +320,7 @@ def _after_every_prefix(
     """Sums along the tree: each prefix adds the row of its last letter to the sum of its parent."""
     levels = [hidden[:, None]]
     for rows in letters:
-        children = levels[-1][:, :, None] + rows
+        children = levels[-1][:, :, None] + rows[None, None]
         levels.append(children.reshape(len(hidden), -1, hidden.shape[-1]))
     return jnp.concatenate(levels, axis=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,9 @@ from dpo_jax.strings.space import MOST_STRINGS, Strings
 
 Column = str | int
 """The name of a column, or its number, counted from 0."""
+
+LARGEST = float(np.finfo(np.float32).max)
+"""The largest score."""
 
 
 class Scores(NamedTuple):
@@ -51,22 +55,29 @@ def read_scores(
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: naming the line: a column is missing, or its name occurs twice; a score is no finite number; a string
-        has two scores; strings are missing; or there are too many strings to list.
+      ValueError: naming the line: a column is missing, or its name occurs twice; a line has more or fewer cells than
+        the first; a score is no finite number; a string has two scores, or letters that cannot be printed; strings are
+        missing; or there are too many strings to list.
     """
     path = Path(path)
     columns = [string] if isinstance(string, str | int) else list(string)
+    if not columns:
+        raise ValueError("string must name a column")
+    if missing is not None and not abs(missing) <= LARGEST:
+        raise ValueError(f"missing must be a finite number, got {missing}")
     found: dict[str, tuple[float, int]] = {}
     lines = _lines(path)
-    places = None
+    places, width = None, 0
     for number, cells in lines:
         if places is None:
-            places = [_place(path, cells, column) for column in (*columns, score)]
+            places, width = [_place(path, cells, column) for column in (*columns, score)], len(cells)
             continue
-        if len(cells) <= max(places):
-            raise ValueError(f"{path}, line {number}: {len(cells)} cells, too few")
+        if len(cells) != width:
+            raise ValueError(f"{path}, line {number}: {len(cells)} cells, but {width} names of columns")
         value = _number(path, number, cells[places[-1]])
         for text in {cells[place].strip() for place in places[:-1]}:
+            if not text.isprintable():
+                raise ValueError(f"{path}, line {number}: {text!r} has letters that cannot be printed")
             if text in found:
                 raise ValueError(f"{path}, line {number}: {text!r} has a score already, in line {found[text][1]}")
             found[text] = value, number
@@ -96,17 +107,20 @@ def _scores(path: Path, found: dict[str, tuple[float, int]], missing: float | No
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The lines that are not blank, with their numbers from 1, as cells."""
-    open_it = gzip.open if path.suffix == ".gz" else open
+    open_it = gzip.open if path.suffix == ".gz" else Path.open
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    with open_it(path, "rt", encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if kind in (".tsv", ".txt") else ",")
+    with open_it(path, "rb") as file:
+        decoded = (line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(file))
+        reader = csv.reader(decoded, delimiter="\t" if kind in (".tsv", ".txt") else ",")
         try:
             for cells in reader:
                 if any(cells):
                     yield reader.line_num, cells
                 if reader.line_num > 2 * MOST_STRINGS:
                     raise ValueError(f"{path} has more than {2 * MOST_STRINGS:,} lines: too many strings to list")
-        except (UnicodeDecodeError, csv.Error, EOFError) as problem:
+        except csv.Error as problem:
+            raise ValueError(f"{path}, line {reader.line_num}: {problem}") from problem
+        except (UnicodeDecodeError, EOFError, zlib.error) as problem:  # when the next line is read
             raise ValueError(f"{path}, line {reader.line_num + 1}: {problem}") from problem
 
 
@@ -128,6 +142,6 @@ def _number(path: Path, line: int, cell: str) -> float:
         value = float(cell)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST:
         raise ValueError(f"{path}, line {line}: a score must be a finite number, got {cell!r}")
     return value

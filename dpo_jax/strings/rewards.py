@@ -47,6 +47,8 @@ def path_rewards(
     states = states_of(strings, transitions)
     if weights.shape[-2:] != np.shape(transitions):
         raise ValueError(f"weights must have the shape of transitions, got {weights.shape} and {np.shape(transitions)}")
+    if final is not None and final.shape != weights.shape[:-1]:
+        raise ValueError(f"final must have a number for each state of weights, got {final.shape} and {weights.shape}")
     at_ends = jnp.zeros(weights.shape[:-1], weights.dtype) if final is None else final
     of_letters = weights[..., states, :]
     if not strings.fixed_length:
@@ -54,9 +56,8 @@ def path_rewards(
     totals = string_log_probs(of_letters, strings)
     if final is None:
         return totals
-    full = strings.lengths == strings.horizon
-    last = transitions[states[strings.prefixes[:, -1]], np.minimum(strings.tokens[:, -1], strings.num_letters - 1)]
-    return totals + jnp.where(full, final[..., last], 0)
+    ends = np.asarray(transitions)[states[strings.offsets[-2] :]].ravel()  # of the longest strings, which have no end
+    return totals.at[..., -len(ends) :].add(final[..., ends])
 
 
 def word_counts(strings: Strings, word: Sequence[int]) -> Int[np.ndarray, " responses"]:
@@ -106,6 +107,7 @@ def make_world(
     for name, num in {"num_prompts": num_prompts, "embedding_dim": embedding_dim, "num_words": num_words}.items():
         checks.size(name, num)
     checks.size("letters_per_word", letters_per_word)
+    checks.finite("length", length)
     embedding_key, letter_key, order_key, word_key, weight_key = jax.random.split(key, 5)
     shape = (num_prompts, strings.num_letters)
     drawn = letters * path_rewards(
@@ -120,7 +122,7 @@ def make_world(
     rewards = _centred_by_length(drawn, strings) / jnp.sqrt(strings.horizon)
     return toy.World(
         embeddings=jax.random.normal(embedding_key, (num_prompts, embedding_dim)),
-        rewards=rewards + length * strings.lengths / strings.horizon,
+        rewards=rewards + _in_proportion_to_length(length, strings),
     )
 
 
@@ -136,7 +138,7 @@ def judged(world: toy.World, strings: Strings, *, liking: Numeric) -> toy.World:
     """
     checked(strings, **{"world.rewards": world.rewards})
     checks.finite("liking", liking)
-    return world._replace(rewards=world.rewards + liking * strings.lengths / strings.horizon)
+    return world._replace(rewards=world.rewards + _in_proportion_to_length(liking, strings))
 
 
 def reference_log_probs(
@@ -150,7 +152,8 @@ def reference_log_probs(
       letter_logits: preferences for letters, up to a constant; `None` means none.
 
     Raises:
-      ValueError: strings have a fixed length, or the expected length is out of range (checked unless traced).
+      ValueError: strings have a fixed length, or the expected length is out of range. Where it is traced its value is
+        unknown; there, all log-probabilities are NaN.
     """
     if strings.fixed_length:
         raise ValueError("strings of a fixed length have no expected length to choose")
@@ -165,10 +168,10 @@ def reference_log_probs(
 
 
 def _probability_of_going_on(expected_length: Float[Array, ""], horizon: int) -> Float[Array, ""]:
-    """Solves `sum(p**k for k in 1 .. horizon) = expected_length` by bisection."""
+    """Solves `sum(p**k for k in 1 .. horizon) = expected_length` by bisection; NaN if there is no solution."""
     powers = jnp.arange(1, horizon + 1)
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
         short = jnp.sum(middle**powers) < expected_length
@@ -176,18 +179,23 @@ def _probability_of_going_on(expected_length: Float[Array, ""], horizon: int) ->
 
     zero = jnp.zeros_like(expected_length)
     low, high = jax.lax.fori_loop(0, 50, halve, (zero, zero + 1))
-    return (low + high) / 2
+    return jnp.where((expected_length > 0) & (expected_length < horizon), (low + high) / 2, jnp.nan)
 
 
 def _counts(strings: Strings, word: Int[Array, " letters"]) -> Int[Array, " responses"]:
     """`word_counts` of a traced word."""
     starts = range(strings.horizon - len(word) + 1)
-    matches = [jnp.all(strings.tokens[:, start : start + len(word)] == word, axis=-1) for start in starts]
+    matches = [jnp.all(strings.tokens[:, start : start + len(word)] == word[None], axis=-1) for start in starts]
     return jnp.sum(jnp.stack(matches), axis=0)
+
+
+def _in_proportion_to_length(size: Numeric, strings: Strings) -> Float[Array, "1 responses"]:
+    """The given size for strings of full length, zero for the empty one."""
+    return size * jnp.asarray(strings.lengths / strings.horizon)[None]
 
 
 def _centred_by_length(rewards: Float[Array, "*n responses"], strings: Strings) -> Float[Array, "*n responses"]:
     """Rewards minus their mean over the strings of the same length."""
-    members = np.eye(strings.horizon + 1, dtype=np.float32)[strings.lengths]
+    members = np.eye(strings.horizon + 1, dtype=rewards.dtype)[strings.lengths]
     means = jnp.matmul(rewards, members / np.maximum(members.sum(axis=0), 1), precision="highest")
     return rewards - means[..., strings.lengths]

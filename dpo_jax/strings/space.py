@@ -24,6 +24,8 @@ from dpo_jax import checks
 
 MOST_STRINGS = 2**20
 """The largest number of strings that are listed: a table of them takes 4 MiB for each prompt."""
+LONGEST = 100
+"""The largest horizon; only strings of a single letter can reach it."""
 PADDING = -1
 """Stands behind the end of a string."""
 
@@ -44,7 +46,7 @@ class Strings:
     >>> strings.tokens[:3]  # the end is token 2, and padding -1
     array([[ 2, -1],
            [ 0,  2],
-           [ 1,  2]])
+           [ 1,  2]], dtype=int32)
 
     Attributes:
       num_letters: size of the alphabet.
@@ -54,7 +56,7 @@ class Strings:
 
     Raises:
       TypeError, ValueError: a size is no whole number, or too small; the alphabet has another size, or a letter twice;
-        or there are more than `MOST_STRINGS` strings.
+        or there are more than `MOST_STRINGS` strings, or longer ones than `LONGEST`.
     """
 
     num_letters: int
@@ -69,10 +71,11 @@ class Strings:
             raise ValueError(f"alphabet must not have a letter twice, got {self.alphabet!r}")
         if self.alphabet and len(self.alphabet) != self.num_letters:
             raise ValueError(f"alphabet must have {self.num_letters} letters, got {self.alphabet!r}")
-        bits = max(math.log2(self.horizon), self.horizon * math.log2(self.num_letters))
-        if bits > math.log2(MOST_STRINGS) or self.num_responses > MOST_STRINGS:
+        too_many = self.horizon > LONGEST or self.horizon * math.log2(self.num_letters) > math.log2(MOST_STRINGS)
+        if too_many or self.num_responses > MOST_STRINGS:
+            what = f"{MOST_STRINGS:,} strings" if self.num_letters > 1 else f"{LONGEST} letters in a string"
             raise ValueError(
-                f"{self.num_letters} letters and a horizon of {self.horizon} make more than {MOST_STRINGS:,} strings, "
+                f"{self.num_letters} letters and a horizon of {self.horizon} make more than {what}, "
                 "which cannot be listed: take fewer letters or a shorter horizon. Longer responses can be trained on "
                 "as arrays of tokens (train/README.md), without exact values"
             )
@@ -103,7 +106,8 @@ class Strings:
         """The tokens of each string, padded by `PADDING`."""
         rows = []
         for length in [self.horizon] if self.fixed_length else range(self.horizon + 1):
-            letters = np.indices((self.num_letters,) * length).reshape(length, self.num_letters**length).T
+            digits = self.num_letters ** np.arange(length)[::-1]
+            letters = np.arange(self.num_letters**length)[:, None] // digits % self.num_letters
             row = np.full((len(letters), self.horizon), PADDING)
             row[:, :length] = letters
             if length < self.horizon:
@@ -143,15 +147,16 @@ class Strings:
         if jnp.shape(tokens)[-1:] != (self.horizon,):
             raise ValueError(f"tokens must have {self.horizon} columns, the horizon, got shape {jnp.shape(tokens)}")
         if checks.is_traced(tokens):
-            found, valid = _ids(jnp, self, tokens)
+            found, valid = _ids(jnp, self, jnp.asarray(tokens, jnp.promote_types(tokens.dtype, jnp.int32)))
             return jnp.where(valid, found, PADDING)
         found, valid = _ids(np, self, np.asarray(tokens, np.int64))
         if not valid.all():
             row = tuple(int(i) for i in np.argwhere(~valid)[0])
+            where = f" in row {row[0] if len(row) == 1 else row}" if row else ""
             raise ValueError(
                 f"tokens must be letters between 0 and {self.num_letters - 1}"
                 + (f", {self.horizon} of them" if self.fixed_length else f", then the end, {self.num_letters}")
-                + f": got {np.asarray(tokens)[row].tolist()} in row {row[0] if len(row) == 1 else row}"
+                + f": got {np.asarray(tokens)[row].tolist()}{where}"
             )
         return jnp.asarray(found, jnp.int32)
 
@@ -164,6 +169,8 @@ class Strings:
         Raises:
           TypeError, ValueError: naming the row of a text that is none of the strings.
         """
+        if isinstance(texts, str):
+            raise TypeError(f"texts must be a sequence of strings, got the string {texts!r}")
         letters = {letter: number for number, letter in enumerate(self._alphabet)}
         tokens = np.full((len(texts), self.horizon), PADDING)
         for row, text in enumerate(texts):

@@ -154,14 +154,14 @@ def kl_by_place(
 def length_distribution(log_probs: Float[Array, "*n responses"], strings: Strings) -> Float[Array, "*n lengths"]:
     """The probability of each number of letters, `0 .. horizon`."""
     checked(strings, log_probs=log_probs)
-    groups = np.eye(strings.horizon + 1, dtype=np.float32)[strings.lengths]
-    return jnp.matmul(jnp.exp(log_probs), groups.astype(log_probs.dtype), precision="highest")
+    groups = np.eye(strings.horizon + 1, dtype=log_probs.dtype)[strings.lengths]
+    return jnp.matmul(jnp.exp(log_probs), groups, precision="highest")
 
 
 def expected_length(log_probs: Float[Array, "*n responses"], strings: Strings) -> Float[Array, "*n"]:
     """The expected number of letters of a policy's strings."""
     checked(strings, log_probs=log_probs)
-    return jnp.sum(jnp.exp(log_probs) * strings.lengths, axis=-1)
+    return jnp.matmul(jnp.exp(log_probs), strings.lengths.astype(log_probs.dtype), precision="highest")
 
 
 def _levels(strings: Strings) -> list[tuple[int, int]]:

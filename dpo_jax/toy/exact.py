@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks
 from dpo_jax.toy.policy import at_least_float32
@@ -71,7 +71,7 @@ def optimal_policy_at_kl(
     def policy(log_beta: Array) -> Array:
         return optimal_policy(reference_log_probs, scaled, beta=jnp.exp(log_beta))
 
-    def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Int[Array, ""], ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
         far = jnp.mean(kl_to_reference(policy(middle), reference_log_probs)) > kl

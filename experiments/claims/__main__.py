@@ -7,16 +7,12 @@ says what follows.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from dpo_jax import checks
 from experiments.claims.evidence import Amounts, gather
-from experiments.claims.figure import draw
-from experiments.claims.judging import Claim
 from experiments.claims.statements import judge
-from experiments.lab import commands, console, devices, files, page
+from experiments.lab import claims_page, commands, console, devices, files, page
+from experiments.lab.judging import Claim
 from experiments.lab.pipeline import TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds
 from experiments.lab.tuning import Seeds
@@ -40,56 +36,6 @@ class Options:
     """How many sets of hyperparameters to try for each loss."""
     out: Path = Path("results/claims")
     """Folder for summary.json and the figures."""
-
-
-def as_entry(claim: Claim) -> dict[str, Any]:
-    """A claim as it stands in the summary."""
-    details = {
-        name: value if isinstance(value, float) else {"effect": value.mean, "interval": value.interval}
-        for name, value in claim.details.items()
-    }
-    return {
-        "id": claim.id,
-        "claim": claim.claim,
-        "quantity": claim.quantity,
-        "effect": claim.effect.mean,
-        "interval": claim.effect.interval,
-        "verdict": claim.verdict,
-        "details": details,
-        "figure": {
-            "xlabel": claim.xlabel,
-            "log": claim.log,
-            "panels": {
-                name: {label: measured._asdict() for label, measured in lines.items()}
-                for name, lines in claim.panels.items()
-            },
-        },
-    }
-
-
-def page_texts(summary: dict[str, Any]) -> dict[str, str]:
-    """What stands between the markers of the page: all verdicts, and each claim's verdict, numbers and figure."""
-    rows = [[str(i), f"[{c['claim']}](#{c['id']})", c["verdict"]] for i, c in enumerate(summary["claims"], 1)]
-    texts = {"verdicts": page.table(["", "claim", "verdict"], rows)}
-    for claim in summary["claims"]:
-        numbers = [[claim["quantity"], _number(claim)], *([n, _number(d)] for n, d in claim["details"].items())]
-        texts[claim["id"]] = (
-            f"**{_sentence(claim['verdict'])}**\n\n{page.table(['measured', 'mean ± 95 %'], numbers)}\n\n"
-            f"![{claim['claim']}](../reported/claims/{claim['id']}.png)"
-        )
-    return texts
-
-
-def _sentence(verdict: str) -> str:
-    return f"{verdict[0].upper()}{verdict[1:]}."
-
-
-def _number(measured: dict[str, Any] | float) -> str:
-    if isinstance(measured, float):
-        return f"{measured:g}"
-    mean, half = measured["effect"], measured["interval"][1] - measured["effect"]
-    digits = min(6, max(1, 1 - int(np.floor(np.log10(half))))) if half > 0 else 3
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
 def print_results(claims: list[Claim]) -> None:
@@ -119,12 +65,10 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     claims = judge(gather(pipeline, options.seed, amounts, seconds))
     took = {"total": time.perf_counter() - clock, **vars(seconds)}
     sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds", "num_candidates")}
-    summary = {**sizes, "claims": [as_entry(claim) for claim in claims], **files.provenance(**took)}
+    summary = {**sizes, "claims": [claims_page.as_entry(claim) for claim in claims], **files.provenance(**took)}
     files.save_summary(summary, out)
-    page.update(page_texts(summary), out, path=PAGE)
-    for claim in claims:
-        title = f"“{claim.claim}” {_sentence(claim.verdict)}"
-        files.save_figure(draw(claim.panels, xlabel=claim.xlabel, title=title, log=claim.log), out / f"{claim.id}.png")
+    page.update(claims_page.page_texts(summary, "claims"), out, path=PAGE)
+    claims_page.save_figures(claims, out)
     print_results(claims)
     if options.num_candidates < ENOUGH_CANDIDATES or options.num_tuning_seeds < ENOUGH_TUNING_SEEDS:
         console.say(

@@ -17,8 +17,10 @@ from experiments.claims.evidence import (
     SMOOTHED,
     SMOOTHINGS,
 )
-from experiments.claims.figure import Measured
-from experiments.claims.judging import (
+from experiments.dpo_vs_rlhf import LEARNING_RATES
+from experiments.lab.claim_figure import Measured
+from experiments.lab.feedback import SETTINGS
+from experiments.lab.judging import (
     NOTHING,
     Claim,
     Estimate,
@@ -28,8 +30,6 @@ from experiments.claims.judging import (
     series,
     verdict,
 )
-from experiments.dpo_vs_rlhf import LEARNING_RATES
-from experiments.lab.feedback import SETTINGS
 from experiments.lab.pipeline import BETA, BETAS, TUTORIAL
 
 SMALLEST, LARGEST = MANY_BETAS.index(BETAS[0]), MANY_BETAS.index(BETAS[-1])

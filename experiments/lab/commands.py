@@ -1,10 +1,11 @@
 """What every command needs: options, one-line errors, a quiet end."""
 
+import difflib
 import io
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Timer
 from types import TracebackType
@@ -61,6 +62,15 @@ def check_seed(seed: int) -> None:
         checks.size("--seed", seed, at_least=0)
         if seed >= 2**32:
             raise ValueError(f"--seed must be below 2**32, got {seed}")
+
+
+def check_names(option: str, names: Iterable[str], known: Mapping[str, object]) -> None:
+    """Ends the command unless all names are known; says which are like an unknown one."""
+    with clear_errors():
+        for name in names:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+                raise ValueError(f"{option}: there is no {name!r}; perhaps {', '.join(map(repr, close))}")
 
 
 def behave_as_a_command() -> None:

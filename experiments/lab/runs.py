@@ -54,7 +54,9 @@ def standard_run(
     """
     feedback = feedback_of(pipeline, start, setting)
     log_probs = trained(pipeline, method, start, feedback, hyperparameters)
-    return measured(start, feedback, log_probs)
+    finite = ~jnp.any(jnp.isnan(log_probs))
+    found = measured(start, feedback, log_probs)
+    return {name: jnp.where(finite, value, jnp.nan) for name, value in found.items()}
 
 
 def trained(

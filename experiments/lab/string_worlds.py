@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import losses, strings, toy, train
-from dpo_jax.types import LogProbFn, Metrics, Numeric, Objective, Pair, Params, Preferences, StatefulObjective
+from dpo_jax.types import Metrics, Numeric, Objective, Pair, Params, Preferences, StatefulObjective
 from experiments.lab.feedback import Feedback, Setting
 from experiments.lab.methods import BETA as BETA_RANGE
 from experiments.lab.methods import METHODS, Hyperparameters, Method, Setup
@@ -26,32 +26,30 @@ from experiments.lab.tuning import Range
 STRINGS = strings.Strings(num_letters=2, horizon=6)
 BETA = 0.5
 """The price of a nat of KL, in units of reward; rewards have a standard deviation of about 1."""
-TYPICAL_LENGTH = 3.0
-"""The expected number of letters of demonstrations, before they are tilted towards good strings."""
 
 
-def make_world(key: Key[Array, ""]) -> toy.World:
-    """A world whose rewards say nothing about length."""
-    return strings.make_world(key, STRINGS)
-
-
-def demonstrator(world: toy.World) -> Float[Array, "prompts responses"]:
+def demonstrator(world: toy.World, every: strings.Strings = STRINGS) -> Float[Array, "prompts responses"]:
     """The table of people who write strings of a typical length, and good ones more often."""
-    plain = strings.reference_log_probs(STRINGS, expected_length=TYPICAL_LENGTH)
+    plain = strings.reference_log_probs(every, expected_length=every.horizon / 2)
     return toy.optimal_policy(jnp.broadcast_to(plain, world.rewards.shape), world.rewards, beta=2.0)
 
 
-PIPELINE = Pipeline(
-    make_world=make_world,
-    policy=strings.CausalMLP(STRINGS),
-    demonstrator=demonstrator,
-    num_demonstrations=500,
-    num_preferences=1024,
-    sft_epochs=30,
-    sft_batch_size=32,
-    num_epochs=30,
-    batch_size=64,
-)
+def pipeline_of(every: strings.Strings, hidden_dim: int = 32) -> Pipeline:
+    """The steps of an experiment with strings; rewards say nothing about length."""
+    return Pipeline(
+        make_world=partial(strings.make_world, strings=every),
+        policy=strings.CausalMLP(every, hidden_dim),
+        demonstrator=partial(demonstrator, every=every),
+        num_demonstrations=500,
+        num_preferences=1024,
+        sft_epochs=30,
+        sft_batch_size=32,
+        num_epochs=30,
+        batch_size=64,
+    )
+
+
+PIPELINE = pipeline_of(STRINGS)
 
 
 class Judge(NamedTuple):
@@ -73,12 +71,23 @@ JUDGES = {"indifferent": Judge(), "fond of length": Judge(liking=2.0), "averse t
 
 def heard(pipeline: Pipeline, start: Start, judge: Judge) -> Feedback:
     """What a judge says in a world: the log-probabilities are those of the SFT policy."""
-    seen = start._replace(world=strings.judged(start.world, STRINGS, liking=judge.liking))
+    seen = start._replace(world=strings.judged(start.world, strings_of(pipeline), liking=judge.liking))
     setting = Setting(flip_probability=judge.flip_probability, on_policy=judge.on_policy)
     return feedback_of(pipeline, seen, setting)
 
 
-def measured(start: Start, log_probs: Float[Array, "prompts responses"], *, beta: Numeric = BETA) -> Metrics:
+def strings_of(pipeline: Pipeline) -> strings.Strings:
+    """The strings of a pipeline's worlds."""
+    return pipeline.policy.strings
+
+
+def measured(
+    start: Start,
+    log_probs: Float[Array, "prompts responses"],
+    *,
+    beta: Numeric = BETA,
+    every: strings.Strings = STRINGS,
+) -> Metrics:
     """Exact measures of a policy, by the truth.
 
     Returns:
@@ -89,7 +98,7 @@ def measured(start: Start, log_probs: Float[Array, "prompts responses"], *, beta
     rewards, reference = start.world.rewards, start.log_probs
     found = toy.evaluate(log_probs, reference, rewards)
     best = toy.optimal_policy_at_kl(reference, rewards, kl=jnp.maximum(found["kl_to_reference"], 0))
-    lengths = [jnp.mean(strings.expected_length(table, STRINGS)) for table in (log_probs, best)]
+    lengths = [jnp.mean(strings.expected_length(table, every)) for table in (log_probs, best)]
     return {
         **found,
         "regret": jnp.mean(toy.regret(log_probs, reference, rewards, beta=beta)),
@@ -98,9 +107,6 @@ def measured(start: Start, log_probs: Float[Array, "prompts responses"], *, beta
         "optimal_length": lengths[1],
         "longer": lengths[0] - lengths[1],
     }
-
-
-TokenScore = Callable[[strings.Strings, Any, Any], Array]
 
 
 def on_tokens(setup: Setup, score: Callable[[Any, Any], Any], loss: Any, **h: Numeric) -> Objective:

@@ -5,7 +5,7 @@ unit cube; each method maps them to its own ranges, so one axis of a sweep serve
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,12 +14,15 @@ from scipy.stats import qmc
 
 from dpo_jax import sweep
 from dpo_jax.types import Numeric
-from experiments.lab.feedback import Setting
 from experiments.lab.statistics import Seconds
 
 NUM_FINALISTS = 4
 BLOCK = 8, 8
 """Seeds and trials that a device runs at once. One size for all rounds: what is compiled for the first serves all."""
+
+
+SettingType = TypeVar("SettingType", bound=tuple[Any, ...])
+"""How feedback arises: a named tuple of numbers, such as `feedback.Setting`."""
 
 
 class Range(NamedTuple):
@@ -43,7 +46,7 @@ class Trials(NamedTuple):
     """An axis of a sweep: in each row a setting and a candidate. `place` distinguishes equal rows."""
 
     place: Int[np.ndarray, " trials"]
-    setting: Setting
+    setting: Any
     candidate: Float[np.ndarray, "trials dimensions"]
 
 
@@ -84,7 +87,7 @@ def at_edge(ranges: Ranges, candidate: Float[np.ndarray, " dimensions"]) -> list
     return [name for name, share in zip(ranges, candidate, strict=False) if not 0.05 <= float(share) <= 0.95]
 
 
-def trials(settings: Sequence[Setting], points: Float[np.ndarray, "settings candidates dimensions"]) -> Trials:
+def trials(settings: Sequence[SettingType], points: Float[np.ndarray, "settings candidates dimensions"]) -> Trials:
     """A row for each setting and each of its candidates."""
     num = points.shape[1]
     columns = (np.repeat(np.array(column, np.float32), num) for column in zip(*settings, strict=True))
@@ -102,7 +105,7 @@ def num_runs(seeds: Seeds, num_methods: int, num_settings: int, num_candidates: 
 def tune(
     sweep_of: Callable[[Sequence[str], Trials, range], Any],
     methods: Sequence[str],
-    settings: Sequence[Setting],
+    settings: Sequence[SettingType],
     seeds: Seeds,
     *,
     points: Float[np.ndarray, "candidates dimensions"],

@@ -6,10 +6,11 @@ import pytest
 
 from dpo_jax import toy
 from experiments.claims import __main__ as script
-from experiments.claims import evidence, judging, statements
+from experiments.claims import evidence, statements
 from experiments.claims.evidence import MANY_BETAS
-from experiments.claims.figure import draw
-from experiments.claims.judging import (
+from experiments.lab import claims_page, contenders, devices, judging
+from experiments.lab.claim_figure import draw
+from experiments.lab.judging import (
     FAILS,
     HOLDS,
     NO_DIFFERENCE,
@@ -20,7 +21,6 @@ from experiments.claims.judging import (
     estimate,
     verdict,
 )
-from experiments.lab import contenders, devices
 from tests.experiments.evidence import made_up
 from tests.experiments.small import PIPELINE
 
@@ -147,8 +147,8 @@ def claims():
 
 
 def test_every_claim_has_an_effect_a_verdict_a_figure_and_a_text(claims):
-    entries = [script.as_entry(claim) for claim in claims]
-    texts = script.page_texts({"claims": entries})
+    entries = [claims_page.as_entry(claim) for claim in claims]
+    texts = claims_page.page_texts({"claims": entries}, "claims")
     assert len({entry["id"] for entry in entries}) == len(entries) >= 19
     for claim, entry in zip(claims, entries, strict=True):
         low, high = entry["interval"]
@@ -162,12 +162,12 @@ def test_every_claim_has_an_effect_a_verdict_a_figure_and_a_text(claims):
 
 def test_numbers_on_the_page_have_the_digits_of_their_intervals():
     def number(effect, half):
-        return script._number({"effect": effect, "interval": [effect - half, effect + half]})
+        return claims_page._number({"effect": effect, "interval": [effect - half, effect + half]})
 
     assert number(0.12345, 0.0123) == "0.123 ± 0.012"
     assert number(-2.345, 0.5) == "-2.35 ± 0.50"
     assert number(0.00012345, 0.0000123) == "0.000123 ± 0.000012"
-    assert script._number(0.2) == "0.2"
+    assert claims_page._number(0.2) == "0.2"
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import re
 import pytest
 
 from experiments.claims import __main__ as script
-from experiments.claims import judging
-from experiments.lab import page
+from experiments.lab import claims_page, judging, page
 
 TEXT = script.PAGE.read_text(encoding="utf-8")
 SUMMARY = json.loads((page.REPORTED / "claims" / "summary.json").read_text(encoding="utf-8"))
@@ -23,7 +22,7 @@ CONDITIONS = {  # by which details a verdict goes, and what matters
 
 @pytest.mark.parametrize("name", ["verdicts", *CLAIMS])
 def test_what_stands_between_markers_is_what_was_measured(name):
-    assert page.between(TEXT, name) == script.page_texts(SUMMARY)[name]
+    assert page.between(TEXT, name) == claims_page.page_texts(SUMMARY, "claims")[name]
 
 
 @pytest.mark.parametrize("name", CONDITIONS)

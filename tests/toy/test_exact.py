@@ -1,3 +1,4 @@
+import inspect
 import operator
 from decimal import Decimal, localcontext
 from itertools import product
@@ -64,6 +65,94 @@ def test_the_limits_of_beta(world, reference):
     np.testing.assert_allclose(toy.optimal_policy(reference, world.rewards, beta=1e6), reference, atol=1e-5)
     greedy = toy.greedy(toy.optimal_policy(reference, world.rewards, beta=1e-4))
     assert greedy.tolist() == jnp.argmax(world.rewards, axis=-1).tolist()
+
+
+optimal_policy_at_kl = jax.jit(toy.optimal_policy_at_kl)
+
+
+@pytest.mark.parametrize("kl", [0.01, 0.3, 1.0])
+def test_the_optimum_at_a_divergence_has_it_and_is_that_of_some_beta(world, reference, kl):
+    found = np.float64(optimal_policy_at_kl(reference, world.rewards, kl=kl))
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1, rtol=1e-6)
+    divergence = (np.exp(found) * (found - np.float64(reference))).sum(-1).mean()
+    assert divergence == pytest.approx(kl, rel=1e-3, abs=1e-5)
+
+    def excess(beta):
+        tilted = np.float64(reference) + np.float64(world.rewards) / beta
+        log_probs = tilted - np.log(np.exp(tilted).sum(-1, keepdims=True))
+        return (np.exp(log_probs) * (log_probs - reference)).sum(-1).mean() - kl
+
+    beta = optimize.brentq(excess, 1e-2, 1e3)
+    np.testing.assert_allclose(found, toy.optimal_policy(reference, world.rewards, beta=beta), atol=2e-2 * kl + 1e-3)
+
+
+def test_no_policy_at_the_same_divergence_earns_more(world, reference):
+    """An independent maximum: SciPy on the logits of two prompts, whose divergences may differ."""
+    table, rewards = np.float64(reference[:2]), np.float64(world.rewards[:2])
+
+    def log_probs(logits):
+        logits = logits.reshape(rewards.shape)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    found = optimize.minimize(
+        lambda logits: -np.sum(np.exp(log_probs(logits)) * rewards),
+        table.ravel(),
+        constraints={
+            "type": "ineq",
+            "fun": lambda logits: 0.4 - np.mean(np.sum(np.exp(log_probs(logits)) * (log_probs(logits) - table), -1)),
+        },
+        method="SLSQP",
+        options={"maxiter": 300, "ftol": 1e-12},
+    ).x
+    optimum = optimal_policy_at_kl(reference[:2], world.rewards[:2], kl=0.4)
+    np.testing.assert_allclose(jnp.exp(optimum), np.exp(log_probs(found)), atol=1e-3)
+
+
+def test_the_limits_of_the_divergence(world, reference):
+    np.testing.assert_allclose(optimal_policy_at_kl(reference, world.rewards, kl=0.0), reference, atol=1e-3)
+    best = jnp.argmax(world.rewards, axis=-1)
+    far = optimal_policy_at_kl(reference, world.rewards, kl=100.0)
+    assert jnp.all(jnp.exp(far)[np.arange(5), best] > 0.99)
+    equal = jnp.full(reference.shape, 0.3)
+    np.testing.assert_allclose(optimal_policy_at_kl(reference, equal, kl=1.0), reference, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_optimum_at_a_divergence_knows_no_unit_of_rewards(world, reference, scale):
+    expected = optimal_policy_at_kl(reference, world.rewards, kl=0.5)
+    np.testing.assert_allclose(
+        optimal_policy_at_kl(reference, scale * world.rewards + 3 * scale, kl=0.5), expected, atol=1e-3
+    )
+
+
+def test_divergences_can_be_swept_and_must_not_be_negative(world, reference):
+    kls = jnp.array([0.1, 0.6])
+    several = jax.jit(jax.vmap(lambda kl: toy.optimal_policy_at_kl(reference, world.rewards, kl=kl)))(kls)
+    np.testing.assert_allclose(toy.kl_to_reference(several, jnp.stack([reference] * 2)).mean(-1), kls, rtol=1e-3)
+    for kl in (-0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"kl must be in \[0, inf\), got {kl}"):
+            toy.optimal_policy_at_kl(reference, world.rewards, kl=kl)
+    with pytest.raises(ValueError, match="shapes must be equal, got"):
+        inspect.unwrap(toy.optimal_policy_at_kl)(reference, world.rewards[:2], kl=1.0)
+
+
+def test_coverage_by_hand(policy, reference):
+    pi, ref = np.exp(np.float64(policy)), np.exp(np.float64(reference))
+    found = toy.coverage(policy, reference)
+    np.testing.assert_allclose(found, np.sum(pi**2 / ref, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(found, 1 + np.sum((pi - ref) ** 2 / ref, axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(toy.coverage(policy, policy), 1, rtol=1e-5)
+
+
+def test_coverage_of_what_never_occurs():
+    policy = jnp.log(jnp.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]))
+    reference = jnp.log(jnp.array([[0.5, 0.0, 0.5], [0.5, 0.25, 0.25], [0.5, 0.5, 0.0]]))
+    found, slope = jax.value_and_grad(lambda table: toy.coverage(table, reference[1:]).sum())(policy[1:])
+    assert toy.coverage(policy, reference).tolist() == pytest.approx([np.inf, 2.0, 1.0])
+    assert found == pytest.approx(3.0)
+    np.testing.assert_allclose(slope, [[4, 0, 0], [1, 1, 0]], rtol=1e-6)
+    with pytest.raises(ValueError, match="shapes must be equal, got"):
+        inspect.unwrap(toy.coverage)(policy, reference[:1])
 
 
 best_of_n_policy = jax.jit(toy.best_of_n_policy)

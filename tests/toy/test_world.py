@@ -1,4 +1,5 @@
 import inspect
+from functools import partial
 
 import chex
 import jax
@@ -38,6 +39,40 @@ def test_demonstrations_follow_the_rewards(key, world):
     expected = counts.sum(axis=1, keepdims=True) * np.float64(world.rewards)
     assert stats.chisquare(counts.ravel(), expected.ravel(), ddof=4, sum_check=False).pvalue > 1e-4
     assert stats.chisquare(np.bincount(demos.prompts)).pvalue > 1e-4
+
+
+def test_demonstrations_follow_a_table_if_there_is_one(key, world):
+    """Whatever the rewards are, and whatever constant is added to a row of the table."""
+    probs = np.random.default_rng(0).dirichlet(np.ones(10), 5)
+    table = jnp.log(jnp.asarray(probs, jnp.float32)) - 2.0
+    demos = toy.sample_demonstrations(key, world._replace(rewards=-world.rewards), num=NUM, log_probs=table)
+    counts = np.zeros(world.rewards.shape)
+    np.add.at(counts, (np.asarray(demos.prompts), np.asarray(demos.responses)), 1)
+    expected = counts.sum(axis=1, keepdims=True) * probs
+    common = expected > 8
+    pooled = [np.append(x[common], x[~common].sum()) for x in (counts, expected)]
+    assert stats.chisquare(*(x[x > 0] for x in pooled), ddof=4, sum_check=False).pvalue > 1e-4
+    assert stats.chisquare(np.bincount(demos.prompts)).pvalue > 1e-4
+
+
+def test_the_table_of_rewards_draws_the_demonstrations_of_the_rewards(key, world):
+    expected = toy.sample_demonstrations(key, world, num=50)
+    chex.assert_trees_all_equal(
+        toy.sample_demonstrations(key, world, num=50, log_probs=jnp.log(world.rewards)), expected
+    )
+
+
+def test_tables_that_demonstrate_are_checked(key, world):
+    sample = inspect.unwrap(toy.sample_demonstrations)
+    table = jnp.log(world.rewards)
+    with pytest.raises(ValueError, match=r"shapes must be equal, got log_probs \(5, 9\), rewards \(5, 10\)"):
+        sample(key, world, num=5, log_probs=table[:, 1:])
+    with pytest.raises(ValueError, match="at least 1 responses of each prompt a positive weight, got 0 in row 2"):
+        sample(key, world, num=5, log_probs=table.at[2].set(-jnp.inf))
+    with pytest.raises(ValueError, match=r"got nan in row \(3, 4\)"):
+        sample(key, world, num=5, log_probs=table.at[3, 4].set(jnp.nan))
+    drawn = jax.jit(partial(toy.sample_demonstrations, num=50))(key, world, log_probs=table.at[3].set(jnp.nan))
+    np.testing.assert_array_equal(np.asarray(drawn.responses) == -1, np.asarray(drawn.prompts) == 3)
 
 
 def test_uniform_pairs_are_uniform_and_distinct(key, world):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.intervals import half_width
-from experiments.claims.figure import Measured
+from experiments.lab.claim_figure import Measured
 from experiments.lab.statistics import mean_and_stderr
 
 NOTHING = 0.01
@@ -41,6 +41,7 @@ class Claim:
       panels: what its figure shows; see `figure.draw`.
       xlabel: and over what.
       log: whether that axis is logarithmic.
+      papers: where the claim is made: arXiv numbers.
       details: other numbers that belong to it, by name.
     """
 
@@ -53,6 +54,7 @@ class Claim:
     xlabel: str
     details: Mapping[str, Estimate | float] = field(default_factory=dict)
     log: bool = False
+    papers: tuple[str, ...] = ()
 
 
 def estimate(values: Any) -> Estimate:
@@ -86,12 +88,12 @@ def verdict(effect: Estimate, *, matters: float = 0.0) -> str:
     return FAILS if high < 0 else OPEN
 
 
-def equivalence(effect: Estimate) -> str:
-    """The word for a claim that there is no difference in reward."""
+def equivalence(effect: Estimate, *, within: float = NOTHING) -> str:
+    """The word for a claim that there is no difference, or none that matters."""
     low, high = effect.interval
-    if low > -NOTHING and high < NOTHING:
+    if low > -within and high < within:
         return HOLDS
-    return FAILS if low > NOTHING or high < -NOTHING else OPEN
+    return FAILS if low > within or high < -within else OPEN
 
 
 def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels", *, matters: float = NOTHING) -> str:

@@ -1,0 +1,68 @@
+"""Claims as they stand in a summary and on a page, and their figures."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.lab import files, page
+from experiments.lab.claim_figure import draw
+from experiments.lab.judging import Claim
+
+
+def as_entry(claim: Claim) -> dict[str, Any]:
+    """A claim as it stands in the summary."""
+    details = {
+        name: value if isinstance(value, float) else {"effect": value.mean, "interval": value.interval}
+        for name, value in claim.details.items()
+    }
+    return {
+        "id": claim.id,
+        "claim": claim.claim,
+        **({"papers": list(claim.papers)} if claim.papers else {}),
+        "quantity": claim.quantity,
+        "effect": claim.effect.mean,
+        "interval": claim.effect.interval,
+        "verdict": claim.verdict,
+        "details": details,
+        "figure": {
+            "xlabel": claim.xlabel,
+            "log": claim.log,
+            "panels": {
+                name: {label: measured._asdict() for label, measured in lines.items()}
+                for name, lines in claim.panels.items()
+            },
+        },
+    }
+
+
+def page_texts(summary: dict[str, Any], folder: str) -> dict[str, str]:
+    """What stands between the markers of the page: all verdicts, and each claim's verdict, numbers and figure."""
+    rows = [[str(i), f"[{c['claim']}](#{c['id']})", c["verdict"]] for i, c in enumerate(summary["claims"], 1)]
+    texts = {"verdicts": page.table(["", "claim", "verdict"], rows)}
+    for claim in summary["claims"]:
+        numbers = [[claim["quantity"], _number(claim)], *([n, _number(d)] for n, d in claim["details"].items())]
+        texts[claim["id"]] = (
+            f"**{_sentence(claim['verdict'])}**\n\n{page.table(['measured', 'mean ± 95 %'], numbers)}\n\n"
+            f"![{claim['claim']}](../reported/{folder}/{claim['id']}.png)"
+        )
+    return texts
+
+
+def _sentence(verdict: str) -> str:
+    return f"{verdict[0].upper()}{verdict[1:]}."
+
+
+def _number(measured: dict[str, Any] | float) -> str:
+    if isinstance(measured, float):
+        return f"{measured:g}"
+    mean, half = measured["effect"], measured["interval"][1] - measured["effect"]
+    digits = min(6, max(1, 1 - int(np.floor(np.log10(half))))) if half > 0 else 3
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def save_figures(claims: list[Claim], out: Path) -> None:
+    """Draws each claim, under its id."""
+    for claim in claims:
+        title = f"“{claim.claim}” {_sentence(claim.verdict)}"
+        files.save_figure(draw(claim.panels, xlabel=claim.xlabel, title=title, log=claim.log), out / f"{claim.id}.png")

@@ -1,0 +1,1 @@
+"""What papers say about responses of several tokens, measured where the truth is known."""
