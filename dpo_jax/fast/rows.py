@@ -12,6 +12,7 @@ independent, and makes the devices exchange rows.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +51,9 @@ def _scatter(values: Array, index: Array, *, num_rows: int) -> Array:
     return zeros.at[index].add(values, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
-def _take_stacked(args: tuple[Array, Array], axes: Axes) -> tuple[Array, int]:
+def _take_stacked(args: tuple[Any, Any], axes: Axes) -> tuple[Array, int]:
     if axes[0] is None:  # all runs have one array
-        return take(args[0], jnp.moveaxis(args[1], axes[1] or 0, 0)), 0
+        return take(jnp.asarray(args[0]), jnp.moveaxis(args[1], axes[1] or 0, 0)), 0
     array, index = _one_each(args, axes)
     num_runs, num_rows, *row = array.shape
     if not _countable(num_runs * num_rows, index):
@@ -69,7 +70,7 @@ def _accumulate_stacked(args: tuple[Array, Array], axes: Axes, *, num_rows: int)
     return sums.reshape(num_runs, num_rows, *sums.shape[1:]), 0
 
 
-def _one_each(args: tuple[Array, Array], axes: Axes) -> list[Array]:
+def _one_each(args: tuple[Any, Any], axes: Axes) -> list[Array]:
     """Arguments with the axis of runs first; arguments without one are repeated."""
     num_runs = next(arg.shape[axis] for arg, axis in zip(args, axes, strict=True) if axis is not None)
     return [

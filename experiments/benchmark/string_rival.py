@@ -69,53 +69,66 @@ def by_hand(starts: Start, num: int, first: int = 0, *, compiled: bool = False) 
     runs = torch.arange(num)[:, None]
 
     def gradients(params: list[Tensor], cell: Tensor) -> tuple[Tensor, list[Tensor]]:
-        letters = params[1]
+        kernel, letters, weight, bias = params
         nodes, rows, tokens, mask = (table[cell] for table in every)
-        size, columns = cell.shape[1], NODES + (HORIZON - SHARED) * cell.shape[1]
-        levels = [torch.bmm(embeddings, params[0])]
-        of_letters = letters.view(num, HORIZON - 1, 1, LETTERS, -1)
-        for place in range(SHARED - 1):
-            levels.append((levels[-1][:, :, None] + of_letters[:, place]).flatten(1, 2))
-        tree = torch.cat(levels, dim=1)
-        parents = (runs * NODES + nodes[:, :, -1]).view(-1)
-        which = [(runs * letters.shape[1] + row).view(-1) for row in rows.unbind(2)]
-        sums = tree.view(-1, tree.shape[2]).index_select(0, parents)
-        parts = [tree]
-        for row in which[SHARED - 1 :]:
-            sums = sums + letters.view(-1, letters.shape[2]).index_select(0, row)
-            parts.append(sums.view(num, size, -1))
+        parents = (runs * NODES + nodes[:, :, -1]).flatten()
+        added = [(runs * letters.shape[1] + row).flatten() for row in rows.unbind(2)[SHARED - 1 :]]
+        tree = down_the_tree(torch.bmm(embeddings, kernel), letters)
+        parts, sums = [tree], tree.flatten(0, 1).index_select(0, parents)
+        for row in added:
+            sums = sums + letters.flatten(0, 1).index_select(0, row)
+            parts.append(sums.view(num, -1, sums.shape[1]))
         before_relu = torch.cat(parts, dim=1)
         hidden = before_relu.relu()
-        log_probs = torch.baddbmm(params[3], params[2], hidden.mT).log_softmax(1)
-        own = NODES + torch.arange((HORIZON - SHARED) * size).view(-1, size).t()
-        column = torch.cat([nodes, own.expand(num, -1, -1)], dim=2)
-        index = (tokens * columns + column).flatten(1)
+        log_probs = torch.baddbmm(bias, weight, hidden.mT).log_softmax(1)
+        index = where(nodes, tokens)
         logps = (log_probs.flatten(1).gather(1, index).view_as(mask) * mask).sum(2)
         margins, slopes = loss_slopes(logps - reference.gather(1, cell))
-        chosen = torch.zeros_like(log_probs).flatten(1)
-        chosen = chosen.scatter_add(1, index, (slopes[:, :, None] * mask).flatten(1)).view_as(log_probs)
-        of_logits = chosen - log_probs.exp() * chosen.sum(1, keepdim=True)
-        of_hidden = torch.bmm(of_logits.mT, params[2])
-        of_sums = torch.ops.aten.threshold_backward(of_hidden, before_relu, 0)
-        of_tree, *of_parts = of_sums.split([NODES] + [size] * (HORIZON - SHARED), dim=1)
-        grad = torch.zeros_like(letters).view(-1, letters.shape[2])
-        below = torch.zeros_like(of_parts[0])
-        for part, row in zip(of_parts[::-1], which[: SHARED - 2 : -1], strict=True):
+        of_tokens = torch.zeros_like(log_probs).flatten(1)
+        of_tokens = of_tokens.scatter_add(1, index, (slopes[:, :, None] * mask).flatten(1)).view_as(log_probs)
+        of_logits = of_tokens - log_probs.exp() * of_tokens.sum(1, keepdim=True)
+        of_sums = torch.ops.aten.threshold_backward(torch.bmm(of_logits.mT, weight), before_relu, 0)
+        of_tree, *of_parts = of_sums.split([NODES] + [cell.shape[1]] * len(added), dim=1)
+        of_letters, below = torch.zeros_like(letters).flatten(0, 1), torch.zeros_like(of_parts[0])
+        for part, row in zip(of_parts[::-1], added[::-1], strict=True):
             below = below + part
-            grad = grad.index_add(0, row, below.flatten(0, 1))
+            of_letters = of_letters.index_add(0, row, below.flatten(0, 1))
         of_tree = of_tree.flatten(0, 1).index_add(0, parents, below.flatten(0, 1)).view_as(tree)
-        *of_levels, children = of_tree.split(LEVELS, dim=1)
-        of_rows = []
-        for of_level in of_levels[::-1]:
-            by_letter = children.unflatten(1, (-1, LETTERS))
-            of_rows.insert(0, by_letter.sum(1))
-            children = of_level + by_letter.sum(2)
-        tail = torch.zeros_like(letters[:, : letters.shape[1] - (SHARED - 1) * LETTERS])
-        grad = grad.view_as(letters) + torch.cat([*of_rows, tail], dim=1)
+        of_first, of_shared = up_the_tree(of_tree)
+        of_letters = of_letters.view_as(letters) + functional.pad(
+            of_shared, (0, 0, 0, letters.shape[1] - of_shared.shape[1])
+        )
         of_bias = of_logits.sum(2, keepdim=True)
-        return margins, [torch.bmm(transposed, children), grad, torch.bmm(of_logits, hidden), of_bias]
+        return margins, [torch.bmm(transposed, of_first), of_letters, torch.bmm(of_logits, hidden), of_bias]
 
     return stack_of(start, cells, torch.compile(gradients, dynamic=False, fullgraph=True) if compiled else gradients)
+
+
+def where(nodes: Tensor, tokens: Tensor) -> Tensor:
+    """Where each token of each string is in a flattened table `[choices, shared prefixes and then further ones]`."""
+    num, size, _ = nodes.shape
+    own = NODES + torch.arange((HORIZON - SHARED) * size).view(-1, size).t()
+    columns = torch.cat([nodes, own.expand(num, -1, -1)], dim=2)
+    return (tokens * (NODES + own.numel()) + columns).flatten(1)
+
+
+def down_the_tree(first: Tensor, letters: Tensor) -> Tensor:
+    """Sums after every shared prefix, place after place: each adds the row of its last letter to its parent's."""
+    levels = [first]
+    for rows in letters.split(LETTERS, dim=1)[: SHARED - 1]:
+        levels.append((levels[-1][:, :, None] + rows[:, None]).flatten(1, 2))
+    return torch.cat(levels, dim=1)
+
+
+def up_the_tree(slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `down_the_tree` by both of its arguments; of letters, those at shared places."""
+    *levels, children = slopes.split(LEVELS, dim=1)
+    of_rows: list[Tensor] = []
+    for level in levels[::-1]:
+        by_letter = children.unflatten(1, (-1, LETTERS))
+        of_rows.insert(0, by_letter.sum(1))
+        children = level + by_letter.sum(2)
+    return children, torch.cat(of_rows, dim=1)
 
 
 def by_autograd(starts: Start, num: int) -> Stack:
@@ -213,7 +226,7 @@ def compare(
     entries = []
     for num, run_in_jax in jax_runs.items():
         train = partial(epochs, num_epochs=NUM_EPOCHS)
-        contenders = {
+        contenders: dict[str, Callable[[], Any]] = {
             "jax": run_in_jax,
             "stacked": partial(train, by_autograd(starts, num)),
             "by hand": partial(train, by_hand(starts, num)),

@@ -86,13 +86,13 @@ def test_least_work_on_strings_is_what_xla_counts_in_a_plain_network():
         return jax.nn.log_softmax(outputs)
 
     def count(function):
-        counts = jax.jit(function).lower(params).compile().cost_analysis()
+        counts = jax.jit(function).lower(params).cost_analysis()  # compiled, it does some things twice
         return counts["flops"] + counts["transcendentals"]
 
     slopes = jax.random.normal(jax.random.key(0), (network.prompts, string_runs.STRINGS.num_prefixes, 5))
     both = count(jax.grad(lambda params: (slopes * forward(params)).sum()))
-    assert network.forward_flops == pytest.approx(count(forward), rel=0.1)
-    assert network.forward_flops + network.backward_flops == pytest.approx(both, rel=0.15)
+    assert network.forward_flops == pytest.approx(count(forward), rel=0.05)
+    assert network.forward_flops + network.backward_flops == pytest.approx(both, rel=0.1)
 
 
 def test_batches_have_as_many_prefixes_and_tokens_as_are_counted():

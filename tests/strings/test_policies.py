@@ -125,6 +125,26 @@ def test_tables_and_paths_are_the_sums_of_tokens(policy):
     np.testing.assert_array_equal(found["by the table"], found["table"].ravel())
 
 
+@pytest.mark.parametrize("num", [1, 3, 8, 20, 60])
+@pytest.mark.parametrize("policy", POLICIES[:2], ids=["SPACE", "FIXED"])
+def test_few_strings_are_scored_as_all_are(policy, num):
+    """Few of them share no prefix with each other, and run along their own paths."""
+    rng = np.random.default_rng(num)
+    rows = rng.integers(0, [[len(EMBEDDINGS)], [policy.strings.num_responses]], (2, num))
+    prompts, responses = jnp.asarray(rows, jnp.int32)
+    log_prob = strings.log_prob_fn(policy, EMBEDDINGS)
+
+    @jax.jit
+    def both(params):
+        functions = (
+            lambda p: log_prob(p, prompts, responses),
+            lambda p: toy.table_fn(policy, EMBEDDINGS)(p)[prompts, responses],
+        )
+        return [(f(params), jax.grad(lambda p, f=f: weighed(f(p)))(params)) for f in functions]
+
+    chex.assert_trees_all_close(*both(params_of(policy)), rtol=1e-4, atol=2e-5)
+
+
 @policies
 def test_outputs_after_all_prefixes_are_those_along_paths(policy):
     space = policy.strings
