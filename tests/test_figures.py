@@ -8,7 +8,7 @@ import pytest
 import xarray
 
 from dpo_jax import figures
-from experiments.claims import figure as claim_figure
+from experiments.lab import claim_figure
 
 BETAS = (0.1, 1.0)
 
@@ -70,6 +70,24 @@ def test_gains_have_a_row_for_each_loss_and_a_mark_for_each_setting():
     np.testing.assert_allclose(clean.get_ydata(), [rows[name] for name in ("dpo", "ipo", "simpo")], atol=0.4)
     assert noisy.get_xdata().tolist() == [0.05]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dpo", "clean", "noisy"]
+
+
+def test_lengths_have_a_row_for_each_loss_and_a_mark_for_each_judge():
+    judges = {"indifferent": {"longer": (0.5, 0.1), "gain": (0.2, 0.05)}}
+    fond = {"fond": {"longer": (1.5, 0.2), "gain": (0.1, 0.05)}}
+    figure = figures.lengths({"dpo": {**judges, **fond}, "r-dpo": fond})
+    left, right = drawn(figure)
+    assert [label.get_text() for label in left.get_yticklabels()] == ["dpo", "r-dpo"]
+    assert left.yaxis_inverted()
+    indifferent, fond_of_length = left.containers
+    assert indifferent.lines[0].get_xdata().tolist() == [0.5]
+    assert fond_of_length.lines[0].get_xdata().tolist() == [1.5, 1.5]
+    np.testing.assert_allclose(np.float64(fond_of_length.lines[0].get_ydata()), [0, 1], atol=0.4)
+    assert indifferent.lines[0].get_ydata()[0] < fond_of_length.lines[0].get_ydata()[0]
+    bars = [segment[:, 0].tolist() for segment in fond_of_length.lines[2][0].get_segments()]
+    np.testing.assert_allclose(bars, [[1.3, 1.7]] * 2)
+    assert [container.lines[0].get_xdata()[0] for container in right.containers] == [0.2, 0.1]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["judge indifferent", "judge fond"]
 
 
 def test_names_beside_points_do_not_overlap():
@@ -270,6 +288,7 @@ def claim_of(name):
         lambda name: figures.rlhf_frontier(
             {name.judge: {name.method: POINTS}}, {name.bound: POINTS}, limits=(1.0, -0.1)
         ),
+        lambda name: figures.lengths({name.loss: {name.judge: {"longer": (0.1, 0.1), "gain": (0.1, 0.1)}}}),
         lambda name: figures.overoptimisation({name.method: POINTS}, largest_kl=1.0),
         lambda name: figures.learning_rates([1e-3, 1e-2], *[{name.method: np.ones(2)}] * 2),
         claim_of,
