@@ -174,7 +174,6 @@ def strings_beside_torch(
         return string_rival.compare(
             without_keys(starts.values),
             {num: partial(runs.run, num) for num in sizes.string_runs},
-            runs_at_once=runs.runs_at_once or string_runs.RUNS_AT_ONCE,
             repeats=options.repeats,
             compile_seconds=0.0 if options.quick else 60.0,
         )

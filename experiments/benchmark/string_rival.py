@@ -30,6 +30,8 @@ SHARED = 3
 LEVELS = [NUM_PROMPTS * LETTERS**place for place in range(SHARED)]
 """How many prefixes there are at each of these places."""
 NODES = sum(LEVELS)
+BLOCK = 64
+"""The largest number of runs of a block: larger and smaller ones are slower."""
 
 
 class Paths(NamedTuple):
@@ -198,10 +200,11 @@ def inputs(starts: Start, num: int, first: int = 0) -> tuple[list[Tensor], Tenso
     return [torch.from_numpy(np.array(value, order="C")) for value in weights], *tensors
 
 
-def in_blocks(starts: Start, num: int, size: int) -> Callable[[], None]:
+def in_blocks(starts: Start, num: int) -> Callable[[], None]:
     """What trains so many runs by hand, block after block, each block on one thread and as many at once as threads."""
-    blocks = [by_hand(starts, min(size, num - first), first) for first in range(0, num, size)]
     threads = torch.get_num_threads()
+    size = min(BLOCK, -(-num // threads))
+    blocks = [by_hand(starts, min(size, num - first), first) for first in range(0, num, size)]
 
     def train() -> None:
         torch.set_num_threads(1)
@@ -218,7 +221,6 @@ def compare(
     starts: Start,
     jax_runs: Mapping[int, Callable[[], Any]],
     *,
-    runs_at_once: int,
     repeats: int,
     compile_seconds: float,
 ) -> dict[str, Any]:
@@ -230,7 +232,7 @@ def compare(
             "jax": run_in_jax,
             "stacked": partial(train, by_autograd(starts, num)),
             "by hand": partial(train, by_hand(starts, num)),
-            "by hand, in blocks": in_blocks(starts, num, runs_at_once),
+            "by hand, in blocks": in_blocks(starts, num),
         }
         with fresh_compiler():
             compiled = by_hand(starts, num, compiled=True)
