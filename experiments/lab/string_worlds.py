@@ -153,13 +153,13 @@ def sampo(setup: Setup, h: Hyperparameters) -> Objective:
     """SamPO: as many tokens of each response as the shorter one has, drawn anew in each step."""
 
     def apply(params: Params, batch: Preferences, key: Key[Array, ""]) -> tuple[Array, Metrics, Any]:
-        key, *side_keys = jax.random.split(key, 3)
-        nums = strings.num_tokens_of(STRINGS, batch.responses)
-        common = jnp.minimum(*nums)
-        masks = [
-            losses.down_sampling_mask(side_key, num, common, num_tokens=STRINGS.horizon)
-            for side_key, num in zip(side_keys, nums, strict=True)
-        ]
+        key, chosen_key, rejected_key = jax.random.split(key, 3)
+        chosen, rejected = strings.num_tokens_of(STRINGS, batch.responses)
+        common = jnp.minimum(chosen, rejected)
+        masks = (
+            losses.down_sampling_mask(chosen_key, chosen, common, num_tokens=STRINGS.horizon),
+            losses.down_sampling_mask(rejected_key, rejected, common, num_tokens=STRINGS.horizon),
+        )
 
         def score(tokens: Any, _: Preferences) -> Pair:
             return Pair(*(jnp.sum(side.values * mask, axis=-1) for side, mask in zip(tokens, masks, strict=True)))

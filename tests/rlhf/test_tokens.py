@@ -565,6 +565,7 @@ def test_with_one_token_each_they_are_ppo_and_grpo():
     wholes = {"log_prob": toy.log_prob_fn(policy, world.embeddings)}
     exact = {"respond": toy.enumerate_fn(policy, world.embeddings)}
     samples = {"respond": toy.respond_fn(policy, world.embeddings, group_size=5)}
+    clips = {"clip": 0.05, "clip_high": 0.2}
 
     def found(make, params, **options):
         learner = make(
@@ -585,7 +586,10 @@ def test_with_one_token_each_they_are_ppo_and_grpo():
     def pairs():
         token_value = strings.token_value_fn(critic, world.embeddings)
         return {
-            "grpo": (found(rlhf.token_grpo, moved, **tokens, **samples), found(rlhf.grpo, moved, **wholes, **samples)),
+            "grpo": (
+                found(rlhf.token_grpo, moved, **tokens, **samples, **clips),
+                found(rlhf.grpo, moved, **wholes, **samples, **clips),
+            ),
             "ppo": (
                 found(rlhf.token_ppo, valued, **tokens, **exact, token_value=token_value),
                 found(rlhf.ppo, valued, **wholes, **exact, value=value),
@@ -600,17 +604,18 @@ def test_with_one_token_each_they_are_ppo_and_grpo():
 
 
 def test_what_stands_behind_the_end_is_harmless():
-    here, nothing = town(*SIZE), jnp.nan
+    """Even NaN: gradients with respect to it are zero."""
+    here = town(*SIZE)
+    nothing = jnp.where(here.space.mask, 0, jnp.nan)
     token_log_prob = strings.token_log_prob_fn(here.policy, here.world.embeddings)
     token_value = strings.token_value_fn(here.critic, here.world.embeddings)
 
     def dirty_log_prob(params, prompts, responses):
         values, mask = token_log_prob(params, prompts, responses)
-        return TokenLogps(jnp.where(mask, values, nothing), mask)
+        return TokenLogps(values + nothing[responses], mask)
 
     def dirty_value(params, prompts, responses):
-        mask = jnp.asarray(here.space.mask)[responses]
-        return jnp.where(mask, token_value(params, prompts, responses), nothing)
+        return token_value(params, prompts, responses) + nothing[responses]
 
     @jax.jit
     def found():

@@ -26,7 +26,7 @@ def token_log_prob(params, prompts, responses):
     """A table of the tokens of each response; what stands behind the end is NaN."""
     del prompts
     mask = jnp.asarray(MASK)[responses]
-    return TokenLogps(jnp.where(mask, params[responses], jnp.nan), mask)
+    return TokenLogps(params[responses] + jnp.where(mask, 0, jnp.nan), mask)
 
 
 def make_batch(weights=None, **changes):
