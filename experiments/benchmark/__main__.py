@@ -96,6 +96,7 @@ def measure(options: Options) -> dict[str, Any]:
         runs = workloads.dpo_runs(starts, options.runs_at_once)
         dpo = list(workloads.at_once(runs, sizes.runs, clock, options.max_seconds))
     with console.waiting("DPO runs on strings"):
+        # same key: the seed of the command
         string_starts = sweep.prepare(string_runs.prepare, jax.random.key(options.seed), num_seeds=sizes.num_starts)
         on_strings = string_runs.workload(string_starts, options.runs_at_once)
         of_strings = list(workloads.at_once(on_strings, sizes.string_runs, clock, options.max_seconds))

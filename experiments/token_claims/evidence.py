@@ -92,6 +92,7 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
     with console.waiting("Preparing worlds and SFT policies"):
         starts = sweep.prepare(pipeline.start, key, seeds=seeds.all)
         hidden = replace(pipeline, demonstrator=contrarian)
+        # same key: the worlds are the same, and only the demonstrators differ
         far = sweep.prepare(hidden.start, key, seeds=seeds.reported)
     reported = starts.sel(seeds.reported)
     reported_first = starts.sel(seeds.reported[:NUM_NOISE])
@@ -132,6 +133,7 @@ def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPEL
             "population": _split(grid(on_all_pairs, starts, loss=list(ON_ALL_PAIRS), beta=SMALL_BETAS), seeds),
         }
         found["elsewhere"] = {
+            # same key: the worlds are the same where their sizes are
             name: grid_of(variation, key, seeds.reported[:NUM_ELSEWHERE], seconds, report, **options)
             for name, (variation, options) in elsewhere(pipeline).items()
         }
