@@ -16,9 +16,7 @@ def reported(name):
     return json.loads((page.REPORTED / name / "summary.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "script", [beta_ablation, loss_variants, dpo_vs_rlhf], ids=lambda script: script.__name__
-)
+@pytest.mark.parametrize("script", [beta_ablation, loss_variants, dpo_vs_rlhf], ids=lambda script: script.__name__)
 def test_a_table_is_that_of_its_reported_results(script):
     name = script.__name__.rpartition(".")[2]
     assert page.between(PAGE, name) == script.page_table(reported(name))
