@@ -56,6 +56,8 @@ def _sentence(verdict: str) -> str:
 def _number(measured: dict[str, Any] | float) -> str:
     if isinstance(measured, float):
         return f"{measured:g}"
+    if measured["effect"] is None or np.isnan(measured["effect"]):  # not known in some world
+        return "–"
     mean, half = measured["effect"], measured["interval"][1] - measured["effect"]
     digits = min(6, max(1, 1 - int(np.floor(np.log10(half))))) if half > 0 else 3
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
