@@ -297,11 +297,9 @@ def reward_models(pipeline: Pipeline, start: Start, *, model: str, rate: Numeric
         scores = score_table(params)
     rewards, reference = start.world.rewards, start.log_probs
     uniform = jnp.zeros_like(reference) - jnp.log(STRINGS.num_responses)
-    seen = compared(pairs, reference.shape)
     return {
         "accuracy": accuracy(scores, rewards, jnp.exp(reference)),
         "shifted_accuracy": accuracy(scores, rewards, jnp.exp(uniform)),
-        "unseen_accuracy": accuracy(scores, rewards, jnp.exp(reference) * ~seen),
         "possible": accuracy(rewards, rewards, jnp.exp(reference)),
     }
 

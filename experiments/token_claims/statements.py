@@ -436,7 +436,7 @@ def keepers_cost_nothing(evidence: dict[str, Any]) -> Claim:
             },
             "Reward − β KL": {name: series(STRENGTHS, [f["merit"] for f in found]) for name, found in lines.items()},
         },
-        "Strength (1: an NLL weight of 0.1 in RPO, a penalty of 1 in DPO-positive)",
+        "Strength",
         {
             **{f"reward − β KL, minus DPO: {name}": effect for name, effect in costs.items()},
             **{f"change of chosen (nats), DPO, {n}": estimate(f["chosen_change"]) for n, f in plain.items()},
@@ -601,7 +601,6 @@ def implicit_generalises_worse(evidence: dict[str, Any]) -> Claim:
     implicit, explicit = (best_of(evidence["models"], place, "accuracy") for place in (0, 1))
     where = {
         "strings of the SFT policy": "accuracy",
-        "strings in no pair": "unseen_accuracy",
         "uniform strings": "shifted_accuracy",
     }
     effects = {name: estimate(explicit[key] - implicit[key]) for name, key in where.items()}

@@ -44,7 +44,7 @@ def test_the_best_is_chosen_in_other_worlds():
 
 
 def test_what_keeps_chosen_strings_probable_is_the_best_of_what_does():
-    shape = (1, 4, 3, 1)
+    shape = (1, 4, 2, 1)
     merit, change = np.zeros(shape), np.full(shape, -1.0)
     merit[0, 0, 0], merit[0, 2, 1], merit[0, 3, 1] = 9.0, 2.0, 1.0
     change[0, 2, 1] = change[0, 3, 1] = 0.0
