@@ -54,7 +54,7 @@ def estimate_moments(
     log_probs = jax.nn.log_softmax(logits)
 
     def estimate(group: Int[Array, " group"]) -> Array:
-        score = jnp.eye(len(logits), dtype=logits.dtype)[group] - jnp.exp(log_probs)
+        score = jnp.eye(len(logits), dtype=logits.dtype)[group] - jnp.exp(log_probs)[None]
         return jnp.mean(advantages(rewards[group][None], None)[0, :, None] * score, axis=0)
 
     return group_moments(log_probs, estimate, group_size=group_size)
