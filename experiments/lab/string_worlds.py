@@ -1,8 +1,8 @@
 """The worlds of strings that several experiments share: their pipeline, their judges, and methods that know lengths.
 
 A world has two prompts and all strings of up to six letters over two, 127 of them. Rewards are sums over letters,
-neighbours and words, and say nothing about length. The SFT policy imitates demonstrators whose strings have three
-letters on average, and who show good strings more often.
+neighbours and words, and say nothing about length. The SFT policy imitates demonstrators whose strings have about
+three letters, and who show good strings more often.
 """
 
 from collections.abc import Callable
