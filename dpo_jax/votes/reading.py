@@ -3,6 +3,7 @@
 import re
 from array import array
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -95,8 +96,9 @@ def read(path: str | Path, *, columns: Sequence[str] = ()) -> VoteFile:
     for name in {*extra} & {*REQUIRED[0], *REQUIRED[1], *OPTIONAL[2:]}:
         raise ValueError(f"{path}: the column {name} holds no names to group votes by")
     reader = _Reader(path, extra)
-    for number, names, cells in records(path, reader.layout):
-        reader.add(number, dict(zip(reader.layouts[names], cells, strict=True)))
+    with closing(records(path, reader.layout)) as rows:
+        for number, names, cells in rows:
+            reader.add(number, dict(zip(reader.layouts[names], cells, strict=True)))
     return reader.finish()
 
 

@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ Wanted = Callable[[str, Sequence[str]], Sequence[int]]
 """`wanted(place, columns)`: the positions of the columns to read."""
 
 
-def records(path: Path, wanted: Wanted) -> Iterator[Record]:
+def records(path: Path, wanted: Wanted) -> Generator[Record, None, None]:
     """The rows of a file that ends in `.csv`, `.jsonl`, `.ndjson` (all three also with `.gz`) or `.parquet`.
 
     Args:
@@ -49,9 +49,9 @@ def excerpt(value: Any) -> str:
     return text if len(text) <= 50 else f"{text[:50]}..."
 
 
-def _csv_records(path: Path, wanted: Wanted) -> Iterator[Record]:
-    csv.field_size_limit(2**31 - 1)  # responses may be long
+def _csv_records(path: Path, wanted: Wanted) -> Generator[Record, None, None]:
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, skipinitialspace=True)
+    usual_limit = csv.field_size_limit(2**31 - 1)  # of the whole process; responses may be long
     try:
         header = tuple(next(reader, []))
         for separator in ";\t|":
@@ -67,9 +67,11 @@ def _csv_records(path: Path, wanted: Wanted) -> Iterator[Record]:
                 yield reader.line_num, header, [cells[i] for i in positions]
     except csv.Error as problem:
         raise ValueError(f"{path}, line {reader.line_num}: {problem}") from problem
+    finally:
+        csv.field_size_limit(usual_limit)
 
 
-def _json_records(path: Path, wanted: Wanted) -> Iterator[Record]:
+def _json_records(path: Path, wanted: Wanted) -> Generator[Record, None, None]:
     layouts: dict[tuple[str, ...], Sequence[int]] = {}
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
@@ -95,7 +97,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _parquet_records(path: Path, wanted: Wanted) -> Iterator[Record]:
+def _parquet_records(path: Path, wanted: Wanted) -> Generator[Record, None, None]:
     import pyarrow
     import pyarrow.parquet
 
