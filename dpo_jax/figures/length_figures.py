@@ -17,9 +17,9 @@ def lengths(rows: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]])
         beta times KL, over SFT): a mean and half the width of its interval.
     """
     judges = list(dict.fromkeys(judge for row in rows.values() for judge in row))
-    height = 1.35 + 0.3 * len(rows)
+    height = 1.12 + 0.3 * len(rows)
     figure = Figure(figsize=(9.0, height))
-    margins = {"left": 0.19, "right": 0.985, "bottom": 0.62 / height, "top": 1 - 0.72 / height, "wspace": 0.06}
+    margins = {"left": 0.19, "right": 0.985, "bottom": 0.62 / height, "top": 1 - 0.5 / height, "wspace": 0.06}
     left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={**margins, "width_ratios": [1.5, 1]})
     for axes, name in ((left, "longer"), (right, "gain")):
         for i, judge in enumerate(judges):
@@ -40,7 +40,7 @@ def lengths(rows: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]])
             axes.axhline(place - 0.5, color=GREY, linewidth=0.3, alpha=0.5)
     left.set_yticks(range(len(rows)), list(rows), parse_math=False)
     left.set_ylim(len(rows) - 0.5, -0.5)
-    left.set_xlabel("← too short     letters, minus those of the best policy at the same KL     too long →")
+    left.set_xlabel("← too short   letters beyond the best policy's at equal KL   too long →")
     right.set_xlabel("reward − β KL, gain over SFT")
     figure.legend(*left.get_legend_handles_labels(), loc="upper right", ncols=len(judges), fontsize=9, frameon=False)
     figure.suptitle("What each loss does to length", x=0.01, y=1 - 0.1 / height, ha="left", va="top", fontsize=11)

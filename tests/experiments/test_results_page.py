@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import beta_ablation, dpo_vs_rlhf, loss_variants
+from experiments import beta_ablation, dpo_vs_rlhf, length, loss_variants
 from experiments.benchmark import report
 from experiments.lab import page
 
@@ -16,7 +16,10 @@ def reported(name):
     return json.loads((page.REPORTED / name / "summary.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("script", [beta_ablation, loss_variants, dpo_vs_rlhf], ids=lambda script: script.__name__)
+SCRIPTS = [beta_ablation, dpo_vs_rlhf, length, loss_variants]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_table_is_that_of_its_reported_results(script):
     name = script.__name__.rpartition(".")[2]
     assert page.between(PAGE, name) == script.page_table(reported(name))
