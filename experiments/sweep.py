@@ -7,7 +7,6 @@ earlier one. Several processes share the work if they are started with the envir
 """
 
 import csv
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,28 +22,14 @@ from dpo_jax import checks, figures, sweep, toy
 from dpo_jax.sweep.store import check_place
 from dpo_jax.types import Metrics, Numeric
 from experiments.lab import commands, console, devices, files
-from experiments.lab.feedback import Feedback, Setting
-from experiments.lab.methods import METHODS, Method, load_function, method_of
+from experiments.lab.feedback import Setting
+from experiments.lab.methods import OF_PAIRS, Method, method_named, usual_hyperparameters
 from experiments.lab.pipeline import BETAS, TUTORIAL, Pipeline, Start
 from experiments.lab.runs import standard_run
 
 if TYPE_CHECKING:
     import xarray
 
-FIXED = {
-    "label_smoothing": 0.1,
-    "temperature": 0.05,
-    "offset": 0.0,
-    "penalty": 1.0,
-    "gamma": 0.1,
-    "alpha": 0.5,
-    "sft_weight": 1.0,
-    "odds_weight": 0.1,
-    "mix": 0.001,
-}
-"""Hyperparameters of the library's losses, unless `--fixed` or `--vary` says otherwise."""
-OF_PAIRS = {method.name: method for method in METHODS if method.data in (Feedback.pairs, Feedback.split_pairs)}
-"""The losses that learn from comparisons of two responses."""
 SHOWN = {
     "expected_reward": "reward ↑",
     "gain": "gain over SFT ↑",
@@ -110,7 +95,7 @@ def runner(methods: Mapping[str, Method], fixed: Mapping[str, float], pipeline: 
 
 def hyperparameters(method: Method, chosen: Mapping[str, Numeric]) -> dict[str, Numeric]:
     """Those of a method: what was chosen, and the standard values of what the method needs besides."""
-    known = {**_standard(method), **chosen}
+    known = {**usual_hyperparameters(method), **chosen}
     return {name: known[name] for name in (*method.ranges, *method.optional) if name in known}
 
 
@@ -241,7 +226,7 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
     """What `sweep.grid` and `sweep.plan` are called with; an error for what cannot be meant."""
     commands.check_seed(options.seed)
     commands.check_sizes(num_seeds=options.num_seeds)
-    methods = dict(_method(name) for name in options.loss)
+    methods = dict(method_named(name, OF_PAIRS) for name in options.loss)
     if len(methods) < len(options.loss):
         raise ValueError(f"--loss names a loss twice: {', '.join(options.loss)}")
     varied = dict(_varied(text) for text in options.vary)
@@ -251,7 +236,7 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
             if name not in known:
                 raise ValueError(f"{option}: no loss has {name!r}; there are: {', '.join(sorted(known)) or 'none'}")
     for method in methods.values():
-        if missing := sorted({*method.ranges} - {"beta", *_standard(method), *options.fixed, *varied}):
+        if missing := sorted({*method.ranges} - {"beta", *usual_hyperparameters(method), *options.fixed, *varied}):
             name = missing[0]
             raise ValueError(f"{method.name} also needs {name}: --fixed {name} 0.5, or --vary {name}=0.5,1")
     if options.log_every is not None:
@@ -274,26 +259,6 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
         "label_noise": _floats(options.label_noise),
         **varied,
     }
-
-
-def _standard(method: Method) -> Mapping[str, float]:
-    """Values of the hyperparameters that a method needs, where nobody chose; none for a loss of your own."""
-    in_library = OF_PAIRS.get(method.name) is method
-    return {name: FIXED[name] for name in method.ranges if in_library and name in FIXED}
-
-
-def _method(name: str) -> tuple[str, Method]:
-    """A loss of the library by its name, or a function in a file: `my_file.py:focal_loss`."""
-    if name in OF_PAIRS:
-        return name, OF_PAIRS[name]
-    path, _, function = name.rpartition(":")
-    if path.endswith(".py"):
-        return function, method_of(function, load_function(Path(path), function))
-    if name.endswith(".py"):
-        raise ValueError(f"--loss: name a function of the file, as in {name}:my_loss")
-    close = difflib.get_close_matches(name, OF_PAIRS, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(OF_PAIRS)}; or my_file.py:my_loss"
-    raise ValueError(f"--loss: there is no {name!r}{meant}")
 
 
 def _share(text: str) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.votes.records import excerpt
+from dpo_jax.records import excerpt
 
 SPACE_AROUND = re.compile("^[\\s\ufeff\u200b]+|[\\s\ufeff\u200b]+$")
 """White space, byte order marks and spaces of no width."""

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from dpo_jax.records import excerpt, records, unit
 from dpo_jax.types import Pair, Preferences
 from dpo_jax.votes.cells import Names, as_weight, tidy
 from dpo_jax.votes.graph import entrants
-from dpo_jax.votes.records import excerpt, records, unit
 from dpo_jax.votes.strengths import Votes
 
 REQUIRED = (("chosen", "rejected"), ("model_a", "model_b", "winner"))

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import Any
@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from dpo_jax import sweep
+from dpo_jax import lm, sweep
 from dpo_jax.intervals import half_width
 from experiments.lab.commands import in_jupyter
 
@@ -38,7 +38,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     console.print(table)
 
 
-def interval(statistics: dict[str, Any], num: int, digits: int = 3) -> str:
+def interval(statistics: Mapping[str, Any], num: int, digits: int = 3) -> str:
     """A mean of `num` values and half the width of its 95 % confidence interval, if there is one."""
     half = half_width(statistics["stderr"], num)
     return f"{statistics['mean']:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
@@ -100,3 +100,27 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True, disable=not on_terminal()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def training(what: str) -> Iterator[Callable[[lm.Step], None]]:
+    """Yields the `report` of `lm.tune`: a bar with rate and time left on a terminal, otherwise a line now and then."""
+    spent, computed, compiling, last = 0.0, 0, 0.0, time.perf_counter()
+    with Progress(console=console, transient=True, disable=not on_terminal()) as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(step: lm.Step) -> None:
+            nonlocal spent, computed, compiling, last
+            spent, computed, compiling = spent + step.seconds, computed + step.tokens, compiling + step.compiling
+            left = spent / step.done * (step.planned - step.done)
+            state = (
+                f"step {step.done:,} of {step.planned:,}, loss {np.mean(step.metrics['loss']):.3f}, "
+                f"{computed / spent:,.0f} tokens per second, about {left:.0f} s left (compiled in {compiling:.0f} s)"
+            )
+            bar.update(task, total=step.planned, completed=step.done, description=f"{what}: {state}")
+            now = time.perf_counter()
+            if not on_terminal() and not in_jupyter() and now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                say(f"{what}: {state}")
+
+        yield report

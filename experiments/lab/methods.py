@@ -1,5 +1,6 @@
 """Every way to learn from feedback that the library has, as one list: a loss, its data, and its hyperparameters."""
 
+import difflib
 import inspect
 import runpy
 from collections.abc import Callable, Mapping
@@ -278,3 +279,48 @@ METHODS = (
 )
 """All of them. Not here: what differs from DPO only where responses have more than one token (length-normalised and
 length-regularised DPO, LD-DPO)."""
+
+OF_PAIRS = {method.name: method for method in METHODS if method.data in (Feedback.pairs, Feedback.split_pairs)}
+"""The losses that learn from comparisons of two responses."""
+
+OF_TOKENS = {
+    method.name: method for method in METHODS if method.data is Feedback.pairs and method.name not in ("wpo", "tr-dpo")
+}
+"""Those that need nothing but log-probabilities of the two responses, so that responses may be of any kind."""
+
+USUAL = {
+    "label_smoothing": 0.1,
+    "temperature": 0.05,
+    "offset": 0.0,
+    "penalty": 1.0,
+    "gamma": 0.1,
+    "alpha": 0.5,
+    "sft_weight": 1.0,
+    "odds_weight": 0.1,
+    "mix": 0.001,
+}
+"""Hyperparameters of the library's losses that nobody chose."""
+
+
+def usual_hyperparameters(method: Method) -> Mapping[str, float]:
+    """Values of the hyperparameters that a method needs, where nobody chose; none for a loss of your own."""
+    in_library = any(method is known for known in METHODS)
+    return {name: USUAL[name] for name in method.ranges if in_library and name in USUAL}
+
+
+def method_named(name: str, known: Mapping[str, Method]) -> tuple[str, Method]:
+    """A loss of the library by its name, or a function in a file: `my_file.py:focal_loss`.
+
+    Raises:
+      OSError, TypeError, ValueError: there is no such loss or file, or the function is no loss.
+    """
+    if name in known:
+        return name, known[name]
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py"):
+        return function, method_of(function, load_function(Path(path), function))
+    if name.endswith(".py"):
+        raise ValueError(f"--loss: name a function of the file, as in {name}:my_loss")
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}; or my_file.py:my_loss"
+    raise ValueError(f"--loss: there is no {name!r}{meant}")

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments import sweep as script
+from experiments.lab import methods
 from tests.experiments.small import PIPELINE
 
 grid_module = sys.modules["dpo_jax.sweep.grid"]
@@ -175,10 +176,10 @@ def focal_loss(policy, reference, *, beta, focus):
 
 
 def test_values_that_nobody_chose_are_those_of_the_losses():
-    dpo, simpo = script.OF_PAIRS["dpo"], script.OF_PAIRS["simpo"]
+    dpo, simpo = methods.OF_PAIRS["dpo"], methods.OF_PAIRS["simpo"]
     assert script.hyperparameters(dpo, {"beta": 0.1}) == {"beta": 0.1}, "its smoothing stays at its default"
     assert script.hyperparameters(dpo, {"beta": 0.1, "label_smoothing": 0.2, "gamma": 1})["label_smoothing"] == 0.2
-    assert script.hyperparameters(simpo, {"beta": 2.0}) == {"beta": 2.0, "gamma": script.FIXED["gamma"]}
+    assert script.hyperparameters(simpo, {"beta": 2.0}) == {"beta": 2.0, "gamma": methods.USUAL["gamma"]}
     assert script.hyperparameters(simpo, {"beta": 2.0, "gamma": 0.7})["gamma"] == 0.7
 
 

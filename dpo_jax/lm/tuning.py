@@ -1,0 +1,392 @@
+"""Tuning: a model, or adapters of it, on preferences; one run, or many runs in one program."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key
+
+from dpo_jax import checks, train
+from dpo_jax.lm.adapters import LoRA, adapted, init_adapter
+from dpo_jax.lm.batches import price_of_shape, shuffled, sizes_of
+from dpo_jax.lm.checkpoints import fingerprint, load_checkpoint, save_checkpoint
+from dpo_jax.lm.evaluation import as_given
+from dpo_jax.lm.folder import LanguageModel
+from dpo_jax.lm.model import Decoder
+from dpo_jax.lm.scoring import log_prob_fn
+from dpo_jax.lm.stream import Capacity
+from dpo_jax.types import LogProbFn, Metrics, Objective, Params
+
+MakeObjective = Callable[..., Objective]
+"""Makes an objective of a scoring function and hyperparameters: `objective(log_prob, beta=0.1)`."""
+
+MakeOptimizer = Callable[..., optax.GradientTransformation]
+"""Makes an optimizer of hyperparameters: `optimizer(learning_rate=1e-5)`."""
+
+SEEN_AFTER = 3
+"""After so many steps, each trained array must have had a gradient, and have changed."""
+
+
+class Step(NamedTuple):
+    """What `report` is told after each step.
+
+    Attributes:
+      done: steps so far.
+      planned: steps of the whole run.
+      metrics: of the batch, before the step; one number for each run if there are several.
+      seconds: that it took.
+      compiling: seconds that compiling its program took before, 0 if there was one.
+      tokens: that were computed.
+    """
+
+    done: int
+    planned: int
+    metrics: dict[str, np.ndarray]
+    seconds: float
+    compiling: float
+    tokens: int
+
+
+class Tuned(NamedTuple):
+    """The outcome of `tune`.
+
+    Attributes:
+      params: of the model (variables), or of the adapter.
+      history: each metric, `[steps]`; `[runs, steps]` if there are several.
+    """
+
+    params: Params
+    history: dict[str, np.ndarray]
+
+
+class UntrainedError(RuntimeError):
+    """Training does not do what it should, as the first steps show."""
+
+
+def tune(
+    key: Key[Array, ""],
+    model: LanguageModel,
+    data: Any,
+    *,
+    objective: MakeObjective,
+    optimizer: MakeOptimizer,
+    num_epochs: int = 1,
+    batch_size: int = 8,
+    lora: LoRA | None = None,
+    points: Mapping[str, Any] | None = None,
+    mean: bool = False,
+    rows_at_once: int | None = None,
+    folder: str | Path | None = None,
+    steps_per_checkpoint: int = 50,
+    about: Mapping[str, Any] | None = None,
+    preflight: bool = True,
+    report: Callable[[Step], None] | None = None,
+) -> Tuned:
+    """Minimises an objective over tokens, in a loop of compiled steps.
+
+    Batches are computed in at most `MOST_SHAPES` shapes. With `points`, several adapters are trained by one program:
+    each has its own hyperparameters, all see the same batches, and layers below the lowest adapter are computed once.
+
+    Args:
+      key: typed PRNG key: of the order of the data, and of new adapters.
+      model: where training starts.
+      data: `Preferences`, `Labels` or `Demonstrations` of tokens; with their reference (`with_reference`) if the loss
+        needs one.
+      objective: makes an objective of a scoring function, for instance
+        `partial(train.preference_objective, loss=losses.dpo_loss, beta=0.1)`.
+      optimizer: makes an Optax optimizer, for instance `lambda: optax.adamw(1e-6)`.
+      num_epochs: passes over the data.
+      batch_size: rows per step; the last batch of an epoch may be short.
+      lora: trains an adapter in place of the model's parameters.
+      points: hyperparameters by name, each an array `[runs]`; `objective` and `optimizer` get those that they take.
+        `seed` is that of a new adapter. Needs `lora`.
+      mean: log-probabilities are means over tokens; the reference must be so, too.
+      rows_at_once: computes batches in parts of so many rows, with the result of the whole batch (`train.in_chunks`).
+      folder: for checkpoints and `metrics.jsonl`. The same call goes on where it was stopped, with the same result.
+      steps_per_checkpoint: how often the state is kept.
+      about: further options on which the result depends, as JSON can hold them: a run only goes on from checkpoints
+        with the same ones. Data, model, batches and adapters are always compared.
+      preflight: stop if the first loss is not that of a policy that equals the reference, or if an array has no
+        gradient in the first steps, or does not change.
+      report: called after every step.
+
+    Raises:
+      NonFiniteError: a loss or an update was NaN or infinite. With `points`, the other runs go on instead.
+      UntrainedError: see `preflight`.
+      ValueError: an argument is out of range, or the folder belongs to another run.
+    """
+    checks.key(key)
+    checks.size("steps_per_checkpoint", steps_per_checkpoint)
+    if points is not None and lora is None:
+        raise ValueError("several runs in one program share the model: give lora, too")
+    data = jax.tree.map(np.asarray, data)
+    order_key, init_key = jax.random.split(key)
+    sizes = sizes_of(data.prompts, data.responses)
+    batches = shuffled(
+        order_key,
+        sizes,
+        num_epochs=num_epochs,
+        batch_size=batch_size,
+        rows_at_once=rows_at_once,
+        price=price_of_shape(model.params, passes=3),
+    )
+    runs = _Runs(model.decoder, lora, objective, optimizer, _arrays(points), mean, rows_at_once)
+    base = model.params if lora else None
+    initial = runs.initial(init_key, model.params)
+    state = runs.start(initial)
+    log = _Log(folder, _about(model, data, batches, runs, about) if folder else {})
+    state = log.resume(state)
+    if preflight and not log.lines:
+        runs.check_first_loss(state, base, _rows(data, batches[0].rows), batches[0].capacity)
+    for done in range(len(log.lines), len(batches)):
+        batch = batches[done]
+        step, compiling = runs.step(state, rows := _rows(data, batch.rows), base, batch.capacity)
+        clock = time.perf_counter()
+        state, metrics = step(state, rows, base)
+        metrics = {name: np.asarray(value) for name, value in metrics.items()}
+        seconds = time.perf_counter() - clock
+        log.add(metrics)
+        if points is None and not state.finite:
+            raise train.NonFiniteError(done, len(batches) // num_epochs, state.params, log.history())
+        if preflight and done + 1 == min(SEEN_AFTER, len(batches)):
+            _check_training(state, initial)
+        if folder and ((done + 1) % steps_per_checkpoint == 0 or done + 1 == len(batches)):
+            log.save(state)
+        if report:
+            report(Step(done + 1, len(batches), metrics, seconds, compiling, batch.capacity.tokens))
+    return Tuned(state.params, log.history())
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """One run, or several stacked: how each starts, and makes a step."""
+
+    decoder: Decoder
+    lora: LoRA | None
+    objective: MakeObjective
+    optimizer: MakeOptimizer
+    points: Mapping[str, Array] | None
+    mean: bool
+    rows_at_once: int | None
+
+    @cached_property
+    def _programs(self) -> dict[Any, Any]:
+        return {}
+
+    def initial(self, key: Key[Array, ""], params: Params) -> Params:
+        """What is trained, at the start."""
+        if self.lora is None:
+            return params
+        seeds = jnp.zeros((), jnp.int32) if self.points is None else self.points.get("seed", self._zeros)
+        make = lambda seed: init_adapter(jax.random.fold_in(key, seed), self.decoder, self.lora)  # noqa: E731
+        return make(seeds) if self.points is None else jax.vmap(make)(seeds)
+
+    def start(self, initial: Params) -> train.TrainState:
+        """The state before the first step, in memory of its own."""
+
+        def one(params: Params, point: Mapping[str, Array]) -> train.TrainState:
+            return train.init_state(
+                params, objective=self._objective(_unknown, point), optimizer=self._optimizer(point)
+            )
+
+        start = jax.tree.map(jnp.copy, initial)
+        return one(start, {}) if self.points is None else jax.vmap(one)(start, self.points)
+
+    def step(self, state: Any, batch: Any, base: Params | None, capacity: Capacity) -> tuple[Any, float]:
+        """The compiled step for batches of a shape, and the seconds that compiling it took just now."""
+
+        def one(state: Any, batch: Any, base: Params | None, point: Mapping[str, Array]) -> tuple[Any, Metrics]:
+            objective = self._objective(self._log_prob(base, capacity), point)
+            return _step(state, batch, objective, self._optimizer(point))
+
+        name = (capacity, len(batch.prompts))
+        if name in self._programs:
+            return self._programs[name], 0.0
+        clock = time.perf_counter()
+        stacked = self._over_points(one)
+        self._programs[name] = jax.jit(stacked, donate_argnums=0).lower(state, batch, base).compile()
+        return self._programs[name], time.perf_counter() - clock
+
+    def check_first_loss(self, state: Any, base: Params | None, batch: Any, capacity: Capacity) -> None:
+        """Compares the first loss with that of a policy that gives the reference's log-probabilities."""
+        reference = getattr(batch, "reference_logps", None)
+        if reference is None:
+            return
+
+        def one(state: Any, batch: Any, base: Params | None, point: Mapping[str, Array]) -> tuple[Array, Array]:
+            loss, _ = self._objective(self._log_prob(base, capacity), point)(state.params, batch)
+            return loss, self._objective(as_given, point)(reference, batch)[0]
+
+        found, expected = (np.asarray(x) for x in jax.jit(self._over_points(one))(state, batch, base))
+        if not np.allclose(found, expected, rtol=1e-3, atol=1e-3):
+            raise UntrainedError(
+                f"the first loss is {found}, but of a policy that equals the reference it is {expected}: the "
+                "reference's log-probabilities are of another model, of other data, or sums where means are needed"
+            )
+
+    def _over_points(self, one: Callable[..., Any]) -> Callable[..., Any]:
+        if self.points is None:
+            return lambda state, batch, base: one(state, batch, base, {})
+        return lambda state, batch, base: jax.vmap(one, (0, None, None, 0))(state, batch, base, self.points)
+
+    def _log_prob(self, base: Params | None, capacity: Capacity) -> LogProbFn:
+        log_prob = log_prob_fn(self.decoder, capacity=capacity, mean=self.mean)
+        log_prob = log_prob if self.rows_at_once is None else train.in_chunks(log_prob, self.rows_at_once)
+        return log_prob if self.lora is None else adapted(log_prob, base, self.lora)
+
+    def _objective(self, log_prob: LogProbFn, point: Mapping[str, Array]) -> Objective:
+        names = set(point) - {"seed"} - (_named_by(self.optimizer) - _named_by(self.objective))
+        return self.objective(log_prob, **{name: point[name] for name in sorted(names)})
+
+    def _optimizer(self, point: Mapping[str, Array]) -> optax.GradientTransformation:
+        names = _named_by(self.optimizer) & set(point)
+        return optax.chain(_watch(), self.optimizer(**{name: point[name] for name in sorted(names)}))
+
+    @property
+    def _zeros(self) -> Array:
+        return jnp.zeros(len(jax.tree.leaves(self.points)[0]), jnp.int32)
+
+
+class _Log:
+    """The history of a run, and its checkpoints: in memory, and in a folder if there is one."""
+
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]):
+        self.folder, self.about = None if folder is None else Path(folder), about
+        self.lines: list[dict[str, np.ndarray]] = []
+
+    def resume(self, state: Any) -> Any:
+        """The state of the last checkpoint, if there is one; metrics behind it are dropped."""
+        if self.folder is None:
+            return state
+        self.folder.mkdir(parents=True, exist_ok=True)
+        found = load_checkpoint(self.folder, state, self.about)
+        done, state = found if found else (0, state)
+        known = self._path.read_text().splitlines()[:done] if self._path.exists() else []
+        if len(known) < done:
+            raise ValueError(
+                f"{self._path} lacks steps before the last checkpoint: remove {self.folder} to start again"
+            )
+        self.lines = [
+            {k: np.asarray(v, np.float32) for k, v in json.loads(line).items() if k != "step"} for line in known
+        ]
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in known))
+        partial.replace(self._path)
+        return state
+
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """Adds the metrics of a step."""
+        self.lines.append(metrics)
+        if self.folder is not None:
+            entry = {"step": len(self.lines), **{name: value.tolist() for name, value in metrics.items()}}
+            with self._path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def save(self, state: Any) -> None:
+        """Keeps the state after the last step."""
+        if self.folder is not None:
+            save_checkpoint(self.folder, len(self.lines), state, self.about)
+
+    def history(self) -> dict[str, np.ndarray]:
+        """Each metric, its last axis that of steps."""
+        names = self.lines[0] if self.lines else {}
+        return {name: np.stack([line[name] for line in self.lines], axis=-1) for name in names}
+
+    @property
+    def _path(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "metrics.jsonl"
+
+
+class _Watch(NamedTuple):
+    """For each array, whether it has had a gradient."""
+
+    seen: Any
+
+
+def _watch() -> optax.GradientTransformation:
+    """Records which arrays have had a gradient, and changes nothing."""
+
+    def init(params: Params) -> _Watch:
+        return _Watch(jax.tree.map(lambda _: jnp.zeros((), bool), params))
+
+    def update(gradient: Any, state: _Watch, _: Params = None) -> tuple[Any, _Watch]:
+        return gradient, _Watch(jax.tree.map(lambda seen, leaf: seen | jnp.any(leaf != 0), state.seen, gradient))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check_training(state: train.TrainState, initial: Params) -> None:
+    """Whether each trained array has had a gradient and has changed."""
+    where = jax.tree.flatten_with_path(state.params)[0]
+    seen = [np.all(leaf) for leaf in jax.tree.leaves(state.opt_state[0].seen)]
+    moved = [
+        np.any(np.asarray(a) != np.asarray(b))
+        for a, b in zip(jax.tree.leaves(initial), (x for _, x in where), strict=True)
+    ]
+    for what, fine in (("had no gradient", seen), ("did not change", moved)):
+        if wrong := [jax.tree_util.keystr(path) for (path, _), good in zip(where, fine, strict=True) if not good]:
+            raise UntrainedError(
+                f"in the first steps, {len(wrong)} of {len(where)} trained arrays {what}, such as {wrong[0]}: the "
+                "learning rate is 0 or too small for the dtype of the parameters, or the loss does not depend on them"
+            )
+
+
+def _step(state: Any, batch: Any, objective: Objective, optimizer: optax.GradientTransformation) -> tuple[Any, Metrics]:
+    state, metrics = train.update(state, batch, objective=objective, optimizer=optimizer)
+    return state, {name: jnp.asarray(metric) for name, metric in metrics.items()}
+
+
+def _rows(data: Any, rows: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], data)
+
+
+def _arrays(points: Mapping[str, Any] | None) -> dict[str, Array] | None:
+    """Hyperparameters as arrays of one length."""
+    if points is None:
+        return None
+    arrays = {name: jnp.asarray(values) for name, values in points.items()}
+    lengths = {name: jnp.shape(array) for name, array in arrays.items()}
+    if (
+        not arrays
+        or len({*lengths.values()}) > 1
+        or any(len(shape) != 1 or shape == (0,) for shape in lengths.values())
+    ):
+        raise ValueError(f"points must be arrays [runs] of one length, got {lengths}")
+    return arrays
+
+
+def _named_by(function: Callable[..., Any]) -> set[str]:
+    """The arguments that a function names."""
+    return set(inspect.signature(function).parameters)
+
+
+def _about(
+    model: LanguageModel, data: Any, batches: Any, runs: _Runs, about: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What results depend on."""
+    return {
+        **(about or {}),
+        "model": fingerprint((repr(model.decoder), model.params)),
+        "data": fingerprint(data),
+        "batches": fingerprint([batch.rows for batch in batches]),
+        "steps": len(batches),
+        "lora": repr(runs.lora),
+        "points": {name: np.asarray(values).tolist() for name, values in (runs.points or {}).items()},
+    }
+
+
+def _unknown(*_: Any) -> Any:
+    """Stands for scores that are not needed."""
+    raise AssertionError

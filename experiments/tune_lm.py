@@ -1,0 +1,225 @@
+"""Tunes a language model on a file of preferences: a folder in, a folder out, and what happened on the way.
+
+The folder is that of Hugging Face Transformers (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3). The file holds pairs, as text
+or as chats: JSON Lines, CSV or Parquet. Some pairs are held out. The same command goes on where it was stopped.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from dpo_jax import figures, lm
+from dpo_jax.types import LogProbFn, Objective, Preferences
+from experiments.lab import commands, console, devices, files
+from experiments.lab.methods import OF_TOKENS, Method, Setup, method_named, usual_hyperparameters
+
+OF_MEANS = ("simpo", "alphapo", "orpo")
+"""Losses that take means over tokens."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Tunes a language model on a file of preferences."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of the model: config.json, model.safetensors, tokenizer.json, chat_template.jinja."""
+    data: Annotated[Path, tyro.conf.Positional]
+    """File of pairs (.jsonl, .csv, .parquet): columns chosen and rejected, perhaps prompt and weight."""
+    loss: str = "dpo"
+    """Name of the loss (see `experiments/lab/methods.py`), or a function of your own: `my_file.py:focal_loss`."""
+    beta: float = 0.1
+    """Strength of the pull towards the model as it is; losses without a beta ignore it."""
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Other hyperparameters of the loss: `--fixed gamma 0.5`."""
+    learning_rate: float | None = None
+    """Highest learning rate; by default 1e-6, or 2e-4 for an adapter."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 8
+    """Pairs per optimizer step."""
+    rows_at_once: int | None = None
+    """Computes a step in parts of so many pairs, for less memory."""
+    max_length: int = 512
+    """Tokens of a prompt and a response; longer prompts lose their beginning."""
+    max_pairs: int | None = None
+    """Use so many pairs of the file, chosen at random."""
+    held_out: float = 0.1
+    """Share of the pairs on which the model is judged, not trained."""
+    lora_rank: int = 0
+    """Trains an adapter of this rank; 0 trains all parameters."""
+    top_layers: int | None = None
+    """How many layers have adapters, from the last; by default all."""
+    bfloat16: bool = False
+    """Computes in bfloat16: for accelerators."""
+    num_samples: int = 16
+    """How many held-out prompts are answered before and after, to estimate the KL."""
+    max_tokens: int = 64
+    """Tokens of these answers."""
+    steps_per_checkpoint: int = 50
+    """How often the state of training is kept."""
+    seed: int = 0
+    """Decides everything random: which pairs are held out, their order, the adapter, the answers."""
+    out: Path = Path("results/tune_lm")
+    """Folder for the model, checkpoints, the cache of the reference, metrics.jsonl, figures and summary.json."""
+
+
+def objective_of(method: Method, h: Mapping[str, float]) -> Callable[[LogProbFn], Objective]:
+    """Makes the objective of a method that needs nothing but log-probabilities."""
+
+    def make(log_prob: LogProbFn, **varied: Any) -> Objective:
+        nothing: Any = None
+        setup = Setup(jax.random.key(0), log_prob, nothing, nothing, nothing)
+        return method.objective(setup, {**h, **varied})
+
+    return make
+
+
+def optimizer_of(learning_rate: Any, num_steps: int) -> optax.GradientTransformation:
+    """Adam with a short warm-up, a cosine to zero, and gradients of at most norm 1; the rate may be traced."""
+    shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, num_steps // 20), max(2, num_steps))
+    descent = optax.scale_by_learning_rate(lambda step: learning_rate * shape(step))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), descent)
+
+
+def split(key: Any, data: Preferences, options: Options) -> tuple[Preferences, Preferences]:
+    """Pairs to train on, and pairs that are held out."""
+    order = np.asarray(jax.random.permutation(key, len(data.prompts)))[: options.max_pairs]
+    num = round(options.held_out * len(order))
+    if num < 2 or num >= len(order):
+        raise ValueError(f"--held-out: {options.held_out} of {len(order)} pairs leaves too few to judge or to train on")
+    train_rows, held_out = order[num:], order[:num]
+    return jax.tree.map(lambda leaf: leaf[train_rows], data), jax.tree.map(lambda leaf: leaf[held_out], data)
+
+
+def judged(make: Any, data: Preferences, logps: Any) -> dict[str, dict[str, float]]:
+    """Means over held-out pairs, with their standard errors."""
+    rows = lm.evaluate_rows(make, data, logps)
+    sides = zip(("chosen", "rejected"), data.responses, strict=True)
+    lengths = {f"{name}_tokens": np.sum(tokens >= 0, axis=1) for name, tokens in sides}
+    return {name: lm.mean_and_stderr(values) for name, values in {**rows, **lengths}.items()}
+
+
+def answers(key: Any, models: Mapping[str, lm.LanguageModel], prompts: Any, max_tokens: int) -> dict[str, lm.Generated]:
+    """What each model writes to the same prompts, from the same key."""
+    first = next(iter(models.values()))
+    write = jax.jit(lm.generate_fn(first.decoder, max_tokens=max_tokens, stops=first.text.stops))  # type: ignore[union-attr]
+    # same key: differences between the models are not those of the draws
+    return {name: write(key, model.params, jnp.asarray(prompts)) for name, model in models.items()}
+
+
+def sampled_kl(model: lm.LanguageModel, prompts: Any, written: lm.Generated) -> dict[str, float]:
+    """KL to a model (nats per answer), from the answers of another: the mean log-ratio, and its standard error."""
+    data: Any = Preferences(prompts, np.asarray(written.tokens))
+    return lm.mean_and_stderr(np.asarray(written.logps).sum(axis=1) - lm.logps(model, data))
+
+
+def print_answers(text: lm.Text, prompts: Any, written: Mapping[str, lm.Generated], num: int = 2) -> None:
+    """Prompts, and what was written to them by each model, with its log-probability."""
+    for i in range(min(num, len(prompts))):
+        console.say(f"prompt: {_text(text, prompts[i])[-200:]!r}")
+        for name, answer in written.items():
+            logp = float(np.asarray(answer.logps[i]).sum())
+            console.say(f"  {name} ({logp:.1f} nats): {_text(text, answer.tokens[i])!r}")
+
+
+def _text(text: lm.Text, row: Any) -> str:
+    return text.decode([int(token) for token in np.asarray(row) if token >= 0])
+
+
+def print_results(results: Mapping[str, Mapping[str, Mapping[str, float]]], num: int) -> None:
+    """A table of means over held-out pairs, with 95 % intervals."""
+    names = list(next(iter(results.values())))
+    console.print_table(
+        f"{num} held-out pairs",
+        ["", *results],
+        [[name, *(console.interval(found[name], num) for found in results.values())] for name in names],
+    )
+
+
+def main(options: Options) -> None:
+    """Runs the command."""
+    commands.check_seed(options.seed)
+    commands.check_sizes(num_epochs=options.num_epochs, batch_size=options.batch_size, num_samples=options.num_samples)
+    clock, out = time.perf_counter(), files.output_folder(options.out)
+    devices.enable_compilation_cache()
+    split_key, tune_key, answer_key = jax.random.split(jax.random.key(options.seed), 3)
+    with commands.clear_errors():
+        name, method = method_named(options.loss, OF_TOKENS)
+        known = {"beta": options.beta, **usual_hyperparameters(method), **options.fixed}
+        hyperparameters = {h: known[h] for h in {*method.ranges} | {*options.fixed} if h in known}
+        model = lm.load(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
+        if model.text is None:
+            raise ValueError(f"{options.model} has no tokenizer.json")
+        pairs, report = lm.read_preferences(options.data, model.text, max_length=options.max_length)
+        console.say(str(report))
+        train_data, held_out = split(split_key, pairs, options)
+        lora = (
+            lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
+            if options.lora_rank
+            else None
+        )
+    rate = options.learning_rate or (2e-4 if lora else 1e-6)
+    make, mean = objective_of(method, hyperparameters), name in OF_MEANS
+    num_steps = options.num_epochs * -(-len(train_data.prompts) // options.batch_size)
+    with commands.clear_errors(TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError):
+        with console.counting("Reference", 2) as done:
+            train_data = lm.with_reference(model, train_data, mean=mean, cache=out / "reference")
+            done(1)
+            held_out = lm.with_reference(model, held_out, mean=mean, cache=out / "reference")
+        results = {"before": judged(make, held_out, held_out.reference_logps)}
+        with console.training("Training") as show:
+            tuned = lm.tune(
+                tune_key,
+                model,
+                train_data,
+                objective=make,
+                optimizer=lambda: optimizer_of(rate, num_steps),
+                num_epochs=options.num_epochs,
+                batch_size=options.batch_size,
+                rows_at_once=options.rows_at_once,
+                lora=lora,
+                mean=mean,
+                folder=out / "checkpoints",
+                steps_per_checkpoint=options.steps_per_checkpoint,
+                about={"loss": options.loss, **hyperparameters, "learning_rate": rate},
+                report=show,
+            )
+    after = model._replace(params=lm.merge(model.params, tuned.params, lora) if lora else tuned.params)
+    results["after"] = judged(make, held_out, lm.logps(after, held_out, mean=mean))
+    print_results(results, len(held_out.prompts))
+    prompts = held_out.prompts[: options.num_samples]
+    written = answers(answer_key, {"before": model, "after": after}, prompts, options.max_tokens)
+    kl = sampled_kl(model, prompts, written["after"])
+    print_answers(model.text, prompts, written)
+    console.say(
+        f"KL to the model as it was, from {len(prompts)} answers: {console.interval(kl, len(prompts))} nats each"
+    )
+    files.save_figure(figures.tuning(tuned.history, results), out / "training.png")
+    _save(out, options, after, tuned, lora)
+    summary = {"options": asdict(options), "rows": report.rows, "used": report.used, "held_out": len(held_out.prompts)}
+    files.save_summary(
+        {**summary, **results, "sampled_kl": kl, **files.provenance(total=time.perf_counter() - clock)}, out
+    )
+    console.say(f"{time.perf_counter() - clock:.0f} s in all. The model is in {out / 'model'}, all else in {out}.")
+
+
+def _save(out: Path, options: Options, model: lm.LanguageModel, tuned: lm.Tuned, lora: lm.LoRA | None) -> None:
+    """Writes the model, and the adapter if there is one, in place of those of an earlier run."""
+    for folder in (out / "model", out / "adapter"):
+        shutil.rmtree(folder, ignore_errors=True)
+    lm.save(out / "model", model)
+    if lora:
+        lm.save_adapter(out / "adapter", tuned.params, lora, base_name=str(options.model))
+
+
+if __name__ == "__main__":
+    main(commands.parse(Options))

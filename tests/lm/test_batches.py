@@ -1,0 +1,78 @@
+"""Batches: every row once an epoch, in a few shapes that fit."""
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.lm import batches
+from dpo_jax.lm.stream import Capacity
+
+SIZES = [Capacity(int(t), int(t), int(t) // 3) for t in np.random.default_rng(0).integers(40, 300, 203)]
+
+
+def need(rows):
+    own = [SIZES[row] for row in rows]
+    return sum(s.tokens for s in own), max(s.row for s in own), sum(s.scored for s in own)
+
+
+def shuffled(**options):
+    return batches.shuffled(jax.random.key(0), SIZES, **{"num_epochs": 3, "batch_size": 4, **options})
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own():
+    found = shuffled()
+    epochs = [np.concatenate([batch.rows for batch in found[i : i + 51]]) for i in (0, 51, 102)]
+    assert all(sorted(epoch) == list(range(203)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert [len(batch.rows) for batch in found[:51]] == [4] * 50 + [3]
+
+
+def test_the_same_key_makes_the_same_batches():
+    assert [b.rows.tolist() for b in shuffled()] == [b.rows.tolist() for b in shuffled()]
+
+
+def test_all_fit_into_at_most_six_shapes_with_little_in_vain():
+    found = shuffled()
+    for batch in found:
+        assert all(np.array(batch.capacity) >= need(batch.rows))
+    shapes = {(len(batch.rows), batch.capacity) for batch in found}
+    assert 2 < len(shapes) <= batches.MOST_SHAPES
+    computed, needed = sum(b.capacity.tokens for b in found), sum(need(b.rows)[0] for b in found)
+    assert computed < 1.08 * needed
+
+
+def test_where_compiling_is_dear_there_is_one_shape_for_each_number_of_rows():
+    assert len({batch.capacity for batch in shuffled(price=1e9)}) == 2
+
+
+def test_levels_are_the_best_there_are():
+    tokens = np.random.default_rng(1).integers(1, 30, 9)
+    needs = np.stack([tokens, tokens, tokens], axis=1)
+    found = batches._levels(needs, 3, 0.0)[:, 0]
+    ordered = np.sort(tokens)
+    least = min(
+        sum((b - a) * ordered[b - 1] for a, b in ((0, i), (i, j), (j, 9)) if b > a)
+        for i in range(10)
+        for j in range(i, 10)
+    )
+    assert found.sum() == least and np.all(found >= tokens)
+
+
+def test_parts_of_a_batch_need_less():
+    found = shuffled(rows_at_once=2, num_epochs=1)
+    for batch in found:
+        parts = [batch.rows[i : i + 2] for i in range(0, len(batch.rows), 2)]
+        assert all(np.array(batch.capacity) >= np.max([need(part) for part in parts], axis=0))
+    assert max(b.capacity.tokens for b in found) < max(b.capacity.tokens for b in shuffled(num_epochs=1))
+
+
+def test_rows_of_like_length_are_scored_together():
+    found = batches.sorted_by_length(SIZES, batch_size=8)
+    assert sorted(np.concatenate([batch.rows for batch in found])) == list(range(203))
+    assert sum(b.capacity.tokens for b in found) < 1.2 * sum(need(b.rows)[0] for b in found)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_epochs": 0}, {"num_epochs": 1.5}], ids=str)
+def test_sizes_are_checked(options):
+    with pytest.raises((TypeError, ValueError), match=next(iter(options))):
+        shuffled(**options)

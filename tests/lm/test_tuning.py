@@ -1,0 +1,193 @@
+"""Training: in parts, by adapters, stopped and resumed, it is the same training."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dpo_jax import lm, losses, train
+from tests.lm import tiny
+
+MODEL = tiny.model()
+DATA = lm.with_reference(MODEL, tiny.pairs(11))
+DPO = partial(train.preference_objective, loss=losses.dpo_loss)
+LORA = lm.LoRA(rank=2, top_layers=1)
+
+
+def tune(**options):
+    usual = {
+        "objective": partial(DPO, beta=0.1),
+        "optimizer": lambda: optax.adam(1e-2),
+        "num_epochs": 2,
+        "batch_size": 4,
+    }
+    return lm.tune(jax.random.key(1), MODEL, DATA, **{**usual, **options})
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return tune()
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_steps_are_those_of_update(usual):
+    """The same batches, by `train.update` alone, in one shape that fits all."""
+    from dpo_jax.lm.batches import shuffled, sizes_of
+
+    order_key, _ = jax.random.split(jax.random.key(1))
+    batches = shuffled(order_key, sizes_of(DATA.prompts, DATA.responses), num_epochs=2, batch_size=4)
+    objective, optimizer = DPO(lm.log_prob_fn(MODEL.decoder), beta=0.1), optax.adam(1e-2)
+    state = train.init_state(MODEL.params, objective=objective, optimizer=optimizer)
+    step = jax.jit(partial(train.update, objective=objective, optimizer=optimizer))
+    found = []
+    for batch in batches:
+        state, metrics = step(state, jax.tree.map(lambda leaf: jnp.asarray(leaf[batch.rows]), DATA))  # noqa: B023
+        found.append(float(metrics["loss"]))
+    np.testing.assert_allclose(usual.history["loss"], found, atol=1e-5)
+    assert usual.history["loss"][-1] < usual.history["loss"][0] == pytest.approx(np.log(2))
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(usual):
+    parts = tune(rows_at_once=2)
+    np.testing.assert_allclose(parts.history["loss"], usual.history["loss"], atol=1e-5)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, usual, stop_after):
+    class StoppedError(Exception):
+        pass
+
+    def stop(step):
+        if step.done == stop_after:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        tune(folder=tmp_path, steps_per_checkpoint=2, report=stop)
+    steps = []
+    resumed = tune(folder=tmp_path, steps_per_checkpoint=2, report=steps.append)
+    assert len(steps) == 6 - stop_after // 2 * 2
+    equal(resumed.params, usual.params)
+    equal(resumed.history, usual.history)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    equal(tune(folder=tmp_path).params, usual.params)  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_epochs": 3}, "steps was 6, now 9"),
+        ({"batch_size": 5}, "batches was"),
+        ({"about": {"loss": "ipo"}}, "loss was None, now 'ipo'"),
+        ({"lora": LORA}, "lora was 'None'"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_run_is_refused(tmp_path, options, message):
+    tune(folder=tmp_path)
+    with pytest.raises(ValueError, match=f"belongs to another run: .*{message}"):
+        tune(folder=tmp_path, **options)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    tune(folder=tmp_path)
+    (tmp_path / "step-00000006" / "state.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="step-00000006 is damaged: remove it to go on from an earlier one"):
+        tune(folder=tmp_path)
+
+
+def test_adapters_trained_together_are_those_trained_alone():
+    rates, betas, seeds = [1e-2, 1e-2, 3e-3], [0.1, 0.5, 0.1], [0, 0, 1]
+    options = {"objective": DPO, "optimizer": lambda learning_rate: optax.sgd(learning_rate), "lora": LORA}
+    points = {"beta": betas, "learning_rate": rates, "seed": seeds}
+    together = tune(points=points, **options)
+    assert together.history["loss"].shape == (3, 6)
+    for i in range(3):
+        alone = tune(points={name: values[i : i + 1] for name, values in points.items()}, **options)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[i], b[0], atol=1e-5), together.params, alone.params)  # noqa: B023
+    single = tune(objective=partial(DPO, beta=0.5), optimizer=lambda: optax.sgd(1e-2), lora=LORA)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-5), together.params, single.params)
+
+
+def test_only_the_adapter_is_trained_and_the_start_is_the_reference():
+    steps = []
+    tuned = tune(lora=LORA, report=steps.append)
+    assert {*tuned.params} == {"layers_1"}
+    assert steps[0].metrics["reward_margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_steps_are_reported():
+    steps = []
+    tune(report=steps.append)
+    assert [step.done for step in steps] == [1, 2, 3, 4, 5, 6] and {step.planned for step in steps} == {6}
+    assert steps[0].compiling > 0 and steps[0].tokens > 0
+
+
+def test_a_reference_of_another_model_is_noticed():
+    other = DATA._replace(
+        reference_logps=jax.tree.map(lambda x: x + np.arange(11.0, dtype=np.float32), DATA.reference_logps)
+    )
+    chosen = other._replace(reference_logps=other.reference_logps._replace(rejected=DATA.reference_logps.rejected))
+    with pytest.raises(lm.UntrainedError, match="the first loss is .* are of another model"):
+        lm.tune(jax.random.key(1), MODEL, chosen, objective=partial(DPO, beta=0.1), optimizer=lambda: optax.adam(1e-2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": lambda: optax.adam(0.0)}, "did not change, such as .*learning rate is 0"),
+        ({"objective": lambda _: lambda params, batch: (jnp.sum(params["params"]["head"]), {})}, "had no gradient"),
+    ],
+    ids=["rate", "loss"],
+)
+def test_training_that_does_nothing_is_noticed(options, message):
+    with pytest.raises(lm.UntrainedError, match=message):
+        lm.tune(
+            jax.random.key(1),
+            MODEL,
+            tiny.pairs(11),
+            **{"objective": partial(DPO, beta=0.1), "optimizer": None, **options}
+            | ({"optimizer": lambda: optax.adam(1e-2)} if "optimizer" not in options else {}),
+        )
+
+
+def test_numbers_that_are_not_finite_stop_a_run():
+    with pytest.raises(train.NonFiniteError):
+        tune(optimizer=lambda: optax.sgd(jnp.inf))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"points": {"beta": [0.1]}}, "several runs in one program share the model: give lora, too"),
+        ({"points": {"beta": [0.1], "learning_rate": [1.0, 2.0]}, "lora": LORA}, "must be arrays .* of one length"),
+        ({"points": {}, "lora": LORA}, "must be arrays"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"steps_per_checkpoint": 0}, "steps_per_checkpoint must be"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        tune(**options)
+
+
+def test_the_reference_is_kept_on_disk(tmp_path, monkeypatch):
+    first = lm.with_reference(MODEL, tiny.pairs(11), cache=tmp_path)
+    equal(first.reference_logps, DATA.reference_logps)
+    monkeypatch.setattr("dpo_jax.lm.reference.logps", None)
+    equal(lm.with_reference(MODEL, tiny.pairs(11), cache=tmp_path).reference_logps, DATA.reference_logps)
+    for changed in ({"data": tiny.pairs(11, seed=1)}, {"mean": True}, {"model": tiny.model(dtype=jnp.bfloat16)}):
+        with pytest.raises(TypeError):  # computed anew, by what is not there any more
+            lm.with_reference(**{"model": MODEL, "data": tiny.pairs(11), "cache": tmp_path, **changed})
+    (file,) = tmp_path.glob("*/0.npy")
+    file.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="0.npy is damaged: remove its folder"):
+        lm.with_reference(MODEL, tiny.pairs(11), cache=tmp_path)
