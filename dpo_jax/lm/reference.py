@@ -98,13 +98,16 @@ def with_reference(
       FloatingPointError: a log-probability is not finite.
       ValueError: a file of the cache is damaged.
     """
-    compute = functools.partial(logps, model, data, mean=mean, batch_size=batch_size, report=report)
+
+    def compute() -> Any:
+        return _finite(logps(model, data, mean=mean, batch_size=batch_size, report=report))
+
     if cache is None:
-        return data._replace(reference_logps=_finite(compute()))
+        return data._replace(reference_logps=compute())
     options = [VERSION, repr(model.decoder.config), str(model.decoder.dtype), mean]
     place = Path(cache) / fingerprint((options, model.params, data.prompts, data.responses))
     if not place.exists():
-        leaves = jax.tree.leaves(_finite(compute()))
+        leaves = jax.tree.leaves(compute())
         write_folder(place, [(f"{i}.npy", _as_npy(leaf)) for i, leaf in enumerate(leaves)])
     structure: Any = jax.tree.structure(data.responses)
     leaves = [_read(place / f"{i}.npy", len(data.prompts)) for i in range(structure.num_leaves)]

@@ -220,13 +220,12 @@ class _Runs:
 
     def check_first_loss(self, state: Any, base: Params | None, batch: Any, capacity: Capacity) -> None:
         """Compares the first loss with that of a policy that gives the reference's log-probabilities."""
-        reference = getattr(batch, "reference_logps", None)
-        if reference is None:
+        if getattr(batch, "reference_logps", None) is None:
             return
 
         def one(state: Any, batch: Any, base: Params | None, point: Mapping[str, Array]) -> tuple[Array, Array]:
             loss, _ = self._objective(self._log_prob(base, capacity), point)(state.params, batch)
-            return loss, self._objective(as_given, point)(reference, batch)[0]
+            return loss, self._objective(as_given, point)(batch.reference_logps, batch)[0]
 
         found, expected = (np.asarray(x) for x in jax.jit(self._over_points(one))(state, batch, base))
         if not np.allclose(found, expected, rtol=1e-3, atol=1e-3):
@@ -349,7 +348,7 @@ def _step(state: Any, batch: Any, objective: Objective, optimizer: optax.Gradien
 
 
 def _rows(data: Any, rows: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf[rows], data)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), data)
 
 
 def _arrays(points: Mapping[str, Any] | None) -> dict[str, Array] | None:
