@@ -6,7 +6,7 @@ or as chats: JSON Lines, CSV or Parquet. Some pairs are held out. The same comma
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +14,13 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 
 from dpo_jax import figures, lm
-from dpo_jax.types import LogProbFn, Objective, Preferences
+from dpo_jax.types import Preferences
 from experiments.lab import commands, console, devices, files
-from experiments.lab.methods import OF_TOKENS, Method, Setup, method_named, usual_hyperparameters
-
-OF_MEANS = ("simpo", "alphapo", "orpo")
-"""Losses that take means over tokens."""
+from experiments.lab.language import OF_MEANS, judged, objective_of, optimizer_of, split
+from experiments.lab.methods import OF_TOKENS, method_named, usual_hyperparameters
 
 
 @dataclass(frozen=True)
@@ -70,42 +67,6 @@ class Options:
     """Decides everything random: which pairs are held out, their order, the adapter, the answers."""
     out: Path = Path("results/tune_lm")
     """Folder for the model, checkpoints, the cache of the reference, metrics.jsonl, figures and summary.json."""
-
-
-def objective_of(method: Method, h: Mapping[str, float]) -> Callable[[LogProbFn], Objective]:
-    """Makes the objective of a method that needs nothing but log-probabilities."""
-
-    def make(log_prob: LogProbFn, **varied: Any) -> Objective:
-        nothing: Any = None
-        setup = Setup(jax.random.key(0), log_prob, nothing, nothing, nothing)
-        return method.objective(setup, {**h, **varied})
-
-    return make
-
-
-def optimizer_of(learning_rate: Any, num_steps: int) -> optax.GradientTransformation:
-    """Adam with a short warm-up, a cosine to zero, and gradients of at most norm 1; the rate may be traced."""
-    shape = optax.warmup_cosine_decay_schedule(0.1, 1.0, max(1, num_steps // 20), max(2, num_steps))
-    descent = optax.scale_by_learning_rate(lambda step: learning_rate * shape(step))
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), descent)
-
-
-def split(key: Any, data: Preferences, options: Options) -> tuple[Preferences, Preferences]:
-    """Pairs to train on, and pairs that are held out."""
-    order = np.asarray(jax.random.permutation(key, len(data.prompts)))[: options.max_pairs]
-    num = round(options.held_out * len(order))
-    if num < 2 or num >= len(order):
-        raise ValueError(f"--held-out: {options.held_out} of {len(order)} pairs leaves too few to judge or to train on")
-    train_rows, held_out = order[num:], order[:num]
-    return jax.tree.map(lambda leaf: leaf[train_rows], data), jax.tree.map(lambda leaf: leaf[held_out], data)
-
-
-def judged(make: Any, data: Preferences, logps: Any) -> dict[str, dict[str, float]]:
-    """Means over held-out pairs, with their standard errors."""
-    rows = lm.evaluate_rows(make, data, logps)
-    sides = zip(("chosen", "rejected"), data.responses, strict=True)
-    lengths = {f"{name}_tokens": np.sum(tokens >= 0, axis=1) for name, tokens in sides}
-    return {name: lm.mean_and_stderr(values) for name, values in {**rows, **lengths}.items()}
 
 
 def answers(key: Any, models: Mapping[str, lm.LanguageModel], prompts: Any, max_tokens: int) -> dict[str, lm.Generated]:
@@ -161,7 +122,7 @@ def main(options: Options) -> None:
             raise ValueError(f"{options.model} has no tokenizer.json")
         pairs, report = lm.read_preferences(options.data, model.text, max_length=options.max_length)
         console.say(str(report))
-        train_data, held_out = split(split_key, pairs, options)
+        train_data, held_out = split(split_key, pairs, held_out=options.held_out, at_most=options.max_pairs)
         lora = (
             lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
             if options.lora_rank

@@ -1,12 +1,12 @@
 """How a language model was tuned."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpo_jax.figures.style import BLUE, GREY, VERMILION, panels
+from dpo_jax.figures.style import BLUE, GREY, PALETTE, VERMILION, as_written, named, panels
 
 TITLES = {
     "loss": "Loss ↓",
@@ -42,3 +42,37 @@ def tuning(
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=8)
     return figure
+
+
+def language_betas(entries: Sequence[Mapping[str, Any]]) -> Figure:
+    """Margins, accuracy and KL of adapters against beta, a colour for each loss and learning rate.
+
+    Args:
+      entries: each with `loss_name`, `beta`, `learning_rate`, and a `mean` and `stderr` of `accuracy`, `reward_margin`
+        (or `logp_margin`) and `kl`.
+    """
+    titles = {
+        "accuracy": "Held-out accuracy ↑",
+        "reward_margin": "Held-out reward margin ↑",
+        "kl": "KL of answers (nats)",
+    }
+    names = [name for name in titles if any(name in entry for entry in entries)]
+    figure, all_axes = panels(4.3 * len(names), 3.6, columns=len(names))
+    several = len({entry["learning_rate"] for entry in entries}) > 1
+    labels = [entry["loss_name"] + (f", rate {entry['learning_rate']:.2g}" if several else "") for entry in entries]
+    for axes, name in zip(all_axes, names, strict=True):
+        for colour, label in zip(PALETTE * len(labels), dict.fromkeys(labels), strict=False):
+            own = [entry for entry, own in zip(entries, labels, strict=True) if own == label and name in entry]
+            axes.errorbar(
+                [entry["beta"] for entry in own],
+                [entry[name]["mean"] for entry in own],
+                [2 * entry[name]["stderr"] for entry in own],
+                fmt="o-",
+                capsize=3,
+                color=colour,
+                label=named(label),
+            )
+        axes.set(xscale="log", xlabel="β", title=titles[name])
+        axes.grid(alpha=0.3)
+    all_axes[0].legend(loc="best", fontsize=8)
+    return as_written(figure)

@@ -19,6 +19,8 @@ from dpo_jax.lm.generation import generate_fn as generate_fn
 from dpo_jax.lm.generation import greedy as greedy
 from dpo_jax.lm.generation import respond_fn as respond_fn
 from dpo_jax.lm.generation import sampler as sampler
+from dpo_jax.lm.grid import Grid as Grid
+from dpo_jax.lm.grid import tune_grid as tune_grid
 from dpo_jax.lm.model import Decoder as Decoder
 from dpo_jax.lm.preferences import Report as Report
 from dpo_jax.lm.preferences import read_demonstrations as read_demonstrations
@@ -27,6 +29,7 @@ from dpo_jax.lm.preferences import read_preferences as read_preferences
 from dpo_jax.lm.preferences import read_rankings as read_rankings
 from dpo_jax.lm.reference import logps as logps
 from dpo_jax.lm.reference import with_reference as with_reference
+from dpo_jax.lm.scoring import kl_fn as kl_fn
 from dpo_jax.lm.scoring import log_prob_fn as log_prob_fn
 from dpo_jax.lm.scoring import token_log_prob_fn as token_log_prob_fn
 from dpo_jax.lm.stream import Capacity as Capacity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -53,6 +54,31 @@ def token_log_prob_fn(
     return score
 
 
+def kl_fn(
+    decoder: Decoder, *, capacity: Capacity | None = None, scored_at_once: int | None = None
+) -> Callable[[Params, Params, Array, Array], Float[Array, " n"]]:
+    """The function `(params, reference_params, prompts, responses) -> KL` (nats) along given responses.
+
+    At each token of a response it sums over the whole vocabulary, and adds up over tokens. For responses that were
+    drawn from the policy this estimates the KL of whole responses, with less noise than their log-ratios.
+    """
+
+    def kl(params: Params, reference_params: Params, prompts: Array, responses: Array) -> Float[Array, " n"]:
+        stream = make_stream(prompts, [responses], capacity, decoder.config.vocab_size)
+        both = [(own, hidden_of(decoder, own, stream)[stream.predictors]) for own in (params, reference_params)]
+
+        def of_tokens(*hidden: Array) -> Array:
+            found: Any = [decoder.apply(own, x, method="logits") for (own, _), x in zip(both, hidden, strict=True)]
+            log_probs, reference = (jax.nn.log_softmax(logits) for logits in found)
+            return jnp.sum(jnp.exp(log_probs) * (log_probs - reference), axis=-1)
+
+        at_once = scored_at_once or _usual_number(decoder)
+        values = _in_parts(of_tokens, tuple(hidden for _, hidden in both), at_once)
+        return jnp.sum(_by_entry(values, stream), axis=1)
+
+    return kl
+
+
 def hidden_of(decoder: Decoder, params: Params, stream: Stream) -> Float[Array, "tokens hidden"]:
     """Runs the decoder on a stream."""
 
@@ -78,15 +104,30 @@ def target_logps(
         is_target = jnp.arange(logits.shape[-1])[None] == targets[:, None]
         return jnp.sum(jnp.where(is_target, logits, 0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
-    num = len(targets)
-    at_once = at_once or max(1, MOST_LOGITS // decoder.config.vocab_size)
+    return _in_parts(some, (hidden, targets), at_once or _usual_number(decoder))
+
+
+def _usual_number(decoder: Decoder) -> int:
+    """How many tokens meet the vocabulary at once."""
+    return max(1, MOST_LOGITS // decoder.config.vocab_size)
+
+
+def _in_parts(function: Callable[..., Array], rows: tuple[Array, ...], at_once: int) -> Array:
+    """Maps over rows, so many at once, and computes them again for the gradient if they are more."""
+    num = len(rows[0])
     if num <= at_once:
-        return some(hidden, targets)
+        return function(*rows)
     parts = -(-num // at_once)
     size = -(-num // parts)
-    padded = [jnp.pad(x, [(0, parts * size - num)] + [(0, 0)] * (x.ndim - 1)) for x in (hidden, targets)]
-    split = [x.reshape(parts, size, *x.shape[1:]) for x in padded]
-    return jax.lax.map(jax.checkpoint(lambda part: some(*part)), tuple(split)).ravel()[:num]
+    padded = [jnp.pad(x, [(0, parts * size - num)] + [(0, 0)] * (x.ndim - 1)) for x in rows]
+    split = tuple(x.reshape(parts, size, *x.shape[1:]) for x in padded)
+    return jax.lax.map(jax.checkpoint(lambda part: function(*part)), split).ravel()[:num]
+
+
+def _by_entry(values: Float[Array, " scored"], stream: Stream) -> Float[Array, "n entries"]:
+    """Values of tokens in the place of these; 0 where there is none, NaN in rows that do not fit."""
+    found = values.at[stream.found].get(mode="fill", fill_value=jnp.nan)
+    return jnp.where(stream.fits[:, None], jnp.where(stream.present, found, 0), jnp.nan)
 
 
 def _scores(
@@ -106,9 +147,7 @@ def _scores(
     stream = make_stream(prompts, responses, capacity, decoder.config.vocab_size)
     hidden = hidden_of(decoder, params, stream)[stream.predictors]
     logps = target_logps(decoder, params, hidden, stream.targets, at_once=at_once)
-    values = logps.at[stream.found].get(mode="fill", fill_value=jnp.nan)
-    values = jnp.where(stream.present, values, 0)
-    values = jnp.where(stream.fits[:, None], values, jnp.nan)
+    values = _by_entry(logps, stream)
     ends = np.cumsum([leaf.shape[1] for leaf in responses])[:-1]
     parts = zip(jnp.split(values, ends, axis=1), jnp.split(stream.present, ends, axis=1), strict=True)
     return [TokenLogps(*part) for part in parts]

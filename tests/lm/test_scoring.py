@@ -183,3 +183,16 @@ def test_arrays_that_are_no_tokens_are_refused(as_users_have_it, wrong):
     prompts = {"a row too few": DATA.prompts[:-1], "floats": DATA.prompts + 0.5, "one axis": DATA.prompts[:, 0]}[wrong]
     with pytest.raises((TypeError, ValueError), match=r"must (be an array of tokens|have as many rows)"):
         lm.log_prob_fn(MODEL.decoder)(MODEL.params, prompts, DATA.responses)
+
+
+def test_kl_along_responses_sums_over_the_vocabulary():
+    other = jax.tree.map(lambda leaf: 1.1 * leaf, MODEL.params)
+    found = jax.jit(lm.kl_fn(MODEL.decoder, scored_at_once=7))(MODEL.params, other, DATA.prompts, DATA.responses.chosen)
+    for i, (prompt, response) in enumerate(zip(HOST.prompts, HOST.responses.chosen, strict=True)):
+        tokens = real(prompt) + real(response)
+        padded = np.array(tokens + [0] * (16 - len(tokens)), np.int32)
+        places = slice(len(real(prompt)) - 1, len(tokens) - 1)
+        policy, reference = (
+            np.asarray(run_alone(params, padded), np.float64)[places] for params in (MODEL.params, other)
+        )
+        np.testing.assert_allclose(found[i], np.sum(np.exp(policy) * (policy - reference)), atol=5e-5)

@@ -13,7 +13,7 @@ from dpo_jax import lm, losses, train
 from tests.lm import tiny
 
 MODEL = tiny.model()
-DATA = lm.with_reference(MODEL, tiny.pairs(11))
+DATA = lm.with_reference(MODEL, tiny.pairs(12))
 DPO = partial(train.preference_objective, loss=losses.dpo_loss)
 LORA = lm.LoRA(rank=2, top_layers=1)
 
@@ -59,7 +59,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(usual):
     np.testing.assert_allclose(parts.history["loss"], usual.history["loss"], atol=1e-5)
 
 
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 5])
+@pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, usual, stop_after):
     class StoppedError(Exception):
         pass
@@ -132,7 +132,7 @@ def test_steps_are_reported():
 
 def test_a_reference_of_another_model_is_noticed():
     other = DATA._replace(
-        reference_logps=jax.tree.map(lambda x: x + np.arange(11.0, dtype=np.float32), DATA.reference_logps)
+        reference_logps=jax.tree.map(lambda x: x + np.arange(12.0, dtype=np.float32), DATA.reference_logps)
     )
     chosen = other._replace(reference_logps=other.reference_logps._replace(rejected=DATA.reference_logps.rejected))
     with pytest.raises(lm.UntrainedError, match="the first loss is .* are of another model"):
@@ -141,7 +141,7 @@ def test_a_reference_of_another_model_is_noticed():
 
 def test_training_that_does_nothing_is_noticed():
     with pytest.raises(lm.UntrainedError, match=r"did not change, such as .*learning rate is 0"):
-        tune(optimizer=lambda: optax.adam(0.0), batch_size=11)
+        tune(optimizer=lambda: optax.adam(0.0), batch_size=12)
 
     def blind(log_prob):
         return lambda params, batch: (
@@ -150,7 +150,7 @@ def test_training_that_does_nothing_is_noticed():
         )
 
     with pytest.raises(lm.UntrainedError, match="14 of 14 trained arrays had no gradient"):
-        tune(objective=blind, lora=LORA, batch_size=11)
+        tune(objective=blind, lora=LORA, batch_size=12)
 
 
 def test_numbers_that_are_not_finite_stop_a_run():
@@ -175,14 +175,14 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_the_reference_is_kept_on_disk(tmp_path, monkeypatch):
-    first = lm.with_reference(MODEL, tiny.pairs(11), cache=tmp_path)
+    first = lm.with_reference(MODEL, tiny.pairs(12), cache=tmp_path)
     equal(first.reference_logps, DATA.reference_logps)
     monkeypatch.setattr("dpo_jax.lm.reference.logps", None)
-    equal(lm.with_reference(MODEL, tiny.pairs(11), cache=tmp_path).reference_logps, DATA.reference_logps)
-    for changed in ({"data": tiny.pairs(11, seed=1)}, {"mean": True}, {"model": tiny.model(dtype=jnp.bfloat16)}):
+    equal(lm.with_reference(MODEL, tiny.pairs(12), cache=tmp_path).reference_logps, DATA.reference_logps)
+    for changed in ({"data": tiny.pairs(12, seed=1)}, {"mean": True}, {"model": tiny.model(dtype=jnp.bfloat16)}):
         with pytest.raises(TypeError):  # computed anew, by what is not there any more
-            lm.with_reference(**{"model": MODEL, "data": tiny.pairs(11), "cache": tmp_path, **changed})
+            lm.with_reference(**{"model": MODEL, "data": tiny.pairs(12), "cache": tmp_path, **changed})
     (file,) = tmp_path.glob("*/0.npy")
     file.write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="0.npy is damaged: remove its folder"):
-        lm.with_reference(MODEL, tiny.pairs(11), cache=tmp_path)
+        lm.with_reference(MODEL, tiny.pairs(12), cache=tmp_path)

@@ -1,0 +1,179 @@
+"""What beta does to a language model: an adapter for each beta and seed, all trained by one program.
+
+All adapters share the model, the reference and the batches. Several losses make one program each. Judged are held-out
+pairs, and answers that each adapter writes to held-out prompts: how far it went from the model as it was.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from dpo_jax import figures, lm
+from dpo_jax.types import Preferences
+from experiments.lab import commands, console, devices, files
+from experiments.lab.language import OF_MEANS, judged, objective_of, optimizer_of, split
+from experiments.lab.methods import OF_TOKENS, Method, method_named, usual_hyperparameters
+
+
+@dataclass(frozen=True)
+class Options:
+    """What beta does to a language model: adapters for several betas, losses and seeds, trained together."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of the model: config.json, model.safetensors, tokenizer.json, chat_template.jinja."""
+    data: Annotated[Path, tyro.conf.Positional]
+    """File of pairs (.jsonl, .csv, .parquet): columns chosen and rejected, perhaps prompt and weight."""
+    loss: tuple[str, ...] = ("dpo",)
+    """Names of the losses (see `experiments/lab/methods.py`), or functions of your own: `my_file.py:focal_loss`."""
+    beta: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    """The betas to try."""
+    fixed: dict[str, float] = field(default_factory=dict)
+    """Other hyperparameters of the losses: `--fixed gamma 0.5`."""
+    learning_rate: tuple[float, ...] = (2e-4,)
+    """Highest learning rates to try."""
+    num_seeds: int = 1
+    """How many new adapters each point gets; all see the same batches."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 8
+    """Pairs per optimizer step."""
+    max_length: int = 512
+    """Tokens of a prompt and a response; longer prompts lose their beginning."""
+    max_pairs: int | None = None
+    """Use so many pairs of the file, chosen at random."""
+    held_out: float = 0.2
+    """Share of the pairs on which adapters are judged, not trained."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    top_layers: int | None = 8
+    """How many layers have adapters, from the last: those below are computed once for all adapters."""
+    num_samples: int = 16
+    """How many held-out prompts each adapter answers, to estimate its KL."""
+    max_tokens: int = 48
+    """Tokens of these answers."""
+    seed: int = 0
+    """Decides everything random."""
+    out: Path = Path("results/lm_beta_ablation")
+    """Folder for checkpoints, the cache of the reference, the figure and summary.json."""
+
+
+def measured(
+    key: Any, model: lm.LanguageModel, params: Any, make: Any, held_out: Preferences, mean: bool, options: Options
+) -> dict[str, dict[str, float]]:
+    """Held-out metrics of a policy, and its KL along answers of its own: means and standard errors."""
+    policy = model._replace(params=params)
+    found = judged(make, held_out, lm.logps(policy, held_out, mean=mean))
+    prompts = jnp.asarray(held_out.prompts[: options.num_samples])
+    stops = model.text.stops  # type: ignore[union-attr]
+    written = _writer(model.decoder, options.max_tokens, tuple(sorted(stops)))(key, params, prompts)
+    along = _kl(model.decoder)(params, model.params, prompts, written.tokens)
+    tokens = np.sum(np.asarray(written.tokens) >= 0, axis=1)
+    return {**found, "kl": lm.mean_and_stderr(np.asarray(along)), "answer_tokens": lm.mean_and_stderr(tokens)}
+
+
+@cache
+def _writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...]) -> Any:
+    return jax.jit(lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops))
+
+
+@cache
+def _kl(decoder: lm.Decoder) -> Any:
+    return jax.jit(lm.kl_fn(decoder))
+
+
+def ablate(
+    keys: Any,
+    model: lm.LanguageModel,
+    data: tuple[Preferences, Preferences],
+    name: str,
+    method: Method,
+    options: Options,
+) -> list[dict[str, Any]]:
+    """Trains the adapters of a loss on the first data, and measures each of them on the second."""
+    known = {**usual_hyperparameters(method), **options.fixed}
+    make, mean = objective_of(method, {h: known[h] for h in known if h in method.ranges}), name in OF_MEANS
+    lora = lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
+    train_data, held_out = (lm.with_reference(model, x, mean=mean, cache=options.out / "reference") for x in data)
+    num_steps = options.num_epochs * -(-len(train_data.prompts) // options.batch_size)
+    with console.training(name) as show:
+        grid = lm.tune_grid(
+            keys[0],
+            model,
+            train_data,
+            lora=lora,
+            axes={"beta": options.beta, "learning_rate": options.learning_rate},
+            num_seeds=options.num_seeds,
+            objective=make,
+            optimizer=lambda learning_rate: optimizer_of(learning_rate, num_steps),
+            num_epochs=options.num_epochs,
+            batch_size=options.batch_size,
+            mean=mean,
+            folder=options.out / "checkpoints" / name,
+            about={"loss": name, **known},
+            report=show,
+        )
+    entries = []
+    for i in range(len(grid.points["seed"])):
+        point = {axis: float(values[i]) for axis, values in grid.points.items()}
+        params = lm.merge(model.params, jax.tree.map(lambda leaf, i=i: leaf[i], grid.adapters), lora)
+        judge = partial(make, beta=point["beta"])
+        # same key: differences between adapters are not those of the draws
+        found = measured(keys[1], model, params, judge, held_out, mean, options)
+        entries.append({"loss_name": name, **point, **found})
+        console.say(f"{name}, β {point['beta']:.3g}: KL {console.interval(found['kl'], options.num_samples)} nats")
+    return entries
+
+
+def print_results(entries: Sequence[Mapping[str, Any]], num: int, num_samples: int) -> None:
+    """A table with a row for each adapter, and 95 % intervals."""
+    shown = {"loss": num, "accuracy": num, "reward_margin": num, "kl": num_samples}
+    console.print_table(
+        f"{num} held-out pairs, {num_samples} answers",
+        ["loss", "beta", "learning rate", "loss", "accuracy", "margin", "KL of answers"],
+        [
+            [
+                entry["loss_name"],
+                f"{entry['beta']:.3g}",
+                f"{entry['learning_rate']:.2g}",
+                *(console.interval(entry[name], n) if name in entry else "" for name, n in shown.items()),
+            ]
+            for entry in entries
+        ],
+    )
+
+
+def main(options: Options) -> None:
+    """Runs the command."""
+    commands.check_seed(options.seed)
+    clock, out = time.perf_counter(), files.output_folder(options.out)
+    devices.enable_compilation_cache()
+    keys = jax.random.split(jax.random.key(options.seed), 3)
+    entries: list[dict[str, Any]] = []
+    with commands.clear_errors(TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError):
+        methods = dict(method_named(name, OF_TOKENS) for name in options.loss)
+        model = lm.load(options.model)
+        if model.text is None:
+            raise ValueError(f"{options.model} has no tokenizer.json")
+        pairs, report = lm.read_preferences(options.data, model.text, max_length=options.max_length)
+        console.say(str(report))
+        data = split(keys[0], pairs, held_out=options.held_out, at_most=options.max_pairs)
+        for name, method in methods.items():
+            entries += ablate(keys[1:], model, data, name, method, options)
+    num = len(data[1].prompts)
+    print_results(entries, num, options.num_samples)
+    files.save_figure(figures.language_betas(entries), out / "beta.png")
+    summary = {"options": asdict(options), "held_out": num, "adapters": entries}
+    files.save_summary({**summary, **files.provenance(total=time.perf_counter() - clock)}, out)
+    console.say(f"{time.perf_counter() - clock:.0f} s in all. The figure and summary.json are in {out}.")
+
+
+if __name__ == "__main__":
+    main(commands.parse(Options))
