@@ -71,4 +71,4 @@ def key():
 
 @pytest.fixture(scope="session")
 def world():
-    return toy.make_world(jax.random.key(7))
+    return jax.jit(toy.make_world)(jax.random.key(7))
