@@ -132,7 +132,7 @@ def test_gradients_with_respect_to_hyperparameters_are_finite(case):
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_it_is_finite_at_the_extremes(case, dtype):
     """Margins of +-1e4 nats, log-probabilities of 0 and -1e4, under all combinations for policy and reference."""
     corners = np.array(np.meshgrid(*[[0.0, -1e4, -1.0]] * 6)).reshape(6, -1)
