@@ -219,12 +219,33 @@ def test_bfloat16_is_close_to_float32(case):
     np.testing.assert_allclose(np.float32(loss), by_program(case, rounded)[0], rtol=0.03, atol=0.03)
 
 
+def at_three_values(case, inputs):
+    """Of each hyperparameter: the values, and the losses at each."""
+    values = {h.name: np.linspace(h.low, h.high, 3, dtype=np.float32) for h in case.swept}
+    return {
+        name: (column, np.stack([by_program(case, inputs, **{name: value})[0] for value in column]))
+        for name, column in values.items()
+    }
+
+
 @every_loss
-def test_jit_and_vmap_change_nothing(case):
+def test_jit_changes_nothing_and_hyperparameters_do(case):
     inputs = make_inputs()
-    policy = policy_arrays(inputs)
-    together = by_program(case, inputs)[0]
-    np.testing.assert_allclose(together, evaluate(case, policy, inputs), rtol=1e-5, atol=1e-7)
+    eager = evaluate(case, policy_arrays(inputs), inputs)
+    np.testing.assert_allclose(by_program(case, inputs)[0], eager, rtol=1e-5, atol=1e-7)
+    for name, (_, looped) in at_three_values(case, inputs).items():
+        assert not np.allclose(looped[0], looped[-1]), f"{name} does nothing"
+
+
+FEW = ("dpo_loss", "beta_dpo_loss", "simpo_loss", "kto_loss", "plackett_luce_loss")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c.name in FEW else pytest.mark.slow, id=c.name) for c in CASES]
+)
+def test_vmap_over_a_hyperparameter_is_a_loop(case):
+    inputs = make_inputs()
+    policy, loops = policy_arrays(inputs), at_three_values(case, inputs)
 
     @jax.jit
     def swept(values):
@@ -233,11 +254,8 @@ def test_jit_and_vmap_change_nothing(case):
             for name, column in values.items()
         }
 
-    values = {h.name: np.linspace(h.low, h.high, 3, dtype=np.float32) for h in case.swept}
-    for name, rows in swept(values).items():
-        looped = np.stack([by_program(case, inputs, **{name: value})[0] for value in values[name]])
-        np.testing.assert_allclose(rows, looped, rtol=1e-5, atol=1e-6)
-        assert not np.allclose(looped[0], looped[-1]), f"{name} does nothing"
+    for name, rows in swept({name: column for name, (column, _) in loops.items()}).items():
+        np.testing.assert_allclose(rows, loops[name][1], rtol=1e-5, atol=1e-6)
 
 
 @every_loss

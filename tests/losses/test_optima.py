@@ -56,7 +56,7 @@ def mean_loss(loss, data, reference, *, normalise=jax.nn.log_softmax, **hyperpar
 
 
 def steepest(function, table):
-    return float(np.max(np.abs(jax.jit(jax.grad(function))(table))))
+    return float(np.max(np.abs(jax.grad(function)(table))))  # op by op: losses share most of them
 
 
 # Scores that need not be normalised
