@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-FLAGS = ["--xla_backend_optimization_level=0"]
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
 if version("jaxlib") < "0.11":
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # a third of the time; newer versions do not know it
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
@@ -71,4 +71,4 @@ def key():
 
 @pytest.fixture(scope="session")
 def world():
-    return toy.make_world(jax.random.key(7))
+    return jax.jit(toy.make_world)(jax.random.key(7))

@@ -63,7 +63,8 @@ def check_calls(program):
     assert set(re.findall(r"custom_call @(\w+)", program)) <= CALLS
 
 
-@pytest.mark.parametrize("run", [sft_and_dpo, pytest.param(ppo, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [sft_and_dpo, ppo])
 def test_stacked_runs_lower_for_all_platforms(run):
     keys, betas = jax.eval_shape(lambda: (jax.random.split(jax.random.key(0), 3), jnp.ones(3)))
     exported = jax.export.export(jax.jit(jax.vmap(run)), platforms=PLATFORMS)(keys, betas)

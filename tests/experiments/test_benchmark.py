@@ -74,6 +74,7 @@ def test_the_string_network_that_is_counted_is_the_one_that_is_trained():
     assert counted.num_params == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.slow
 def test_least_work_on_strings_is_what_xla_counts_in_a_plain_network():
     """With so many strings in a batch that all prefixes are among them."""
     network = StringNetwork(strings=10**6)
@@ -163,6 +164,7 @@ def starts():
     return sweep.prepare(workloads.prepare, jax.random.key(3), num_seeds=3)
 
 
+@pytest.mark.slow
 def test_more_runs_than_starts_start_alike_and_differ_in_their_orders(starts):
     arguments = workloads.dpo_runs(starts, None).arguments
     assert sweep.plan(**arguments(2)).num_runs == 2
@@ -170,6 +172,7 @@ def test_more_runs_than_starts_start_alike_and_differ_in_their_orders(starts):
     assert arguments(6)["again"].tolist() == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_step_of_a_run_is_a_step_of_the_tutorial(starts):
     start = jax.tree.map(lambda leaf: leaf[0], starts.values)
     result = jax.jit(workloads.dpo_step)(start.start.params, start)
@@ -300,6 +303,7 @@ def test_all_versions_in_pytorch_learn_as_the_library_does():
 
 @pytest.fixture(scope="module")
 def string_starts():
+    pytest.importorskip("torch")  # nothing else needs them
     return sweep.prepare(string_runs.prepare, jax.random.key(3), num_seeds=3)
 
 

@@ -40,6 +40,7 @@ def test_summary_has_the_agreed_keys(finished):
     assert summary["versions"]["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_summary_is_the_mean_over_seeds_run_alone(finished):
     _, summary = finished
     rewards, kls = [], []

@@ -51,6 +51,7 @@ def test_the_price_is_that_of_the_objective():
     assert price_of(contender("PPO, KL held, reward model"), 0.8) == 0.1
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_nan(scene):
     (trial,) = (StrengthTrials.of([(0.1, np.inf)]),)
     row = jax.tree.map(lambda column: column[0], trial)

@@ -50,6 +50,7 @@ def test_the_example_is_what_its_script_makes():
         assert [tuple(row) for row in csv.reader(file)] == example_comparisons.rows()
 
 
+@pytest.mark.slow
 def test_it_writes_results_and_nothing_else(finished):
     out, summary = finished
     tables = {"ranking.csv", "pairs.csv", "calibration.csv", "summary.json"}
@@ -67,6 +68,7 @@ def test_it_writes_results_and_nothing_else(finished):
     assert sum(entry["votes"] for entry in test["calibration"]) == 120
 
 
+@pytest.mark.slow
 def test_rankings_are_of_all_votes_and_complete(finished):
     out, summary = finished
     assert list(summary["rankings"]) == ["overall", *votes.read(EXAMPLE).columns["prompt"].names]
@@ -87,6 +89,7 @@ def test_rankings_are_of_all_votes_and_complete(finished):
     assert sum(int(row["wins"]) for row in rows) == 1200
 
 
+@pytest.mark.slow
 def test_matrices_and_pairs_say_the_same(finished):
     out, summary = finished
     rows = table(out / "pairs.csv")
@@ -104,6 +107,7 @@ def test_matrices_and_pairs_say_the_same(finished):
                 assert float(row["low"]) < float(row["win_probability"]) < float(row["high"])
 
 
+@pytest.mark.slow
 def test_wins_in_pairs_add_up_to_those_of_the_rankings(finished):
     out, summary = finished
     for name, ranking in summary["rankings"].items():
@@ -150,6 +154,7 @@ def test_three_votes_prove_little(tmp_path, capsys):
     assert ("a and b are not separable" in printed) == (best["low"] < 0)
 
 
+@pytest.mark.slow
 def test_without_a_prior_what_has_no_maximum_has_no_strength(tmp_path):
     rows = "q,a,b\nq,b,a\nq,a,b\nr,a,b\nr,a,b\n"
     summary = run(

@@ -36,6 +36,7 @@ def options(swept):
     return swept[0]
 
 
+@pytest.mark.slow
 def test_tables_and_figures_say_what_the_runs_said(swept):
     options, said = swept
     runs = pq.read_table(options.out / "runs.parquet").to_pandas()
@@ -116,6 +117,7 @@ def test_a_loop_of_links_is_told_in_one_line(tmp_path):
         script.main(script.Options(num_seeds=1, out=tmp_path / "out"), PIPELINE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_users_have_it")
 def test_the_same_command_goes_on_and_another_one_is_refused(options, monkeypatch):
     computed = []
@@ -150,13 +152,18 @@ def test_bad_options_end_with_one_line(tmp_path, change, message):
 
 
 @pytest.mark.usefixtures("as_users_have_it")
-def test_a_dry_run_says_how_much_there_is_to_do(options, tmp_path, capsys):
+def test_a_dry_run_says_how_much_there_is_to_do(tmp_path, capsys):
     script.main(script.Options(num_seeds=5, dry_run=True, out=tmp_path / "none"), PIPELINE)
     said = capsys.readouterr().out
     assert "20 runs: 4 points, 5 seeds each" in said
     assert "1 programs (traced: beta, learning_rate, label_noise; static: loss)" in said
     assert "0 are done already" in said
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_users_have_it")
+def test_a_dry_run_says_how_much_is_done(options, capsys):
     script.main(replace(options, dry_run=True), PIPELINE)
     assert "2 are done already" in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ Which numbers there are is found by tracing the runs, without running them.
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -23,10 +23,14 @@ def made_up(num=6, seed=0):
     rng = np.random.default_rng(seed)
     start = jax.eval_shape(FEW.start, jax.random.key(0))
 
-    def numbers(run, *shape, **point):
-        names = jax.eval_shape(partial(run, FEW, **point), start)
+    @cache
+    def names_of(run, point):
+        names = jax.eval_shape(partial(run, FEW, **dict(point)), start)
         assert all(leaf.shape == () for leaf in names.values())
-        return {name: rng.uniform(0.3, 0.5, (*shape, num)) for name in names}
+        return list(names)
+
+    def numbers(run, *shape, **point):
+        return {name: rng.uniform(0.3, 0.5, (*shape, num)) for name in names_of(run, tuple(point.items()))}
 
     def split(run, *shape, **point):
         return {where: numbers(run, *shape, **point) for where in ("reported", "tuning")}

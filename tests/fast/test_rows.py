@@ -126,5 +126,6 @@ np.testing.assert_allclose(of_values, -np.sin([0, 1, 2, 3]), rtol=1e-5)
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_summed_over_devices():
     subprocess.run([sys.executable, "-c", SPREAD], check=True)

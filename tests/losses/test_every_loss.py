@@ -1,6 +1,7 @@
 """What holds of every loss: its equation, its gradient, its dtypes, extremes, jit, vmap, and errors at the call."""
 
 import re
+from collections import Counter
 from functools import cache
 
 import chex
@@ -29,6 +30,36 @@ from tests.losses.menu import (
 )
 
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+TRACES = Counter()
+"""How often the program of each loss was traced."""
+
+
+@cache
+def program(name):
+    """Of eight comparisons in single precision, compiled once for all that is asked of a loss.
+
+    A function of policy, reference, labels and the hyperparameters that are swept. It returns the losses and the
+    gradients of their sum with respect to policy and hyperparameters.
+    """
+
+    @jax.jit
+    def run(policy, reference, desirable, hyperparameters):
+        TRACES[name] += 1
+        inputs = Inputs(policy, reference, desirable)
+        loss, pull_back = jax.vjp(lambda p, h: evaluate(BY_NAME[name], p, inputs, **h), policy, hyperparameters)
+        return loss, *pull_back(jnp.ones_like(loss))
+
+    def called(policy, reference, desirable, hyperparameters):
+        sides = (tuple(np.float32(logps) for logps in side) for side in (policy, reference))
+        return run(*sides, np.asarray(desirable), {n: np.float32(value) for n, value in hyperparameters.items()})
+
+    return called
+
+
+def by_program(case, inputs, **changed):
+    """Losses, gradient, and gradient of hyperparameters."""
+    swept = {h.name: case.hyperparameters[h.name] for h in case.swept} | changed
+    return program(case.name)(inputs.policy, inputs.reference, inputs.desirable, swept)
 
 
 def test_every_public_loss_is_on_the_menu():
@@ -47,7 +78,7 @@ def test_all_its_numbers_are_swept(case):
 @every_loss
 def test_it_is_its_equation(case):
     inputs = make_inputs()
-    np.testing.assert_allclose(evaluate(case, policy_arrays(inputs), inputs), expected(case, inputs), rtol=1e-5)
+    np.testing.assert_allclose(by_program(case, inputs)[0], expected(case, inputs), rtol=1e-5)
     with jax.enable_x64(True):
         policy = policy_arrays(inputs, jnp.float64)
         loss = evaluate(case, policy, inputs, jnp.float64)
@@ -95,16 +126,13 @@ def _frozen_statistics(case, inputs):
 
 @every_loss
 def test_gradients_with_respect_to_hyperparameters_are_finite(case):
-    inputs = make_inputs()
-    policy = policy_arrays(inputs)
-    for h in case.swept:
-        value = jnp.float32(case.hyperparameters[h.name])
-        slope = jax.grad(lambda value, name=h.name: evaluate(case, policy, inputs, **{name: value}).sum())(value)
-        assert jnp.isfinite(slope)
+    slopes = by_program(case, make_inputs())[2]
+    assert slopes.keys() == {h.name for h in case.swept}
+    chex.assert_tree_all_finite(slopes)
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_it_is_finite_at_the_extremes(case, dtype):
     """Margins of +-1e4 nats, log-probabilities of 0 and -1e4, under all combinations for policy and reference."""
     corners = np.array(np.meshgrid(*[[0.0, -1e4, -1.0]] * 6)).reshape(6, -1)
@@ -112,6 +140,14 @@ def test_it_is_finite_at_the_extremes(case, dtype):
     for desirable in (inputs.desirable, ~inputs.desirable) if case.kind == UNPAIRED else (inputs.desirable,):
         inputs = Inputs(inputs.policy, inputs.reference, desirable)
         changed = {"beta": 1.0} if "beta" in case.hyperparameters else {}
+        if dtype == jnp.float32 and case.kind != BATCH:  # rows are by themselves: eight at a time
+            for rows in np.resize(np.arange(corners.shape[1]), (-(-corners.shape[1] // 8), 8)):
+                some = Inputs(
+                    *(tuple(logps[rows] for logps in side) for side in (inputs.policy, inputs.reference)),
+                    desirable[rows],
+                )
+                chex.assert_tree_all_finite(by_program(case, some, **changed)[:2])
+            continue
         if "lengths" in case.hyperparameters:
             changed["lengths"] = (np.ones(corners.shape[1]), np.full(corners.shape[1], 3))
 
@@ -124,18 +160,6 @@ def test_it_is_finite_at_the_extremes(case, dtype):
         assert loss.dtype == dtype
 
 
-@cache
-def loss_and_gradient(name):
-    """Of eight comparisons, compiled once: a function of policy, reference, labels and hyperparameters."""
-
-    def run(policy, reference, desirable, hyperparameters):
-        inputs = Inputs(policy, reference, desirable)
-        loss, pull_back = jax.vjp(lambda policy: evaluate(BY_NAME[name], policy, inputs, **hyperparameters), policy)
-        return loss, *pull_back(jnp.ones_like(loss))
-
-    return jax.jit(run)
-
-
 @every_loss
 @given(
     logps=hnp.arrays(np.float32, (6, 8), elements=st.floats(-1e4, 0, width=32)),
@@ -144,8 +168,8 @@ def loss_and_gradient(name):
 @settings(deadline=None, max_examples=10)
 def test_it_is_finite_for_all_log_probabilities_and_hyperparameters(case, logps, share):
     desirable = np.arange(8) % 2 == 0
-    found = loss_and_gradient(case.name)(tuple(logps[:3]), tuple(logps[3:]), desirable, case.at(share))
-    chex.assert_tree_all_finite(found)
+    found = program(case.name)(tuple(logps[:3]), tuple(logps[3:]), desirable, case.at(share))
+    chex.assert_tree_all_finite(found[:2])
 
 
 MASKED = np.array(np.meshgrid(*[[False, True]] * 4)).reshape(4, 2, 8)
@@ -165,7 +189,7 @@ def test_a_masked_response_has_the_loss_and_the_gradient_of_the_limit(case, batc
     def value_and_gradient(masked):
         logps = np.where(masks, np.float32(masked), np.float32([[-1.0], [-0.7], [-2.0], [-1.5]]))
         policy, reference = (logps[0], middle, logps[1]), (logps[2], middle, logps[3])
-        loss, gradient = loss_and_gradient(case.name)(policy, reference, masks[1], hyperparameters)
+        loss, gradient, _ = program(case.name)(policy, reference, masks[1], hyperparameters)
         return np.asarray(loss), np.asarray(gradient)
 
     (loss, gradient), (limit, its_gradient) = value_and_gradient(-np.inf), value_and_gradient(-1e5)
@@ -192,40 +216,53 @@ def test_bfloat16_is_close_to_float32(case):
         inputs.desirable,
     )
     loss = evaluate(case, policy_arrays(rounded, jnp.bfloat16), rounded, jnp.bfloat16)
-    exact = evaluate(case, policy_arrays(rounded), rounded)
-    np.testing.assert_allclose(np.float32(loss), exact, rtol=0.03, atol=0.03)
+    np.testing.assert_allclose(np.float32(loss), by_program(case, rounded)[0], rtol=0.03, atol=0.03)
+
+
+def at_three_values(case, inputs):
+    """Of each hyperparameter: the values, and the losses at each."""
+    values = {h.name: np.linspace(h.low, h.high, 3, dtype=np.float32) for h in case.swept}
+    return {
+        name: (column, np.stack([by_program(case, inputs, **{name: value})[0] for value in column]))
+        for name, column in values.items()
+    }
 
 
 @every_loss
-def test_jit_and_vmap_change_nothing(case):
+def test_jit_changes_nothing_and_hyperparameters_do(case):
     inputs = make_inputs()
-    policy = policy_arrays(inputs)
-    np.testing.assert_allclose(
-        jax.jit(lambda policy: evaluate(case, policy, inputs))(policy),
-        evaluate(case, policy, inputs),
-        rtol=1e-5,
-        atol=1e-7,
-    )
-    for h in case.swept:
-        values = jnp.linspace(h.low, h.high, 3)
-        swept = jax.vmap(lambda value, name=h.name: evaluate(case, policy, inputs, **{name: value}))(values)
-        looped = jnp.stack([evaluate(case, policy, inputs, **{h.name: value}) for value in values])
-        np.testing.assert_allclose(swept, looped, rtol=1e-5, atol=1e-6)
-        assert not jnp.allclose(swept[0], swept[-1]), f"{h.name} does nothing"
+    eager = evaluate(case, policy_arrays(inputs), inputs)
+    np.testing.assert_allclose(by_program(case, inputs)[0], eager, rtol=1e-5, atol=1e-7)
+    for name, (_, looped) in at_three_values(case, inputs).items():
+        assert not np.allclose(looped[0], looped[-1]), f"{name} does nothing"
+
+
+FEW = ("dpo_loss", "beta_dpo_loss", "simpo_loss", "kto_loss", "plackett_luce_loss")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c.name in FEW else pytest.mark.slow, id=c.name) for c in CASES]
+)
+def test_vmap_over_a_hyperparameter_is_a_loop(case):
+    inputs = make_inputs()
+    policy, loops = policy_arrays(inputs), at_three_values(case, inputs)
+
+    @jax.jit
+    def swept(values):
+        return {
+            name: jax.vmap(lambda value, name=name: evaluate(case, policy, inputs, **{name: value}))(column)
+            for name, column in values.items()
+        }
+
+    for name, rows in swept({name: column for name, (column, _) in loops.items()}).items():
+        np.testing.assert_allclose(rows, loops[name][1], rtol=1e-5, atol=1e-6)
 
 
 @every_loss
 def test_one_trace_serves_all_hyperparameters(case):
-    inputs = make_inputs()
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def loss(values):
-        return evaluate(case, policy_arrays(inputs), inputs, **values)
-
-    chex.clear_trace_counter()
     for share in (0.25, 0.75):
-        loss(case.at(share))
+        by_program(case, make_inputs(), **case.at(share))
+    assert TRACES[case.name] == 1
 
 
 @pytest.mark.parametrize("alpha", [1e-8, 1e-6, 1e-3, 0.01, -0.01])
@@ -274,16 +311,21 @@ def test_each_row_is_by_itself_and_hyperparameters_may_differ_by_row(case):
     together = evaluate(
         case, policy_arrays(inputs), inputs, **{n: jnp.asarray(v, jnp.float32) for n, v in values.items()}
     )
-    for row in range(8):
-        one = Inputs(
-            *(tuple(x[row : row + 1] for x in side) for side in (inputs.policy, inputs.reference)),
-            inputs.desirable[row : row + 1],
-        )
-        changed = {name: float(value[row]) for name, value in values.items()}
-        if "lengths" in case.hyperparameters:
+    if "lengths" in case.hyperparameters:  # they are no argument of the program
+        for row in range(8):
+            one = Inputs(
+                *(tuple(x[row : row + 1] for x in side) for side in (inputs.policy, inputs.reference)),
+                inputs.desirable[row : row + 1],
+            )
+            changed = {name: float(value[row]) for name, value in values.items()}
             changed["lengths"] = tuple(side[row : row + 1] for side in case.hyperparameters["lengths"])
-        alone = evaluate(case, policy_arrays(one), one, **changed)
-        np.testing.assert_allclose(together[row], alone[0], rtol=1e-5, atol=1e-6)
+            alone = evaluate(case, policy_arrays(one), one, **changed)
+            np.testing.assert_allclose(together[row], alone[0], rtol=1e-5, atol=1e-6)
+        return
+    for row in range(8):
+        alike = inputs.map(lambda column, row=row: np.repeat(column[row], 8))
+        alone = by_program(case, alike, **{name: value[row] for name, value in values.items()})[0]
+        np.testing.assert_allclose(np.full(8, together[row]), alone, rtol=1e-5, atol=1e-6)
 
 
 @every_loss

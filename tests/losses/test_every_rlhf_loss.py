@@ -72,7 +72,7 @@ def test_other_precisions_are_close_and_stay_what_they_are(case, dtype, toleranc
 
 
 @every_function
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_it_is_finite_at_the_extremes(case, dtype):
     """Ratios of exp(+-1e4), rewards and values of +-1e4, with a clip and without."""
     ends = [(0.0, -1e4, -1.0) if RANGES[name][1] < 0 else (-1e4, 0.5, 1e4) for name in case.arrays]

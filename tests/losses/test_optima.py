@@ -33,7 +33,8 @@ def in_float64():
 
 @cache
 def make_world():
-    return toy.make_world(jax.random.key(3), num_prompts=2, num_responses=4, embedding_dim=3)
+    make = partial(toy.make_world, num_prompts=2, num_responses=4, embedding_dim=3)
+    return jax.jit(make)(jax.random.key(3))
 
 
 @cache
@@ -55,7 +56,7 @@ def mean_loss(loss, data, reference, *, normalise=jax.nn.log_softmax, **hyperpar
 
 
 def steepest(function, table):
-    return float(jnp.max(jnp.abs(jax.grad(function)(table))))
+    return float(np.max(np.abs(jax.grad(function)(table))))  # op by op: losses share most of them
 
 
 # Scores that need not be normalised
@@ -173,15 +174,18 @@ def without_reference(loss):
     return lambda policy, reference, **hyperparameters: loss(policy, **hyperparameters)
 
 
+all_preferences = jax.jit(toy.all_preferences)
+
+
 def population(case, world, **noise):
     """The menu's loss, and infinite data of the sort that it takes."""
     if case.kind == RANKED:
-        return case.loss, toy.all_rankings(world, num_ranked=3)
+        return case.loss, jax.jit(partial(toy.all_rankings, num_ranked=3))(world)
     if case.kind == UNPAIRED:
         return case.loss, toy.all_labels(world)
     if case.kind == BATCH:
         return case.loss, counted_preferences(world)
-    data = toy.all_preferences(world, **noise)
+    data = all_preferences(world, **noise)
     if case.kind == REFERENCE_FREE:
         return without_reference(case.loss), data
     return with_lengths(case.loss, data) if "lengths" in case.hyperparameters else case.loss, data

@@ -79,7 +79,7 @@ def test_comparisons_are_of_as_many_answers_as_they_should(bandit, make, options
 
 
 @pytest.mark.parametrize(("make", "options", "size"), [(rlhf.online_dpo, {}, 2), (rlhf.xpo, {"alpha": 0.1}, 1)])
-@pytest.mark.parametrize("bad", [np.nan, 1.5, -0.1])
+@pytest.mark.parametrize("bad", [np.nan, 1.5, pytest.param(-0.1, marks=pytest.mark.slow)])
 def test_preferences_that_are_no_probabilities_stop_training(bandit, make, options, size, bad):
     _, respond = bandit.exchange(size)
 

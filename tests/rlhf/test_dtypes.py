@@ -27,9 +27,11 @@ def learner(bandit, name, beta):
     return rlhf.online_dpo(ask=ask, respond=respond, log_prob=bandit.log_prob, prefer=prefer, beta=beta, **shared)
 
 
-NARROW = [(name, jnp.bfloat16) for name in ("reinforce", "adaptive", "nash_md", "xpo")]
-WIDE = [(name, jnp.float64) for name in ("reinforce", "adaptive")]
-SLOW = [pytest.param(name, jnp.bfloat16, marks=pytest.mark.slow) for name in ("rloo", "grpo", "ppo", "online_dpo")]
+NARROW = [(name, jnp.bfloat16) for name in ("reinforce", "xpo")]
+WIDE = [("adaptive", jnp.float64)]
+OTHERS = ("rloo", "grpo", "ppo", "online_dpo", "nash_md", "adaptive")
+SLOW = [pytest.param(name, jnp.bfloat16, marks=pytest.mark.slow) for name in OTHERS]
+SLOW += [pytest.param("reinforce", jnp.float64, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), NARROW + WIDE + SLOW)

@@ -45,7 +45,10 @@ def test_there_is_some_way_to_go(bandit):
     assert bandit.distance(bandit.reference, optimum(bandit)) > 0.1
 
 
-@every_learner
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(f, marks=pytest.mark.slow if name == "reinforce" else [], id=name) for name, f in LEARNERS.items()],
+)
 def test_exact_expectations_lead_to_the_optimum(bandit, make):
     params = trained(bandit, make, rounds=1500, rate=0.05)
     assert bandit.distance(params, optimum(bandit)) < 1e-4

@@ -45,7 +45,8 @@ def reinforced(bandit, make, rewards, log_prob):
     return policy_of(run(jax.random.key(1)))
 
 
-@pytest.mark.parametrize("make", [rlhf.rloo, pytest.param(rlhf.ppo, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [rlhf.rloo, rlhf.ppo])
 def test_with_infinite_data_and_a_table_they_are_the_same(bandit, make):
     learned = reward_model(bandit)
     np.testing.assert_allclose(
@@ -59,6 +60,7 @@ def test_with_infinite_data_and_a_table_they_are_the_same(bandit, make):
     assert bandit.distance(by_rlhf, toy.optimal_policy(bandit.table, bandit.world.rewards, beta=BETA)) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_policy_that_cannot_tell_prompts_apart_ends_in_two_places():
     """RLHF maximises the mean reward. DPO reproduces the mean probability of winning, another mean."""
     rewards = jnp.array([[3.0, 0.0], [0.0, 0.5]])

@@ -94,7 +94,7 @@ def direction(learner, params):
     return policy_of(found)["params"]["logits"]
 
 
-# Where exact expectations lead
+# Where exact expectations lead. The moments below say that each gradient is its equation, so that most are slow
 
 
 def settled(make, *, num_steps=150, rate=1.0, **options):
@@ -128,12 +128,19 @@ OF_RLHF = {
 }
 
 
-@pytest.mark.parametrize("name", OF_RLHF)
+def slow_but(names, *fast):
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in names]
+    )
+
+
+@slow_but(OF_RLHF, "token_ppo, whitened")
 def test_with_the_kl_in_the_reward_they_find_the_optimum(name):
     make, options = OF_RLHF[name]
     assert distance(settled(make, **options), optimum()) < 1e-4
 
 
+@pytest.mark.slow
 def test_ppo_by_means_of_responses_does_not():
     options = {"decay": 1.0, "advantages": as_they_are, "aggregate": losses.mean_of_responses}
     assert distance(settled(rlhf.token_ppo, **options), optimum()) > 0.1
@@ -223,7 +230,7 @@ GRPO = {
 }
 
 
-@pytest.mark.parametrize("name", GRPO)
+@slow_but(GRPO, "k2, mean_of_tokens", "GRPO")
 def test_grpo_stops_where_theory_says(name):
     """Not at the optimum: the gradient of a KL by token misses that earlier tokens decide which prefixes come."""
     options, (tilted, beta), what = GRPO[name]
@@ -281,9 +288,9 @@ def test_means_of_responses_shorten_right_answers_and_lengthen_wrong_ones():
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (rlhf.token_grpo, {"aggregate": losses.mean_of_tokens, "clip_high": 0.28}),
+        pytest.param(rlhf.token_grpo, {"aggregate": losses.mean_of_tokens, "clip_high": 0.28}, marks=pytest.mark.slow),
         (rlhf.token_grpo, {"aggregate": per_length, "advantages": losses.centred_advantages}),
-        (rlhf.rloo, {}),
+        pytest.param(rlhf.rloo, {}, marks=pytest.mark.slow),
     ],
     ids=["DAPO", "Dr. GRPO", "rloo"],
 )
@@ -606,50 +613,51 @@ def test_with_one_token_each_they_are_ppo_and_grpo():
 def test_what_stands_behind_the_end_is_harmless():
     """Even NaN: gradients with respect to it are zero."""
     here = town(*SIZE)
-    nothing = jnp.where(here.space.mask, 0, jnp.nan)
     token_log_prob = strings.token_log_prob_fn(here.policy, here.world.embeddings)
     token_value = strings.token_value_fn(here.critic, here.world.embeddings)
 
-    def dirty_log_prob(params, prompts, responses):
-        values, mask = token_log_prob(params, prompts, responses)
-        return TokenLogps(values + nothing[responses], mask)
-
-    def dirty_value(params, prompts, responses):
-        return token_value(params, prompts, responses) + nothing[responses]
-
     @jax.jit
-    def found():
+    def found(behind):
+        added = jnp.where(here.space.mask, 0, behind)
+
+        def log_prob(params, prompts, responses):
+            values, mask = token_log_prob(params, prompts, responses)
+            return TokenLogps(values + added[responses], mask)
+
+        def value(params, prompts, responses):
+            return token_value(params, prompts, responses) + added[responses]
+
         results = []
-        for make, clean, dirty in (
-            (rlhf.token_ppo, {}, {"token_log_prob": dirty_log_prob, "token_value": dirty_value}),
-            (rlhf.token_grpo, {}, {"token_log_prob": dirty_log_prob}),
-        ):
-            params = here.start(make, here.moved)
-            for options in (clean, dirty):
-                learner = here.learner(make, **options)
-                data, _ = learner.collect(jax.random.key(0), params, None)
-                results.append((data, jax.value_and_grad(learner.objective, has_aux=True)(params, data)))
+        for make, options in ((rlhf.token_ppo, {"token_value": value}), (rlhf.token_grpo, {})):
+            params, learner = here.start(make, here.moved), here.learner(make, token_log_prob=log_prob, **options)
+            data, _ = learner.collect(jax.random.key(0), params, None)
+            results.append((data, jax.value_and_grad(learner.objective, has_aux=True)(params, data)))
         return results
 
-    ppo, dirty_ppo, grpo, dirty_grpo = found()
-    chex.assert_trees_all_close(dirty_ppo, ppo, rtol=1e-12, atol=1e-14)
-    chex.assert_trees_all_close(dirty_grpo, grpo, rtol=1e-12, atol=1e-14)
-    chex.assert_tree_all_finite((ppo, grpo))
+    clean, dirty = found(0.0), found(jnp.nan)
+    chex.assert_trees_all_close(dirty, clean, rtol=1e-12, atol=1e-14)
+    chex.assert_tree_all_finite(clean)
+
+
+def gradients_by(beta, decay):
+    here = town(*SIZE)
+    ppo = here.learner(rlhf.token_ppo, beta=beta, decay=decay, clip=decay, value_clip=beta, value_weight=beta)
+    grpo = here.learner(rlhf.token_grpo, beta=beta, clip=decay, clip_high=beta)
+    starts = here.start(rlhf.token_ppo, here.moved), here.moved
+    return [rlhf.learner_gradient(jax.random.key(0), *pair) for pair in zip(starts, (ppo, grpo), strict=True)]
 
 
 def test_hyperparameters_may_be_traced():
-    here, betas, decays = town(*SIZE), np.array([0.1, 2.0]), np.array([0.3, 1.0])
+    """Their values are held against fixed ones where it is slow; discounts are mapped over in the moments above."""
+    traced = jax.eval_shape(gradients_by, 0.1, 0.3)
+    assert [policy_of(gradient)["params"]["logits"].shape for gradient in traced] == [(2, 7, 3)] * 2
 
-    def ppo(beta, decay):
-        learner = here.learner(rlhf.token_ppo, beta=beta, decay=decay, clip=decay, value_clip=beta, value_weight=beta)
-        return rlhf.learner_gradient(jax.random.key(0), here.start(rlhf.token_ppo, here.moved), learner)
 
-    def grpo(beta, decay):
-        learner = here.learner(rlhf.token_grpo, beta=beta, clip=decay, clip_high=beta)
-        return rlhf.learner_gradient(jax.random.key(0), here.moved, learner)
-
-    traced = jax.jit(lambda *h: [jax.vmap(make)(*h) for make in (ppo, grpo)])(betas, decays)
-    fixed = jax.jit(lambda: [make(0.1, 0.3) for make in (ppo, grpo)])()
+@pytest.mark.slow
+def test_traced_hyperparameters_are_fixed_ones():
+    betas, decays = np.array([0.1, 2.0]), np.array([0.3, 1.0])
+    traced = jax.jit(jax.vmap(gradients_by))(betas, decays)
+    fixed = jax.jit(lambda: gradients_by(0.1, 0.3))()
     chex.assert_trees_all_close(jax.tree.map(lambda leaf: leaf[0], traced), fixed, rtol=1e-10, atol=1e-14)
     differs = jax.tree.map(lambda leaf: np.max(np.abs(leaf[0] - leaf[1])) > 1e-6, traced)
     assert all(jax.tree.leaves(differs))
@@ -701,7 +709,7 @@ def test_groups_of_none_are_refused(as_users_have_it):
 @pytest.mark.parametrize(
     ("make", "options", "write"),
     [
-        (rlhf.token_ppo, {"decay": 1.0, "value_weight": 1.0}, strings.respond_fn),
+        pytest.param(rlhf.token_ppo, {"decay": 1.0, "value_weight": 1.0}, strings.respond_fn, marks=pytest.mark.slow),
         (rlhf.token_grpo, {"advantages": losses.rloo_advantages, "kl": losses.k2_estimate}, toy.respond_fn),
     ],
     ids=["token_ppo", "token_grpo"],

@@ -78,6 +78,7 @@ def test_a_baseline_from_the_same_batch_is_not_unbiased(bandit, moved):
     assert np.max(np.abs(found.mean(axis=0) - expected) / error) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "advantages", [losses.rloo_advantages, losses.centred_advantages, losses.grpo_advantages], ids=lambda f: f.__name__
 )

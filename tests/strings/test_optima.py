@@ -29,12 +29,13 @@ def in_float64():
 
 @cache
 def make_world():
-    return strings.make_world(jax.random.key(3), SPACE)
+    return jax.jit(lambda key: strings.make_world(key, SPACE))(jax.random.key(3))
 
 
 @cache
 def make_reference():
-    return table_of(jax.random.normal(jax.random.key(4), (2, SPACE.num_prefixes, SPACE.num_choices)))
+    shape = (2, SPACE.num_prefixes, SPACE.num_choices)
+    return jax.jit(lambda key: table_of(jax.random.normal(key, shape)))(jax.random.key(4))
 
 
 def table_of(logits):
@@ -56,7 +57,10 @@ def mean_loss(loss, data, *, means=False, **hyperparameters):
 
 
 def on_pairs(loss, *, world=None, **options):
-    return mean_loss(loss, toy.all_preferences(world or make_world()), **options)
+    return mean_loss(loss, all_preferences(world or make_world()), **options)
+
+
+all_preferences = jax.jit(toy.all_preferences)
 
 
 def slope_at(loss, table):
@@ -93,13 +97,16 @@ def optimum(rewards=None, beta=BETA):
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.reaches_optimum and case.kind in (SINGLE, RANKED)],
-    ids=lambda case: case.name,
+    [
+        pytest.param(case, marks=pytest.mark.slow if case.kind == RANKED else [], id=case.name)
+        for case in CASES
+        if case.reaches_optimum and case.kind in (SINGLE, RANKED)
+    ],
 )
 def test_what_reaches_the_optimum_reaches_it_token_by_token(case):
     noise = {"flip_probability": FLIP} if "label_smoothing" in case.hyperparameters else {}
-    rankings = partial(toy.all_rankings, num_ranked=3)
-    data = (rankings if case.kind == RANKED else toy.all_preferences)(make_world(), **noise)
+    rankings = jax.jit(partial(toy.all_rankings, num_ranked=3))
+    data = (rankings if case.kind == RANKED else all_preferences)(make_world(), **noise)
     assert case.hyperparameters["beta"] == BETA
     assert_reaches(mean_loss(case.loss, data, **case.hyperparameters), optimum())
 

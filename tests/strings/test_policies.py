@@ -20,6 +20,8 @@ POLICIES = [
     for make in (partial(strings.CausalMLP, hidden_dim=5), strings.PrefixTable, strings.Markov)
     for space in (SPACE, FIXED)
 ]
+FEW = [("SPACE", 1), ("FIXED", 8)]
+"""How many strings share no prefix, and prefixes at some of the places; `facts` shares them at all places."""
 policies = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{type(p).__name__}-{p.strings.horizon}")
 
 
@@ -125,8 +127,14 @@ def test_tables_and_paths_are_the_sums_of_tokens(policy):
     np.testing.assert_array_equal(found["by the table"], found["table"].ravel())
 
 
-@pytest.mark.parametrize("num", [1, 3, 8, 20, 60])
-@pytest.mark.parametrize("policy", POLICIES[:2], ids=["SPACE", "FIXED"])
+@pytest.mark.parametrize(
+    ("policy", "num"),
+    [
+        pytest.param(policy, num, marks=[] if (name, num) in FEW else pytest.mark.slow, id=f"{name}-{num}")
+        for name, policy in zip(("SPACE", "FIXED"), POLICIES[:2], strict=True)
+        for num in (1, 3, 8, 20, 60)
+    ],
+)
 def test_few_strings_are_scored_as_all_are(policy, num):
     """Few of them share no prefix with each other, and run along their own paths."""
     rng = np.random.default_rng(num)
@@ -184,12 +192,11 @@ def test_no_output_depends_on_later_tokens(policy):
 
 def test_the_end_and_padding_add_nothing_to_the_network():
     tokens = jnp.array([[1, 3, -1], [3, -1, -1], [2, 0, 1]])
-    found = strings_first(
-        POLICIES[0].apply(params_of(POLICIES[0]), EMBEDDINGS, jnp.array([0, 1, 0]), tokens, method="outputs")
-    )
+    outputs = jax.jit(partial(POLICIES[0].apply, method="outputs"))
+    found = np.moveaxis(outputs(params_of(POLICIES[0]), EMBEDDINGS, jnp.array([0, 1, 0]), tokens), -1, 0)
     np.testing.assert_array_equal(found[0, 2], found[0, 1])
-    np.testing.assert_array_equal(found[1, 1:], jnp.stack([found[1, 0]] * 2))
-    assert jnp.all(found[2, 2] != found[2, 1])
+    np.testing.assert_array_equal(found[1, 1:], np.stack([found[1, 0]] * 2))
+    assert np.all(found[2, 2] != found[2, 1])
 
 
 def test_no_output_has_a_slope_by_letters_of_its_own_or_later_places():
@@ -230,8 +237,8 @@ def test_gradients_of_the_network_are_finite_differences(double):
 
 def test_a_table_of_prefixes_can_be_any_policy_and_starts_uniform(key):
     policy = POLICIES[2]
-    start = policy.init(key, EMBEDDINGS)
-    np.testing.assert_allclose(policy.apply(start, EMBEDDINGS)[0], -np.log(4) * SPACE.num_tokens, rtol=1e-6)
+    start, table = jax.jit(policy.init)(key, EMBEDDINGS), jax.jit(toy.table_fn(policy, EMBEDDINGS))
+    np.testing.assert_allclose(table(start)[0], -np.log(4) * SPACE.num_tokens, rtol=1e-6)
     probs = np.random.default_rng(0).dirichlet(np.ones(40), 2)
     probs[:, 13:22] = 0  # no string of three letters begins with a
     probs /= probs.sum(-1, keepdims=True)
@@ -240,8 +247,8 @@ def test_a_table_of_prefixes_can_be_any_policy_and_starts_uniform(key):
         log_probs = np.log(probs)
     params = {"params": {"logits": jnp.asarray(np.where(np.array(tokens) < -300, -np.inf, tokens), jnp.float32)}}
     prompts, responses = ids_of_all(SPACE)
-    on_paths = strings.log_prob_fn(policy, EMBEDDINGS)(params, prompts, responses).reshape(2, -1)
-    for found in (policy.apply(params, EMBEDDINGS), on_paths):
+    on_paths = jax.jit(strings.log_prob_fn(policy, EMBEDDINGS))(params, prompts, responses).reshape(2, -1)
+    for found in map(np.asarray, (table(params), on_paths)):
         np.testing.assert_array_equal(np.isneginf(found), np.isneginf(log_probs))
         np.testing.assert_allclose(np.exp(found), probs, rtol=1e-4, atol=1e-7)
 
@@ -271,7 +278,7 @@ sampled = pytest.mark.parametrize(
 @sampled
 def test_samples_follow_the_table(key, policy):
     params = params_of(policy, 0.5)
-    probs = np.exp(np.float64(toy.table_fn(policy, EMBEDDINGS)(params)))
+    probs = np.exp(np.float64(jax.jit(toy.table_fn(policy, EMBEDDINGS))(params)))
     sample = strings.sample_fn(policy, EMBEDDINGS)
 
     @jax.jit
@@ -292,32 +299,40 @@ def test_samples_follow_the_table(key, policy):
 
 @sampled
 def test_greedy_takes_the_most_probable_token_each_time(policy):
-    space, found = policy.strings, strings.greedy_fn(policy, EMBEDDINGS)(params_of(policy), jnp.array([1, 0]))
-    for prompt, row in zip([1, 0], found, strict=True):
+    space, greedy = policy.strings, jax.jit(strings.greedy_fn(policy, EMBEDDINGS))
+    ids = jax.jit(space.ids)(greedy(params_of(policy), jnp.array([1, 0])))
+    for prompt, text in zip([1, 0], space.text(ids), strict=True):
         prefix = ()
         while len(prefix) < space.horizon:
             token = int(np.argmax(logits_by_hand(policy, prompt, prefix)))
             if token == space.num_letters:
                 break
             prefix += (token,)
-        assert space.text(space.ids(row)) == ["".join("abc"[letter] for letter in prefix)]
+        assert text == "".join("abc"[letter] for letter in prefix)
 
 
 def test_the_greedy_string_need_not_be_the_most_probable():
     space = strings.Strings(2, 2, fixed_length=True)
     log_probs = jnp.log(jnp.array([[0.3, 0.3, 0.4, 0.0001]]))
-    params = {"params": {"logits": strings.next_token_log_probs(log_probs, space)}}
-    assert strings.greedy_fn(strings.PrefixTable(space), EMBEDDINGS[:1])(params, jnp.array([0])).tolist() == [[0, 0]]
+
+    @jax.jit
+    def greedy(log_probs):
+        params = {"params": {"logits": strings.next_token_log_probs(log_probs, space)}}
+        return strings.greedy_fn(strings.PrefixTable(space), EMBEDDINGS[:1])(params, jnp.array([0]))
+
+    assert greedy(log_probs).tolist() == [[0, 0]]
     assert toy.greedy(log_probs).tolist() == [2]
 
 
 def test_nothing_is_drawn_from_what_is_not_a_number(key):
     policy = POLICIES[2]
-    logits = jnp.zeros((2, 13, 4)).at[0, 0, 1].set(jnp.nan).at[1, 2, 0].set(jnp.nan).at[1, 0, 1].set(99.0)
-    params = {"params": {"logits": logits}}
-    tokens = strings.sample_fn(policy, EMBEDDINGS)(key, params, jnp.array([0, 1]))
+    logits = np.zeros((2, 13, 4), np.float32)
+    logits[0, 0, 1] = logits[1, 2, 0] = np.nan
+    logits[1, 0, 1] = 99.0
+    params = {"params": {"logits": jnp.asarray(logits)}}
+    tokens = jax.jit(strings.sample_fn(policy, EMBEDDINGS))(key, params, jnp.array([0, 1]))
     assert tokens.tolist() == [[-1, -1, -1], [1, -1, -1]]
-    assert strings.greedy_fn(policy, EMBEDDINGS)(params, jnp.array([0, 1])).tolist() == tokens.tolist()
+    assert jax.jit(strings.greedy_fn(policy, EMBEDDINGS))(params, jnp.array([0, 1])).tolist() == tokens.tolist()
     respond = strings.respond_fn(policy, EMBEDDINGS, group_size=2)
     assert jax.jit(respond)(key, params, jnp.array([0, 1])).responses.tolist() == [[-1, -1]] * 2
 
@@ -367,7 +382,7 @@ def test_the_wrong_side_of_a_pair_is_named():
 
 def test_pairs_and_arrays_of_any_axes_are_scored():
     policy = POLICIES[0]
-    table, log_prob = facts(policy)["table"], strings.log_prob_fn(policy, EMBEDDINGS)
+    table, log_prob = facts(policy)["table"], jax.jit(strings.log_prob_fn(policy, EMBEDDINGS))
     prompts, first, second = (np.array(ids) for ids in ([[0, 1], [1, 1]], [[0, 5], [39, 7]], [[1, 2], [3, 4]]))
     found = log_prob(params_of(policy), jnp.asarray(prompts), Pair(jnp.asarray(first), jnp.asarray(second)))
     for numbers, ids in zip(found, (first, second), strict=True):
@@ -403,7 +418,7 @@ def test_values_belong_to_the_prefix_before_a_token():
     for make in (partial(strings.CausalMLP, hidden_dim=5), strings.PrefixTable):
         network = make(SPACE, num_outputs=1)
         prompts, responses = ids_of_all(SPACE)
-        found = strings.token_value_fn(network, EMBEDDINGS)(params_of(network), prompts, responses)
+        found = jax.jit(strings.token_value_fn(network, EMBEDDINGS))(params_of(network), prompts, responses)
         expected = [
             [logits_by_hand(network, prompt, string[:place])[0] for place in range(min(len(string) + 1, 3))]
             for prompt in range(2)
@@ -416,23 +431,51 @@ def test_values_belong_to_the_prefix_before_a_token():
 # One letter
 
 
-def test_at_a_horizon_of_one_it_is_the_one_token_world(key):
+@pytest.fixture(scope="module")
+def one_letter():
+    """A world, and a network of letters that is the network of the one-token world."""
+    key = jax.random.key(0)
     world = toy.make_world(key, num_prompts=3, num_responses=6, embedding_dim=4)
-    space = strings.Strings(6, 1, fixed_length=True)
-    network, letters = toy.ToyLM(num_responses=6), strings.CausalMLP(space)
-    start, params = network.init(key, world.embeddings), letters.init(key, world.embeddings)
+    network, letters = toy.ToyLM(num_responses=6), strings.CausalMLP(strings.Strings(6, 1, fixed_length=True))
+    start, params = jax.jit(lambda key: [policy.init(key, world.embeddings) for policy in (network, letters)])(key)
     assert params["params"].pop("letters").shape == (0, 6, 32)
     chex.assert_trees_all_equal(params, start)
     params["params"]["letters"] = jnp.zeros((0, 6, 32))
+    return world, network, letters, start, params
+
+
+def test_at_a_horizon_of_one_it_is_the_one_token_world(one_letter):
+    world, network, letters, start, params = one_letter
+    space = letters.strings
+
+    @jax.jit
+    def facts(start, params):
+        table, again = (
+            toy.table_fn(policy, world.embeddings)(own) for policy, own in ((network, start), (letters, params))
+        )
+        optimum = toy.optimal_policy(table, world.rewards, beta=0.5)
+        return {
+            "table": (table, again),
+            "next": (optimum, strings.next_token_log_probs(optimum, space)[:, 0]),
+            "soft": (
+                toy.implicit_reward(optimum, table, beta=0.5),
+                strings.soft_advantages(table, world.rewards, space, beta=0.5)[:, 0],
+            ),
+            "kl": (toy.kl_to_reference(optimum, table), strings.kl_by_place(optimum, table, space)[:, 0]),
+        }
+
+    found = facts(start, params)
+    np.testing.assert_allclose(*found["table"], rtol=1e-6)
+    np.testing.assert_allclose(*found["next"], rtol=1e-6)
+    np.testing.assert_allclose(*found["soft"], atol=1e-6)
+    np.testing.assert_allclose(*found["kl"], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_at_a_horizon_of_one_training_is_that_of_the_one_token_world(key, one_letter):
+    world, network, letters, start, params = one_letter
     table = toy.table_fn(network, world.embeddings)(start)
     chex.assert_trees_all_equal(toy.table_fn(letters, world.embeddings)(params), table)
-    optimum = toy.optimal_policy(table, world.rewards, beta=0.5)
-    np.testing.assert_allclose(strings.next_token_log_probs(optimum, space)[:, 0], optimum, rtol=1e-6)
-    soft = strings.soft_advantages(table, world.rewards, space, beta=0.5)[:, 0]
-    np.testing.assert_allclose(soft, toy.implicit_reward(optimum, table, beta=0.5), atol=1e-6)
-    np.testing.assert_allclose(
-        strings.kl_by_place(optimum, table, space)[:, 0], toy.kl_to_reference(optimum, table), atol=1e-6
-    )
     data = toy.sample_preferences(jax.random.key(1), world, num=60, log_probs=table)
     again = toy.sample_preferences(
         jax.random.key(1), world, num=60, log_probs=toy.table_fn(letters, world.embeddings)(params)
@@ -458,6 +501,7 @@ def test_at_a_horizon_of_one_it_is_the_one_token_world(key):
 # Many strings
 
 
+@pytest.mark.slow
 def test_many_strings_are_listed_and_scored(key):
     space = strings.Strings(4, 8, fixed_length=True)
     assert (space.num_responses, space.num_prefixes) == (65_536, 21_845)

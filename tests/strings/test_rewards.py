@@ -24,6 +24,9 @@ def automaton(space, num_states=3):
     return transitions, *(rng.normal(size=(2, num_states, *more)).astype("f") for more in ((space.num_letters,), ()))
 
 
+reference_log_probs = jax.jit(strings.reference_log_probs, static_argnums=0)
+
+
 # Paths
 
 
@@ -123,7 +126,7 @@ def test_the_same_key_makes_the_same_world(key):
 
 
 def test_strings_of_each_length_are_equally_good_on_average(key):
-    rewards = np.float64(make_world(key, SPACES[0], num_prompts=3).rewards)
+    rewards = np.float64(make_world(key, SPACES[0], num_prompts=3, length=0.0).rewards)
     for length in range(4):
         np.testing.assert_allclose(rewards[:, SPACES[0].lengths == length].mean(-1), 0, atol=1e-6)
     assert np.all(rewards[:, SPACES[0].lengths == 2].std(-1) > 0.1)
@@ -153,9 +156,10 @@ def test_each_term_has_its_structure(key):
 
 def test_weights_are_standard_normal(key):
     """The reward of one letter more than another is N(0, 2) over the horizon."""
-    rewards = jax.vmap(lambda k: make_world(k, SPACES[0], **SILENT | {"letters": 1.0}).rewards)(
+    rewards = jax.jit(jax.vmap(lambda k: make_world(k, SPACES[0], **SILENT | {"letters": 1.0}).rewards))(
         jax.random.split(key, 400)
     )
+    rewards = np.asarray(rewards)
     assert np.std((rewards[..., 1] - rewards[..., 2]).ravel() * np.sqrt(3 / 2)) == pytest.approx(1, abs=0.1)
 
 
@@ -177,6 +181,7 @@ def test_words_that_are_longer_than_strings_are_worth_nothing(key):
     assert not strings.make_world(key, SPACES[2], **SILENT | {"words": 1.0}, letters_per_word=2).rewards.any()
 
 
+@pytest.mark.slow
 def test_many_worlds_under_vmap_are_those_one_by_one(key):
     space, keys = SPACES[0], jax.random.split(key, 3)
     policy = strings.CausalMLP(space, hidden_dim=4)
@@ -207,7 +212,7 @@ def test_judges_add_what_they_like_to_the_truth(key):
 
 
 def test_comparisons_are_those_of_the_judges(key):
-    world = strings.make_world(key, SPACES[2], num_prompts=1)
+    world = make_world(key, SPACES[2], num_prompts=1)
     judges = strings.judged(world, SPACES[2], liking=2.0)
     drawn = jax.jit(partial(toy.sample_preferences, num=8000))(key, judges)
     rewards = np.float64(world.rewards[0]) + 2.0 * np.array([0, 1, 1, 1])
@@ -219,7 +224,7 @@ def test_comparisons_are_those_of_the_judges(key):
 
 def test_demonstrations_follow_a_table_of_strings(key):
     world = make_world(key, SPACES[0], num_prompts=1)
-    reference = strings.reference_log_probs(SPACES[0], expected_length=1.0, letter_logits=jnp.array([[1.0, 0.0, -1.0]]))
+    reference = reference_log_probs(SPACES[0], expected_length=1.0, letter_logits=jnp.array([[1.0, 0.0, -1.0]]))
     demos = jax.jit(partial(toy.sample_demonstrations, num=8000))(key, world, log_probs=reference)
     naive.assert_distributed(demos.responses, np.exp(np.float64(reference)))
 
@@ -238,17 +243,17 @@ def test_liking_and_world_are_checked(key, as_users_have_it):
 @pytest.mark.parametrize("expected_length", [0.01, 1.0, 1.7, 2.99])
 def test_references_have_the_expected_length(expected_length):
     logits = np.array([[0.5, 0.0, -1.0], [0.0, 0.0, 0.0]], np.float32)
-    found = strings.reference_log_probs(SPACES[0], expected_length=expected_length, letter_logits=jnp.asarray(logits))
+    found = reference_log_probs(SPACES[0], expected_length=expected_length, letter_logits=jnp.asarray(logits))
     probs = np.exp(np.float64(found))
     np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-6)
     np.testing.assert_allclose(probs @ SPACES[0].lengths, expected_length, rtol=1e-5)
     letters = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    tokens = np.exp(np.float64(strings.next_token_log_probs(found, SPACES[0])))
+    tokens = np.exp(np.float64(jax.jit(strings.next_token_log_probs, static_argnums=1)(found, SPACES[0])))
     going_on = 1 - tokens[:, 0, 3]
     for prompt in range(2):
         row = [*(going_on[prompt] * letters[prompt]), 1 - going_on[prompt]]
         np.testing.assert_allclose(tokens[prompt], np.tile(row, (13, 1)), rtol=2e-5, atol=1e-7)
-    plain = strings.reference_log_probs(SPACES[0], expected_length=expected_length)
+    plain = reference_log_probs(SPACES[0], expected_length=expected_length)
     np.testing.assert_allclose(plain, found[1], rtol=1e-6)
 
 

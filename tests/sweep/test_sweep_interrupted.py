@@ -79,8 +79,8 @@ def signal_in_the_collector(number):
 @pytest.mark.parametrize(
     ("number", "where"),
     [
-        *itertools.product([signal.SIGINT], ["collector", "trace", "compile", "run"]),
-        *itertools.product([signal.SIGTERM], ["trace", "compile", "run"]),
+        *itertools.product([signal.SIGINT, signal.SIGTERM], ["trace", "compile", "run"]),
+        pytest.param(signal.SIGINT, "collector", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "collector", marks=pytest.mark.slow),
     ],
 )

@@ -41,7 +41,7 @@ def make_together(out, name, folder, **ends):
     return [process.exitcode for process in processes]
 
 
-@pytest.mark.parametrize("name", ["many blocks", "noisy"])
+@pytest.mark.parametrize("name", [pytest.param("many blocks", marks=pytest.mark.slow), "noisy"])
 def test_two_processes_make_the_same_folder_as_one_and_both_return_the_whole(tmp_path, name):
     assert make_together(tmp_path / "two", name, tmp_path) == [0, 0]
     alone = sweeps.make(tmp_path / "one", name)
@@ -51,6 +51,7 @@ def test_two_processes_make_the_same_folder_as_one_and_both_return_the_whole(tmp
         assert all((returned[result] == array.values).all() for result, array in alone.items())
 
 
+@pytest.mark.slow
 def test_two_processes_finish_what_one_began(tmp_path):
     assert sweeps.exit_code(sweeps.make_until_terminated, tmp_path / "two", 20) == 143
     assert make_together(tmp_path / "two", "many blocks", tmp_path) == [0, 0]
@@ -83,7 +84,7 @@ def test_each_run_is_in_one_share(tmp_path, monkeypatch, key, num_processes):
     [
         pytest.param("fails", 0, marks=pytest.mark.slow),
         ("fails", 1),
-        ("dies", 0),
+        pytest.param("dies", 0, marks=pytest.mark.slow),
         pytest.param("dies", 1, marks=pytest.mark.slow),
     ],
 )

@@ -15,6 +15,9 @@ from scipy import optimize
 
 from dpo_jax import toy
 
+best_of_n_policy, optimal_policy_at_kl = jax.jit(toy.best_of_n_policy), jax.jit(toy.optimal_policy_at_kl)
+optimal_policy, log_partition = jax.jit(toy.optimal_policy), jax.jit(toy.log_partition)
+
 
 @pytest.fixture(params=[0.02, 0.3, 5.0])
 def beta(request):
@@ -23,12 +26,17 @@ def beta(request):
 
 @pytest.fixture
 def reference(key, world):
-    return jax.nn.log_softmax(jax.random.normal(key, world.rewards.shape))
+    return draw_table(key, world.rewards)
 
 
 @pytest.fixture
 def policy(world):
-    return jax.nn.log_softmax(jax.random.normal(jax.random.key(99), world.rewards.shape))
+    return draw_table(jax.random.key(99), world.rewards)
+
+
+@jax.jit
+def draw_table(key, rewards):
+    return jax.nn.log_softmax(jax.random.normal(key, rewards.shape))
 
 
 def objective(policy, reference, rewards, beta):
@@ -39,7 +47,7 @@ def objective(policy, reference, rewards, beta):
 
 def test_log_partition_by_hand(world, reference, beta):
     expected = np.log((np.exp(np.float64(reference)) * np.exp(np.float64(world.rewards) / beta)).sum(-1))
-    np.testing.assert_allclose(toy.log_partition(reference, world.rewards, beta=beta), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(log_partition(reference, world.rewards, beta=beta), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_optimal_policy_is_what_an_optimiser_finds(world, reference):
@@ -51,23 +59,20 @@ def test_optimal_policy_is_what_an_optimiser_finds(world, reference):
         tol=1e-12,
     ).x
     expected = np.exp(found) / np.exp(found).sum()
-    optimum = toy.optimal_policy(reference, world.rewards, beta=beta)[0]
+    optimum = optimal_policy(reference, world.rewards, beta=beta)[0]
     np.testing.assert_allclose(jnp.exp(optimum), expected, atol=1e-4)
 
 
 def test_optimal_policy_beats_every_other(world, reference, policy, beta):
-    best = objective(toy.optimal_policy(reference, world.rewards, beta=beta), reference, world.rewards, beta)
+    best = objective(optimal_policy(reference, world.rewards, beta=beta), reference, world.rewards, beta)
     assert np.all(best >= objective(policy, reference, world.rewards, beta))
-    np.testing.assert_allclose(best, beta * toy.log_partition(reference, world.rewards, beta=beta), rtol=1e-4)
+    np.testing.assert_allclose(best, beta * log_partition(reference, world.rewards, beta=beta), rtol=1e-4)
 
 
 def test_the_limits_of_beta(world, reference):
-    np.testing.assert_allclose(toy.optimal_policy(reference, world.rewards, beta=1e6), reference, atol=1e-5)
-    greedy = toy.greedy(toy.optimal_policy(reference, world.rewards, beta=1e-4))
+    np.testing.assert_allclose(optimal_policy(reference, world.rewards, beta=1e6), reference, atol=1e-5)
+    greedy = toy.greedy(optimal_policy(reference, world.rewards, beta=1e-4))
     assert greedy.tolist() == jnp.argmax(world.rewards, axis=-1).tolist()
-
-
-optimal_policy_at_kl = jax.jit(toy.optimal_policy_at_kl)
 
 
 @pytest.mark.parametrize("kl", [0.01, 0.3, 1.0])
@@ -83,7 +88,7 @@ def test_the_optimum_at_a_divergence_has_it_and_is_that_of_some_beta(world, refe
         return (np.exp(log_probs) * (log_probs - reference)).sum(-1).mean() - kl
 
     beta = optimize.brentq(excess, 1e-2, 1e3)
-    np.testing.assert_allclose(found, toy.optimal_policy(reference, world.rewards, beta=beta), atol=2e-2 * kl + 1e-3)
+    np.testing.assert_allclose(found, optimal_policy(reference, world.rewards, beta=beta), atol=2e-2 * kl + 1e-3)
 
 
 def test_no_policy_at_the_same_divergence_earns_more(world, reference):
@@ -153,9 +158,6 @@ def test_coverage_of_what_never_occurs():
     np.testing.assert_allclose(slope, [[4, 0, 0], [1, 1, 0]], rtol=1e-6)
     with pytest.raises(ValueError, match="shapes must be equal, got"):
         inspect.unwrap(toy.coverage)(policy, reference[:1])
-
-
-best_of_n_policy = jax.jit(toy.best_of_n_policy)
 
 
 def best_of_n_by_enumeration(probs, scores, num):
@@ -258,7 +260,7 @@ def test_what_is_measured_of_nan_is_nan():
 
 
 def test_best_of_one_is_the_policy_itself(world, policy):
-    np.testing.assert_allclose(toy.best_of_n_policy(policy, world.rewards, num=1), policy, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(best_of_n_policy(policy, world.rewards, num=1.0), policy, rtol=1e-5, atol=1e-6)
 
 
 def test_best_of_n_for_numbers_in_between(world, policy):
@@ -268,7 +270,7 @@ def test_best_of_n_for_numbers_in_between(world, policy):
     np.testing.assert_allclose(jnp.exp(found).sum(-1), 1, rtol=1e-5)
     best = jnp.exp(found)[:, np.arange(5), jnp.argmax(world.rewards, axis=-1)]
     assert jnp.all(jnp.diff(best, axis=0) > 0)
-    np.testing.assert_allclose(found[2], toy.best_of_n_policy(policy, world.rewards, num=2), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[2], best_of_n_policy(policy, world.rewards, num=2.0), rtol=1e-4, atol=1e-5)
 
 
 @given(
@@ -318,16 +320,15 @@ def test_best_of_n_has_a_finite_gradient():
     for step in 1e-2 * np.eye(4, dtype=np.float32):
         numeric = (best(logits + step) - best(logits - step)) / 2e-2
         np.testing.assert_allclose(slopes @ step / 1e-2, numeric, atol=1e-2)
-    for impossible in range(4):
-        chex.assert_tree_all_finite(
-            jax.jit(jax.grad(lambda x: jnp.sum(jnp.exp(best(x)))))(logits.at[impossible].set(-jnp.inf))
-        )
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(jnp.exp(best(x)))))
+    for impossible in np.eye(4, dtype=bool):
+        chex.assert_tree_all_finite(slope(np.where(impossible, -np.float32(np.inf), logits)))
 
 
 def test_the_reward_is_recovered_from_its_optimum(world, reference, beta):
-    optimum = toy.optimal_policy(reference, world.rewards, beta=beta)
-    log_partition = toy.log_partition(reference, world.rewards, beta=beta)
-    recovered = toy.recovered_reward(optimum, reference, log_partition, beta=beta)
+    optimum = optimal_policy(reference, world.rewards, beta=beta)
+    constant = log_partition(reference, world.rewards, beta=beta)
+    recovered = toy.recovered_reward(optimum, reference, constant, beta=beta)
     np.testing.assert_allclose(recovered, world.rewards, atol=1e-5 * max(1, beta))
     implicit = toy.implicit_reward(optimum, reference, beta=beta)
     np.testing.assert_allclose(
@@ -407,7 +408,7 @@ def test_noiseless_win_rate_asks_which_is_better():
 
 
 def test_regret_is_what_the_objective_lacks(world, reference, policy, beta):
-    optimum = toy.optimal_policy(reference, world.rewards, beta=beta)
+    optimum = optimal_policy(reference, world.rewards, beta=beta)
     lacking = objective(optimum, reference, world.rewards, beta) - objective(policy, reference, world.rewards, beta)
     np.testing.assert_allclose(toy.regret(policy, reference, world.rewards, beta=beta), lacking, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(toy.regret(optimum, reference, world.rewards, beta=beta), 0.0, atol=1e-6)

@@ -1,5 +1,6 @@
 """Labels and rankings: their distributions against the exact weights, and these against the models by hand."""
 
+from functools import partial
 from itertools import permutations
 
 import chex
@@ -28,6 +29,7 @@ sample_labels, sample_preferences = (
 )
 sample_rankings = jax.jit(toy.sample_rankings, static_argnames=("num", "num_ranked"))
 all_rankings = jax.jit(toy.all_rankings, static_argnames="num_ranked")
+all_preferences, all_labels = jax.jit(toy.all_preferences), jax.jit(toy.all_labels)
 
 
 def ids(*columns):
@@ -85,21 +87,21 @@ def test_each_prompt_judges_by_its_own_mean(world):
 @pytest.mark.parametrize(("temperature", "flip"), NOISE)
 def test_labels_are_sampled_as_often_as_they_weigh(key, world, temperature, flip):
     noise = {"temperature": temperature, "flip_probability": flip}
-    sample, everything = sample_labels(key, world, num=NUM, **noise), toy.all_labels(world, **noise)
+    sample, everything = sample_labels(key, world, num=NUM, **noise), all_labels(world, **noise)
     assert sample.weights is None
     assert sample.desirable.dtype == bool
     assert_distributed(label_table(sample), label_table(everything))
 
 
 def test_prompts_and_responses_of_labels_are_uniform(key, world):
-    labels = sample_labels(key, world, num=NUM)
+    labels = sample_labels(key, world, num=NUM, temperature=1.0, flip_probability=0.0)
     assert_distributed(table((2, 4), ids(labels.prompts, labels.responses)), np.ones(8))
 
 
 @pytest.mark.parametrize(("temperature", "flip"), NOISE)
 def test_all_labels_are_every_response_called_good_and_called_bad(world, temperature, flip):
     noise = {"temperature": temperature, "flip_probability": flip}
-    labels = toy.all_labels(world, **noise)
+    labels = all_labels(world, **noise)
     cells = {*zip(labels.prompts.tolist(), labels.responses.tolist(), labels.desirable.tolist(), strict=True)}
     assert len(cells) == len(labels.prompts) == 16
     np.testing.assert_allclose(labels.weights.mean(), 1.0, rtol=1e-6)
@@ -137,7 +139,7 @@ def test_split_pairs_without_weights_and_reference():
 
 def test_responses_of_split_pairs_are_good_as_often_as_they_win(world):
     """Each response wins against a uniform other one with the mean Bradley-Terry probability."""
-    labels = toy.split_pairs(toy.all_preferences(world))
+    labels = toy.split_pairs(jax.tree.map(np.asarray, all_preferences(world, temperature=1.0, flip_probability=0.0)))
     weights = label_table(labels)
     versus = 1 / (1 + np.exp(REWARDS[:, None, :] - REWARDS[:, :, None]))
     np.testing.assert_allclose(weights[..., 1] / weights.sum(-1), (versus.sum(-1) - 0.5) / 3, rtol=1e-5)
@@ -168,7 +170,7 @@ def test_rankings_are_sampled_as_often_as_they_weigh(key, world, num_ranked, tem
 @pytest.mark.parametrize(("temperature", "flip"), NOISE)
 def test_rankings_of_two_are_preferences(key, world, temperature, flip):
     noise = {"temperature": temperature, "flip_probability": flip}
-    exact = ranking_table(toy.all_preferences(world, **noise), 2)
+    exact = ranking_table(all_preferences(world, **noise), 2)
     assert_distributed(ranking_table(sample_rankings(key, world, num=NUM, num_ranked=2, **noise), 2), exact)
     assert_distributed(ranking_table(sample_preferences(key, world, num=NUM, **noise), 2), exact)
 
@@ -176,8 +178,8 @@ def test_rankings_of_two_are_preferences(key, world, temperature, flip):
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_all_rankings_of_two_are_all_preferences(world, temperature):
     np.testing.assert_allclose(
-        ranking_table(toy.all_rankings(world, num_ranked=2, temperature=temperature), 2),
-        ranking_table(toy.all_preferences(world, temperature=temperature), 2),
+        ranking_table(all_rankings(world, num_ranked=2, temperature=temperature), 2),
+        ranking_table(all_preferences(world, temperature=temperature, flip_probability=0.0), 2),
         rtol=1e-5,
     )
 
@@ -186,7 +188,7 @@ def test_all_rankings_of_two_are_all_preferences(world, temperature):
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_all_rankings_weigh_what_the_model_says(world, num_ranked, temperature):
     """Draws from an urn without replacement, all subsets equally often; in units of the mean."""
-    rankings = toy.all_rankings(world, num_ranked=num_ranked, temperature=temperature)
+    rankings = all_rankings(world, num_ranked=num_ranked, temperature=temperature)
     orders = list(permutations(range(4), num_ranked))
     assert len(rankings.prompts) == 2 * len(orders)
     np.testing.assert_allclose(np.mean(rankings.weights), 1.0, rtol=1e-5)
@@ -198,7 +200,7 @@ def test_all_rankings_weigh_what_the_model_says(world, num_ranked, temperature):
 
 
 def test_rankings_consist_of_distinct_responses_and_all_sets_are_equally_likely(key, world):
-    rankings = sample_rankings(key, world, num=NUM, num_ranked=3)
+    rankings = sample_rankings(key, world, num=NUM, num_ranked=3, temperature=1.0, flip_probability=0.0)
     assert isinstance(rankings.responses, tuple)
     assert len(rankings.responses) == 3
     ranked = np.sort(np.stack(rankings.responses), axis=0)
@@ -220,7 +222,7 @@ def test_without_noise_rankings_follow_the_rewards_and_flips_turn_them_around(ke
 
 def test_without_noise_equals_are_ranked_at_random(key, world):
     tied = world._replace(rewards=jnp.array([[1.0, 1.0, 1.0, 0.0], [2.0, 2.0, 3.0, 3.0]]))
-    rankings = sample_rankings(key, tied, num=NUM, num_ranked=4, temperature=0.0)
+    rankings = sample_rankings(key, tied, num=NUM, num_ranked=4, temperature=0.0, flip_probability=0.0)
     possible = np.zeros((2, 4, 4, 4, 4))
     for order in permutations(range(3)):
         possible[0, *order, 3] = 1
@@ -239,6 +241,20 @@ def samplers(world):
     }
 
 
+def test_sampling_works_under_vmap_with_traced_noise(key, world):
+    temperatures, flips, keys = jnp.array([0.0, 1.0, 2.0]), jnp.array([0.0, 0.5, 1.0]), jax.random.split(key, 3)
+    looped = [
+        sample_labels(key, world, num=NUM, temperature=temperature, flip_probability=flip)
+        for key, temperature, flip in zip(keys, temperatures.tolist(), flips.tolist(), strict=True)
+    ]
+    mapped = jax.jit(jax.vmap(lambda key, t, f: samplers(world)["labels"](key, temperature=t, flip_probability=f)))(
+        keys, temperatures, flips
+    )
+    chex.assert_trees_all_equal(mapped, jax.tree.map(lambda *rows: np.stack(rows), *looped))
+    assert not np.all(looped[0].prompts == looped[1].prompts)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["labels", "rankings"])
 def test_sampling_works_under_jit_and_vmap_with_traced_noise(key, world, name):
     sample = samplers(world)[name]
@@ -270,15 +286,17 @@ def test_exact_weights_are_functions_of_rewards_and_noise(world):
 
     temperatures = jnp.array([0.5, 1.0, 4.0])
     mapped = jax.jit(jax.vmap(weights, in_axes=(None, 0)))(world.rewards, temperatures)
-    looped = [weights(world.rewards, float(temperature)) for temperature in temperatures]
+    alone = jax.jit(weights)
+    looped = [alone(world.rewards, temperature) for temperature in temperatures.tolist()]
     chex.assert_trees_all_close(mapped, jax.tree.map(lambda *rows: jnp.stack(rows), *looped), rtol=1e-5)
     for spread in jax.tree.map(lambda rows: jnp.std(rows, axis=1), mapped):
         assert jnp.all(jnp.diff(spread) < 0)
 
 
 def test_same_key_same_bits_other_key_others(world):
-    for sample in samplers(world).values():
-        first, again, other = (sample(jax.random.key(seed)) for seed in (1, 1, 2))
+    noise = {"temperature": 1.0, "flip_probability": 0.0}
+    for sample in (partial(sample_labels, num=NUM), partial(sample_rankings, num=NUM, num_ranked=3)):
+        first, again, other = (sample(jax.random.key(seed), world, **noise) for seed in (1, 1, 2))
         chex.assert_trees_all_equal(first, again)
         assert not jnp.all(first.prompts == other.prompts)
 
@@ -362,7 +380,7 @@ def test_the_policy_that_responds_decides_what_is_labelled_and_ranked(key, world
     counts = np.bincount(labels.responses, minlength=4)
     assert counts[3] == 0
     assert stats.chisquare(counts[:3], 4000 * np.array([0.7, 0.2, 0.1])).pvalue > 1e-3
-    rankings = sample_rankings(key, world, num=4000, num_ranked=2, log_probs=proposal)
+    rankings = sample_rankings(key, world, num=4000, num_ranked=2, log_probs=proposal, temperature=1.0)
     pairs = np.sort(np.stack(rankings.responses), axis=0)
     odds = np.array([p * q * (1 / (1 - p) + 1 / (1 - q)) for p, q in ((0.7, 0.2), (0.7, 0.1), (0.2, 0.1))])
     met = [np.sum((pairs[0] == i) & (pairs[1] == j)) for i, j in ((0, 1), (0, 2), (1, 2))]
@@ -372,14 +390,14 @@ def test_the_policy_that_responds_decides_what_is_labelled_and_ranked(key, world
 
 
 def test_rankings_cannot_be_split_into_labels(key, world):
-    rankings = sample_rankings(key, world, num=3, num_ranked=3)
+    rankings = sample_rankings(key, world, num=NUM, num_ranked=3, temperature=1.0, flip_probability=0.0)
     with pytest.raises(ValueError, match="split_pairs takes comparisons of two, got rankings of 3"):
         toy.split_pairs(rankings)
 
 
 def test_what_is_not_known_is_not_judged(key):
     """Where tables are traced, a reward that is NaN and a response that is impossible yield the id -1."""
-    world = toy.make_world(key, num_prompts=2, num_responses=3)
+    world = toy.World(jnp.eye(2), jnp.asarray(REWARDS[:, :3]))
     table = jnp.log(jnp.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]))
 
     @jax.jit

@@ -14,8 +14,23 @@ from dpo_jax.types import Pair, Preferences
 NUM = 20_000
 
 
+# Compiled: noise is traced, so that one program serves all of it
+make_world, all_preferences = jax.jit(toy.make_world), jax.jit(toy.all_preferences)
+sample_demonstrations, sample_uniform_pairs, sample_policy_pairs, sample_preferences, sampled_reward = (
+    jax.jit(sample, static_argnames="num")
+    for sample in (
+        toy.sample_demonstrations,
+        toy.sample_uniform_pairs,
+        toy.sample_policy_pairs,
+        toy.sample_preferences,
+        toy.sampled_reward,
+    )
+)
+label_pairs = jax.jit(toy.label_pairs)
+
+
 def test_world_has_the_notebooks_distribution(key):
-    worlds = jax.vmap(toy.make_world)(jax.random.split(key, 400))
+    worlds = jax.jit(jax.vmap(toy.make_world))(jax.random.split(key, 400))
     assert worlds.embeddings.shape == (400, 5, 8)
     assert worlds.rewards.shape == (400, 5, 10)
     assert stats.kstest(np.ravel(worlds.embeddings), "norm").pvalue > 1e-3
@@ -33,7 +48,7 @@ def test_sizes_and_sharpness_are_arguments(key):
 
 
 def test_demonstrations_follow_the_rewards(key, world):
-    demos = toy.sample_demonstrations(key, world, num=NUM)
+    demos = sample_demonstrations(key, world, num=NUM)
     counts = np.zeros(world.rewards.shape)
     np.add.at(counts, (np.asarray(demos.prompts), np.asarray(demos.responses)), 1)
     expected = counts.sum(axis=1, keepdims=True) * np.float64(world.rewards)
@@ -45,7 +60,7 @@ def test_demonstrations_follow_a_table_if_there_is_one(key, world):
     """Whatever the rewards are, and whatever constant is added to a row of the table."""
     probs = np.random.default_rng(0).dirichlet(np.ones(10), 5)
     table = jnp.log(jnp.asarray(probs, jnp.float32)) - 2.0
-    demos = toy.sample_demonstrations(key, world._replace(rewards=-world.rewards), num=NUM, log_probs=table)
+    demos = sample_demonstrations(key, world._replace(rewards=-world.rewards), num=NUM, log_probs=table)
     counts = np.zeros(world.rewards.shape)
     np.add.at(counts, (np.asarray(demos.prompts), np.asarray(demos.responses)), 1)
     expected = counts.sum(axis=1, keepdims=True) * probs
@@ -56,10 +71,8 @@ def test_demonstrations_follow_a_table_if_there_is_one(key, world):
 
 
 def test_the_table_of_rewards_draws_the_demonstrations_of_the_rewards(key, world):
-    expected = toy.sample_demonstrations(key, world, num=50)
-    chex.assert_trees_all_equal(
-        toy.sample_demonstrations(key, world, num=50, log_probs=jnp.log(world.rewards)), expected
-    )
+    expected = sample_demonstrations(key, world, num=50)
+    chex.assert_trees_all_equal(sample_demonstrations(key, world, num=50, log_probs=jnp.log(world.rewards)), expected)
 
 
 def test_tables_that_demonstrate_are_checked(key, world):
@@ -76,7 +89,7 @@ def test_tables_that_demonstrate_are_checked(key, world):
 
 
 def test_uniform_pairs_are_uniform_and_distinct(key, world):
-    prompts, (first, second) = toy.sample_uniform_pairs(key, world, num=NUM)
+    prompts, (first, second) = sample_uniform_pairs(key, world, num=NUM)
     assert not jnp.any(first == second)
     counts = np.zeros((world.num_prompts, world.num_responses, world.num_responses))
     np.add.at(counts, (np.asarray(prompts), np.asarray(first), np.asarray(second)), 1)
@@ -86,7 +99,7 @@ def test_uniform_pairs_are_uniform_and_distinct(key, world):
 
 def test_policy_pairs_are_independent_samples_given_that_they_differ(key, world):
     policy = jnp.log(world.rewards)
-    _, pair = toy.sample_policy_pairs(key, policy[:1], num=NUM)
+    _, pair = sample_policy_pairs(key, policy[:1], num=NUM)
     probs = np.float64(world.rewards[0])
     expected = np.outer(probs, probs) * ~np.eye(len(probs), dtype=bool)
     counts = np.zeros_like(expected)
@@ -128,7 +141,7 @@ def test_equal_rewards_are_a_coin_toss_even_without_noise():
 def test_labels_have_the_stated_probability(key, world, temperature, flip):
     prompts = jnp.zeros(NUM, jnp.int32)
     pair = (jnp.full(NUM, 2), jnp.full(NUM, 5))
-    labelled = toy.label_pairs(key, world, prompts, pair, temperature=temperature, flip_probability=flip)
+    labelled = label_pairs(key, world, prompts, pair, temperature=temperature, flip_probability=flip)
     wins = int(jnp.sum(labelled.responses.chosen == 2))
     expected = float(
         toy.preference_probability(
@@ -157,7 +170,7 @@ def test_noise_is_traced_and_everything_fits_in_one_jit(key):
 
 
 def test_all_preferences_are_every_ordered_pair_with_its_probability(world):
-    everything = toy.all_preferences(world, temperature=0.5)
+    everything = all_preferences(world, temperature=0.5)
     chosen, rejected = everything.responses
     assert len(everything.prompts) == 5 * 10 * 9
     assert len({*zip(*(column.tolist() for column in (everything.prompts, chosen, rejected)), strict=True)}) == 450
@@ -168,16 +181,17 @@ def test_all_preferences_are_every_ordered_pair_with_its_probability(world):
 
 
 def test_sampled_reward_estimates_the_expected_reward(key, world):
-    policy = jax.nn.log_softmax(jax.random.normal(key, world.rewards.shape))
-    num = 20_000
-    exact = toy.expected_reward(policy, world.rewards)
-    spread = jnp.sqrt(toy.expected_reward(policy, world.rewards**2) - exact**2)
-    z = (toy.sampled_reward(key, world, policy, num=num) - exact) / (spread / num**0.5)
-    assert jnp.all(jnp.abs(z) < 4), z
+    rewards = np.float64(world.rewards)
+    probs = np.random.default_rng(0).dirichlet(np.ones(10), 5)
+    exact = (probs * rewards).sum(-1)
+    spread = np.sqrt((probs * rewards**2).sum(-1) - exact**2)
+    sampled = sampled_reward(key, world, jnp.asarray(np.log(probs), jnp.float32), num=NUM)
+    z = (sampled - exact) / (spread / NUM**0.5)
+    assert np.all(np.abs(z) < 4), z
 
 
 def test_same_key_same_bits(key, world):
-    chex.assert_trees_all_equal(*(toy.sample_preferences(key, world, num=50) for _ in range(2)))
+    chex.assert_trees_all_equal(*(sample_preferences(key, world, num=50) for _ in range(2)))
 
 
 def test_your_own_ids_are_checked(world):

@@ -101,6 +101,15 @@ def test_it_remembers_from_round_to_round_what_collecting_and_what_the_objective
     np.testing.assert_array_equal(history["total"], [5, 10 + 10 + 5.5, 42 + 6])
 
 
+def test_the_same_key_gives_the_same_whether_reported_or_not(key):
+    eager, _ = fit(key)
+    seen = []
+    reported, _ = fit(key, report=lambda epochs, metrics: seen.append(epochs), epochs_per_report=2)
+    np.testing.assert_allclose(eager["x"], reported["x"], rtol=1e-5)
+    assert seen == [2, 3]
+
+
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_whether_jitted_mapped_or_reported(key):
     eager, _ = fit(key)
     jitted, _ = jax.jit(fit)(key)

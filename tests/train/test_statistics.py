@@ -14,13 +14,14 @@ POLICY = toy.ToyLM(num_responses=10)
 def test_ktos_reference_point_is_that_of_responses_to_the_next_prompt(start, labels):
     world, log_prob, params, _, _ = start
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
-    table = toy.table_fn(POLICY, world.embeddings)
+    table = jax.jit(toy.table_fn(POLICY, world.embeddings))
     prompts, responses = np.asarray(labels.prompts), np.asarray(labels.responses)
     points = []
     for policy, reference in ((moved, params), (params, moved)):
-        ratios = np.float64(table(policy) - table(reference))
+        ratios = np.subtract(*(np.float64(table(params)) for params in (policy, reference)))
         mismatched = [ratios[prompts[i], responses[(i + 1) % 40]] for i in range(40)]
-        points.append(train.batch_reference_point(log_prob, reference)(policy, labels, labels.reference_logps))
+        point = jax.jit(train.batch_reference_point(log_prob, reference))
+        points.append(point(policy, labels, labels.reference_logps))
         np.testing.assert_allclose(points[-1], max(0, np.mean(mismatched)), rtol=1e-4, atol=1e-6)
     assert max(points) > 0
 
@@ -29,16 +30,17 @@ def test_ktos_reference_point_counts_pairs_by_the_weights_of_both_rows(start, la
     _, log_prob, params, _, _ = start
     moved, weights = jax.tree.map(lambda leaf: leaf * 1.5, params), np.arange(40.0, dtype=np.float32) % 3
     mismatched, weighted = jnp.roll(labels.responses, -1), labels._replace(weights=jnp.asarray(weights))
-    scores = (np.float64(log_prob(policy, labels.prompts, mismatched)) for policy in (moved, params))
+    score = jax.jit(log_prob)
+    scores = (np.float64(score(policy, labels.prompts, mismatched)) for policy in (moved, params))
     expected = np.average(np.subtract(*scores), weights=weights * np.roll(weights, -1))
     forth, back = (
-        train.batch_reference_point(log_prob, reference)(policy, weighted, labels.reference_logps)
+        jax.jit(train.batch_reference_point(log_prob, reference))(policy, weighted, labels.reference_logps)
         for policy, reference in ((moved, params), (params, moved))
     )
     np.testing.assert_allclose(forth - back, expected, rtol=1e-4)
 
 
-def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
+def test_the_shift_is_the_mean_of_all_rewards_so_far(start):
     """With a learning rate of nothing, after two epochs: every response counted twice, good and bad equally."""
     _, log_prob, params, _, preferences = start
     moved = jax.tree.map(lambda leaf: leaf * 1.5, params)
@@ -55,6 +57,13 @@ def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
     np.testing.assert_allclose(value, (rewards[0].mean() + rewards[1].mean()) / 2, rtol=1e-4)
     objective = train.preference_objective(log_prob, losses.bco_pair_loss, beta=0.5, shift=shift)
     assert isinstance(objective, StatefulObjective)
+
+
+@pytest.mark.slow
+def test_a_running_shift_trains(start, key):
+    _, log_prob, params, _, preferences = start
+    shift = train.running_shift(beta=0.5)
+    objective = train.preference_objective(log_prob, losses.bco_pair_loss, beta=0.5, shift=shift)
     params, history = train.fit(
         key, params, preferences, objective=objective, optimizer=optax.adam(1e-2), num_epochs=3, batch_size=32
     )
@@ -63,8 +72,8 @@ def test_the_shift_is_the_mean_of_all_rewards_so_far(start, key):
 
 def test_the_shift_of_labels_counts_good_and_bad_equally(start, labels):
     _, log_prob, params, _, _ = start
-    logps = log_prob(params, labels.prompts, labels.responses)
-    value, _ = train.running_shift(beta=2.0).update(losses.Shift(), params, labels, logps)
+    logps = jax.jit(log_prob)(params, labels.prompts, labels.responses)
+    value, _ = jax.jit(train.running_shift(beta=2.0).update)(losses.Shift(), params, labels, logps)
     rewards, good = 2 * np.float64(logps - labels.reference_logps), np.asarray(labels.desirable)
     np.testing.assert_allclose(value, (rewards[good].mean() + rewards[~good].mean()) / 2, rtol=1e-4)
 
@@ -79,13 +88,22 @@ def test_beta_dpo_draws_another_filter_for_every_batch(start, key):
     assert first != second
     keys = [jax.random.key_data(m["moments"].key) for m in (objective.memory, memory)]
     assert not np.array_equal(*keys)
+
+
+@pytest.mark.slow
+def test_beta_dpo_trains(start, key):
+    _, log_prob, params, _, preferences = start
+    moments = train.running_margin_moments(key)
+    objective = train.preference_objective(log_prob, losses.beta_dpo_loss, beta=0.5, alpha=0.5, moments=moments)
     _, history = train.fit(
         key, params, preferences, objective=objective, optimizer=optax.adam(1e-2), num_epochs=2, batch_size=32
     )
     chex.assert_tree_all_finite(history)
 
 
-@pytest.mark.parametrize(("mix", "steps_per_move"), [(1.0, 2), (0.3, 1)])
+@pytest.mark.parametrize(
+    ("mix", "steps_per_move"), [(0.3, 2), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((1.0, 2), (0.3, 1)))]
+)
 def test_the_reference_follows_the_policy(start, mix, steps_per_move):
     """Against a loop in which everything is done by hand."""
     _, log_prob, params, _, preferences = start
@@ -133,8 +151,9 @@ def test_a_reference_that_cannot_move_is_refused(start, changes, message):
 def test_a_shift_of_weighted_labels_is_weighted(start, labels):
     _, log_prob, params, _, _ = start
     weights = jnp.linspace(0.1, 2.0, 40)
-    logps = log_prob(params, labels.prompts, labels.responses)
-    value, _ = train.running_shift(beta=2.0).update(losses.Shift(), params, labels._replace(weights=weights), logps)
+    logps = jax.jit(log_prob)(params, labels.prompts, labels.responses)
+    weighted = labels._replace(weights=weights)
+    value, _ = jax.jit(train.running_shift(beta=2.0).update)(losses.Shift(), params, weighted, logps)
     rewards, good = 2 * np.float64(logps - labels.reference_logps), np.asarray(labels.desirable)
     means = (np.average(rewards[side], weights=weights[side]) for side in (good, ~good))
     np.testing.assert_allclose(value, sum(means) / 2, rtol=1e-4)

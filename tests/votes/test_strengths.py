@@ -25,7 +25,13 @@ def of_case(case):
     )
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=[case["name"] for case in GOLDEN])
+FAST = ("plain", "weak prior", "weights", "shown first", "davidson")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c["name"] in FAST else pytest.mark.slow, id=c["name"]) for c in GOLDEN],
+)
 def test_strengths_and_covariance_are_those_of_statsmodels(case, double):
     ballots, options = of_case(case), {"prior": float(case["prior"]), "model": MODELS[case["model"]]}
     fitted = votes.fit(ballots, 5, **options)
@@ -42,7 +48,7 @@ def test_strengths_are_those_of_choix(double):
     np.testing.assert_allclose(votes.fit(of_case(case), 5, prior=0.0).strengths, case["choix"], atol=1e-7)
 
 
-@pytest.mark.parametrize("model", MODELS.values())
+@pytest.mark.parametrize("model", [votes.half_wins, pytest.param(votes.davidson, marks=pytest.mark.slow)])
 def test_the_maximum_is_that_of_another_optimizer(model, draw, double):
     """SciPy's BFGS on the likelihood, written again from the definitions."""
     ballots = draw(1, np.linspace(-2, 2, 6), 80, ties=0.2)
@@ -65,6 +71,7 @@ def test_the_maximum_is_that_of_another_optimizer(model, draw, double):
     np.testing.assert_allclose(found.ties, expected[6], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dpo_on_a_table_at_beta_one_is_bradley_terry(draw):
     """Training by any optimizer until it has converged gives the strengths, up to a constant."""
     ballots = draw(3, np.array([1.0, 0.3, -0.2, -1.1]), 400)
@@ -81,6 +88,13 @@ def test_dpo_on_a_table_at_beta_one_is_bradley_terry(draw):
     np.testing.assert_allclose(logits - logits.mean(), votes.fit(ballots, 4, prior=0.0).strengths, atol=2e-3)
 
 
+def test_fits_stop_when_they_are_told_to_and_before(draw):
+    ballots = draw(4, np.linspace(-1, 1, 8), 300)
+    assert 2 < int(votes.fit(ballots, 8).steps) < 10
+    assert int(votes.fit(ballots, 8, max_steps=2).steps) == 2
+
+
+@pytest.mark.slow
 def test_fits_do_not_depend_on_where_they_start_or_stop(draw):
     ballots = draw(4, np.linspace(-1, 1, 8), 300)
     once = votes.fit(ballots, 8)
@@ -94,32 +108,30 @@ def test_fits_do_not_depend_on_where_they_start_or_stop(draw):
 @pytest.mark.parametrize(("wins", "prior"), [(105, 1.0), (3, 1.0), (3, 0.1), (10_000, 1.0)])
 def test_of_two_responses_the_probability_is_known(wins, prior, double):
     """Strengths are s and -s, so that the slope is wins (1 - sigmoid(2 s)) - prior (sigmoid(s) - 1/2), which is 0."""
-    ballots = votes.Votes(Pair(np.zeros(wins, int), np.ones(wins, int)))
+    ballots = votes.Votes(Pair(np.zeros(3, int), np.ones(3, int)), weights=np.full(3, wins / 3))
     found = float(votes.fit(ballots, 2, prior=prior).strengths[0])
     expected = optimize.brentq(lambda s: wins * special.expit(-2 * s) - prior * (special.expit(s) - 0.5), 0, 50)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_works_under_vmap_and_takes_traced_priors(draw):
     several = [draw(seed, np.linspace(-1, 1, 5), 60) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
     priors = jnp.array([0.5, 1.0, 2.0])
     found = jax.jit(jax.vmap(lambda ballots, prior: votes.fit(ballots, 5, prior=prior).strengths))(stacked, priors)
-    for row, ballots, prior in zip(found, several, priors, strict=True):
-        np.testing.assert_allclose(row, votes.fit(ballots, 5, prior=float(prior)).strengths, atol=1e-4)
+    for row, ballots, prior in zip(found, several, priors.tolist(), strict=True):
+        np.testing.assert_allclose(row, votes.fit(ballots, 5, prior=prior).strengths, atol=1e-4)
 
 
 def test_groups_have_averages_of_their_own(draw):
     ballots = draw(5, np.array([1.0, 0.0, -1.0]), 90)
     two = Pair(*(np.concatenate([side, side + 3]) for side in ballots.responses))
     groups = np.repeat([0, 1], 3)
-    fitted = votes.fit(votes.Votes(two), 6, groups=groups)
-    once = votes.fit(ballots, 3).strengths
-    np.testing.assert_allclose(fitted.strengths, np.tile(once, 2), atol=1e-4)
-    covariance = votes.covariance(votes.Votes(two), 6, fitted, groups=groups)
-    np.testing.assert_allclose(
-        covariance[:3, :3], votes.covariance(ballots, 3, votes.fit(ballots, 3))[:3, :3], atol=1e-4
-    )
+    fitted, once = votes.fit(votes.Votes(two), 6, groups=groups), votes.fit(ballots, 3)
+    np.testing.assert_allclose(fitted.strengths, np.tile(once.strengths, 2), atol=1e-4)
+    covariance = np.asarray(votes.covariance(votes.Votes(two), 6, fitted, groups=groups))
+    np.testing.assert_allclose(covariance[:3, :3], votes.covariance(ballots, 3, once)[:3, :3], atol=1e-4)
     np.testing.assert_allclose(covariance[:3, 3:6], 0, atol=1e-5)
 
 
@@ -133,19 +145,26 @@ def test_long_chains_converge(double):
     np.testing.assert_allclose(-np.diff(found.strengths), np.log(2), rtol=1e-5)
 
 
-def test_sums_of_votes_fit_as_the_votes_do(draw):
+def test_votes_are_summed_up(draw):
     ballots = draw(6, np.linspace(-1, 1, 4), 500, ties=0.2)
     ballots = ballots._replace(first=np.random.default_rng(0).choice([-1, 0, 1], 500))
     distinct, rows = votes.tally(ballots)
     assert len(distinct.ties) < 100
+    np.testing.assert_array_equal(distinct.weights, np.bincount(rows))
     for column in ("ties", "first"):
         both = getattr(distinct, column)[rows], getattr(ballots, column)
         turned = np.where(distinct.responses.chosen[rows] == ballots.responses.chosen, 1, -1)
         np.testing.assert_array_equal(both[0] * (turned if column == "first" else 1), both[1])
-    for model in MODELS.values():
-        fits = [votes.fit(each, 4, model=model) for each in (ballots, distinct)]
-        for one, other in zip(fits[0][:3], fits[1][:3], strict=True):
-            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fits_to_sums_of_votes_are_those_to_votes(draw):
+    ballots = draw(6, np.linspace(-1, 1, 4), 500, ties=0.2)
+    ballots = ballots._replace(first=np.random.default_rng(0).choice([-1, 0, 1], 500))
+    distinct, _ = votes.tally(ballots)
+    fits = [votes.fit(each, 4, model=votes.davidson) for each in (ballots, distinct)]
+    for one, other in zip(fits[0][:3], fits[1][:3], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_ties_of_equals_have_davidsons_share():
@@ -175,6 +194,7 @@ def test_bad_votes_are_refused(changes, options, message):
         votes.fit(ballots, 3, **options)
 
 
+@pytest.mark.slow
 def test_many_stacked_fits_with_random_priors_end():
     """A condition that is evaluated twice, and rounded in two ways, would never end some of them."""
     ballots = votes.Votes(Pair(np.zeros(90, int), np.ones(90, int)))

@@ -10,6 +10,7 @@ from dpo_jax.types import Pair
 FOUR = np.array([0.9, 0.2, -0.3, -0.8])
 
 
+@pytest.mark.slow
 def test_bootstrap_and_curvature_agree_where_votes_are_many(draw):
     ballots = draw(0, FOUR, 4_000)
     refits = votes.bootstrap(jax.random.key(0), ballots, 4, num_fits=1_000)
@@ -25,6 +26,7 @@ def test_bootstrap_and_curvature_agree_where_votes_are_many(draw):
         np.testing.assert_allclose((low + high) / 2, fitted.strengths, atol=0.02)
 
 
+@pytest.mark.slow
 def test_against_a_fixed_opponent_refits_are_draws_from_the_exact_posterior(double):
     """A response with 7 wins and 2 losses against one that 10^6 virtual votes hold at average."""
     ballots = votes.Votes(Pair(np.array([0] * 7 + [1] * 2), np.array([1] * 7 + [0] * 2)))
@@ -55,6 +57,7 @@ def test_weights_of_a_bootstrap_have_the_stated_means_and_are_shared_by_clusters
     np.testing.assert_array_equal(virtual.chosen, 0)
 
 
+@pytest.mark.slow
 def test_votes_in_clusters_are_worth_less(draw):
     """Every vote is repeated four times by the same judge: intervals are as wide as without the repetitions."""
     ballots = draw(3, FOUR, 500)
@@ -69,25 +72,51 @@ def test_votes_in_clusters_are_worth_less(draw):
 
 
 def test_weighted_votes_count_by_their_weights(draw):
+    """Twice, and not at all: one program for both ways to say so."""
     ballots = draw(5, FOUR, 200)
     doubled = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), ballots)
-    weighted = ballots._replace(weights=np.full(200, 2.0, np.float32))
+    repeated = doubled._replace(weights=np.ones(400, np.float32))
+    weighted = doubled._replace(weights=np.repeat(np.float32([2.0, 0.0]), 200))
     for model in (votes.half_wins, votes.davidson):
-        one, other = (votes.fit(data, 4, model=model).strengths for data in (doubled, weighted))
-        np.testing.assert_allclose(one, other, atol=1e-4)
-    np.testing.assert_allclose(
-        *(votes.covariance(data, 4, votes.fit(data, 4)) for data in (doubled, weighted)), rtol=1e-3, atol=1e-6
-    )
+        one, other = (votes.fit(data, 4, model=model) for data in (repeated, weighted))
+        np.testing.assert_allclose(one.strengths, other.strengths, atol=1e-4)
+        if model is votes.half_wins:
+            unweighted = votes.fit(doubled, 4)
+            np.testing.assert_allclose(unweighted.strengths, one.strengths, atol=1e-4)
+            covariances = (votes.covariance(data, 4, one) for data in (repeated, weighted))
+            np.testing.assert_allclose(*covariances, rtol=1e-3, atol=1e-6)
 
 
 def test_redrawn_votes_keep_their_weights():
-    """100 votes for a weigh 3 each, 100 for b weigh 1: the odds are 3, and not 1."""
-    ids = np.repeat([0, 1], 100)
+    """100 votes for a weigh 3 each, 100 for b weigh 1: the odds are 3, and not 1.
+
+    Each side's weights vary as the sum of 100 exponential numbers does, by a tenth: the log-odds by 0.14.
+    """
+    ids, done = np.repeat([0, 1], 100), []
     ballots = votes.Votes(Pair(ids, 1 - ids), weights=np.repeat([3.0, 1.0], 100))
-    refits = votes.bootstrap(jax.random.key(0), ballots, 2, num_fits=50)
-    assert np.mean(refits.strengths[:, 0] - refits.strengths[:, 1]) == pytest.approx(np.log(3), abs=0.1)
+    refits = votes.bootstrap(jax.random.key(0), ballots, 2, num_fits=400, report=done.append)
+    differences = refits.strengths[:, 0] - refits.strengths[:, 1]
+    assert refits.strengths.shape == (400, 2)
+    assert np.mean(differences) == pytest.approx(np.log(3), abs=0.03)
+    assert np.std(differences) == pytest.approx(np.sqrt(2 / 100), rel=0.12)
+    assert done == [400]
 
 
+def test_draws_around_the_maximum_have_its_covariance_and_intervals_hold_95_percent():
+    root = np.array([[0.3, 0.0, 0.0, 0.0], [-0.2, 0.1, 0.0, 0.0], [0.1, 0.0, 0.2, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    fitted = votes.Fit(np.array([0.5, -0.5]), *np.array([0.0, 0.2, -1.0, 0.0, 0.0]))
+    fitted, covariance = jax.tree.map(jnp.float32, (fitted, root @ root.T))
+    draws = jax.device_get(votes.approximate(jax.random.key(1), fitted, covariance, num_draws=20_000))
+    found = np.column_stack([draws.strengths, draws.first, draws.ties])
+    np.testing.assert_allclose(found.mean(axis=0), [0.5, -0.5, 0.2, -1.0], atol=0.01)
+    np.testing.assert_allclose(np.cov(found.T), covariance, atol=0.003)
+    low, high = votes.intervals(draws)
+    deviations = np.sqrt(np.diag(covariance))[:2]
+    np.testing.assert_allclose((low + high) / 2, fitted.strengths, atol=0.01)
+    np.testing.assert_allclose((high - low) / 2, 1.96 * deviations, rtol=0.03)
+
+
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_fits_and_reports_are_made(draw):
     ballots, done = draw(6, FOUR, 50), []
     one = votes.bootstrap(jax.random.key(0), ballots, 4, num_fits=7, report=done.append)

@@ -51,7 +51,7 @@ def steps(method, feedback, data, candidate):
     return state.params, metrics
 
 
-@pytest.mark.parametrize("name", slow_but(BY_NAME, "dpo", "simpo", "beta-dpo", "kto on labels", "plackett-luce of 4"))
+@pytest.mark.parametrize("name", slow_but(BY_NAME, "dpo", "kto on labels"))
 def test_each_method_trains_under_vmap_over_its_hyperparameters(name, feedback, data):
     method = BY_NAME[name]
     run = functools.partial(steps, method, feedback, data[method.data])

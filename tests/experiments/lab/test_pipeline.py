@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpo_jax import losses, train
 from experiments.lab.pipeline import TUTORIAL
@@ -21,6 +22,7 @@ def test_runs_have_the_notebooks_length():
     assert (TUTORIAL.steps_per_epoch, TUTORIAL.num_steps) == (29, 1450)
 
 
+@pytest.mark.slow
 def test_more_data_take_as_many_steps_in_larger_batches():
     start = jax.jit(PIPELINE.start)(jax.random.key(0))
     log_prob = PIPELINE.log_prob(start.world)
@@ -36,7 +38,7 @@ def test_more_data_take_as_many_steps_in_larger_batches():
 
 def test_dpo_is_evaluated_exactly_after_each_epoch():
     start = jax.jit(PIPELINE.start)(jax.random.key(0))
-    pairs = PIPELINE.comparisons(jax.random.key(1), start)
+    pairs = jax.jit(PIPELINE.comparisons)(jax.random.key(1), start)
     params, history = jax.jit(lambda beta: PIPELINE.dpo(jax.random.key(2), start, pairs, beta))(0.1)
     probs = np.exp(np.float64(PIPELINE.table(start.world)(params)))
     exact = (probs * np.float64(start.world.rewards)).sum(-1).mean()

@@ -55,6 +55,7 @@ def my_loss(policy, reference, *, beta, sharpness):
     return losses.dpo_loss(policy, reference, beta=beta * sharpness)
 
 
+@pytest.mark.slow
 def test_a_loss_of_your_own_is_swept_in_one_call():
     results = sweep.grid(
         run_of(my_loss, PIPELINE),
@@ -79,6 +80,7 @@ def test_settings_and_hyperparameters_of_the_same_name_are_refused():
         run_of(mine, PIPELINE)
 
 
+@pytest.mark.slow
 def test_the_temperature_of_a_loss_is_not_that_of_people(start):
     run = jax.jit(lambda temperature: run_of(losses.discopop_loss, PIPELINE)(start, beta=0.1, temperature=temperature))
     sharp, flat = run(0.05), run(5.0)

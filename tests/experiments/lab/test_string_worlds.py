@@ -65,9 +65,24 @@ OBJECTIVES = {
 
 
 @pytest.fixture(scope="module")
-def run(start, moved):
-    """Losses and gradients of all these, as one program of 24 comparisons."""
-    objectives = {name: BY_NAME[method].objective(setup_of(start), h) for name, (method, h) in OBJECTIVES.items()}
+def objectives(start):
+    return {name: BY_NAME[method].objective(setup_of(start), h) for name, (method, h) in OBJECTIVES.items()}
+
+
+@pytest.fixture(scope="module")
+def run(objectives, moved):
+    """All of these losses, as one program of 24 comparisons."""
+
+    @jax.jit
+    def all_at_once(params, data):
+        return {name: objective(params, data)[0] for name, objective in objectives.items()}
+
+    return lambda data: all_at_once(moved, data)
+
+
+@pytest.fixture(scope="module")
+def run_backwards(objectives, moved):
+    """Their gradients, too, which takes long to compile."""
 
     @jax.jit
     def all_at_once(params, data):
@@ -77,12 +92,21 @@ def run(start, moved):
 
 
 @pytest.fixture(scope="module")
-def found(run, pairs):
-    return run(jax.tree.map(lambda leaf: leaf[:24], pairs))
+def data(pairs):
+    return jax.tree.map(lambda leaf: leaf[:24], pairs)
+
+
+@pytest.fixture(scope="module")
+def found(run, data):
+    return run(data)
 
 
 def assert_same(found, name, other):
     chex.assert_trees_all_close(found[name], found[other], rtol=1e-4, atol=1e-6)
+
+
+NEUTRAL = pytest.mark.parametrize("name", ["r-dpo, neutral", "ld-dpo, neutral"])
+EQUALLY_LONG = ("sampo", "ld-dpo", "r-dpo", "ln-dpo, four betas")
 
 
 def test_methods_have_names_of_their_own_and_all_take_part():
@@ -92,8 +116,13 @@ def test_methods_have_names_of_their_own_and_all_take_part():
     assert not any("," in name for name in names)
 
 
-def test_methods_that_know_lengths_have_finite_gradients(found):
+def test_all_methods_that_know_lengths_are_compared():
     assert {method for method, _ in OBJECTIVES.values()} >= {*FAST}
+
+
+@pytest.mark.slow
+def test_methods_that_know_lengths_have_finite_gradients(run_backwards, data):
+    found = run_backwards(data)
     chex.assert_tree_all_finite(found)
     for name, (_, gradient) in found.items():
         assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(gradient)) > 1e-6, name
@@ -110,19 +139,36 @@ def test_all_other_methods_have_finite_gradients(name, start, moved):
     chex.assert_tree_all_finite(jax.jit(jax.value_and_grad(lambda p: objective(p, data)[0]))(params))
 
 
-@pytest.mark.parametrize("name", ["r-dpo, neutral", "ld-dpo, neutral"])
+@NEUTRAL
 def test_with_neutral_hyperparameters_they_are_dpo(found, name):
     assert_same(found, name, "dpo")
 
 
-def test_where_the_two_are_equally_long_they_are_dpo(start, run):
-    """SamPO and LD-DPO keep all tokens, and length-normalised DPO divides beta by their number."""
+@pytest.mark.slow
+@NEUTRAL
+def test_with_neutral_hyperparameters_their_gradients_are_those_of_dpo(run_backwards, data, name):
+    assert_same(run_backwards(data), name, "dpo")
+
+
+def equally_long(start):
     equal = np.flatnonzero(STRINGS.num_tokens == 4)
     rng = np.random.default_rng(1)
     prompts, *sides = (jnp.asarray(ids, jnp.int32) for ids in (rng.integers(2, size=24), *rng.choice(equal, (2, 24))))
-    data = train.with_reference(PIPELINE.log_prob(start.world), start.params, Preferences(prompts, Pair(*sides)))
-    found = run(data)
-    for name in ("sampo", "ld-dpo", "r-dpo", "ln-dpo, four betas"):
+    log_prob = PIPELINE.log_prob(start.world)
+    return jax.jit(lambda data: train.with_reference(log_prob, start.params, data))(Preferences(prompts, Pair(*sides)))
+
+
+def test_where_the_two_are_equally_long_they_are_dpo(start, run):
+    """SamPO and LD-DPO keep all tokens, and length-normalised DPO divides beta by their number."""
+    found = run(equally_long(start))
+    for name in EQUALLY_LONG:
+        assert_same(found, name, "dpo")
+
+
+@pytest.mark.slow
+def test_where_the_two_are_equally_long_their_gradients_are_those_of_dpo(start, run_backwards):
+    found = run_backwards(equally_long(start))
+    for name in EQUALLY_LONG:
         assert_same(found, name, "dpo")
 
 
@@ -138,8 +184,7 @@ def tokens_by_hand(log_probs, prompts, responses):
     ]
 
 
-def test_each_loss_sees_the_tokens_that_its_paper_says(start, moved, pairs, found):
-    data = jax.tree.map(lambda leaf: leaf[:24], pairs)
+def test_each_loss_sees_the_tokens_that_its_paper_says(start, moved, data, found):
     own, other = (
         [tokens_by_hand(table, data.prompts, side) for side in data.responses]
         for table in (PIPELINE.table(start.world)(moved), start.log_probs)
@@ -177,7 +222,7 @@ def test_each_loss_sees_the_tokens_that_its_paper_says(start, moved, pairs, foun
         "orpo on sums": -sums[0].mean() + 0.7 * nls(odds(sums[0]) - odds(sums[1])),
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name][0], value, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=name)
 
 
 def test_sampo_draws_other_tokens_in_each_step_and_its_mean_is_that_of_means(start, moved, pairs):
