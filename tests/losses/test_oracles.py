@@ -30,6 +30,15 @@ def test_losses_and_gradients_are_those_of(oracle, loss):
                     assert deviation(ours, theirs) < 1e-10, entry
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("oracle", "loss"), GROUPS)
+def test_in_single_precision_they_are_nearly_those_of(oracle, loss):
+    for entry in COMPARED:
+        if (entry["oracle"], entry["loss"], entry["dtype"]) == (oracle, loss, "float64"):
+            for ours, theirs in compare(entry, jnp.float32):
+                assert deviation(ours, theirs) < 1e-5, entry
+
+
 def test_the_oracles_were_asked_enough():
     """So that an empty file cannot pass: each dialect has its losses, and few numbers are missing."""
     num = Counter(entry["oracle"] for entry in COMPARED)

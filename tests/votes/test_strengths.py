@@ -162,9 +162,10 @@ def test_fits_to_sums_of_votes_are_those_to_votes(draw):
     ballots = draw(6, np.linspace(-1, 1, 4), 500, ties=0.2)
     ballots = ballots._replace(first=np.random.default_rng(0).choice([-1, 0, 1], 500))
     distinct, _ = votes.tally(ballots)
-    fits = [votes.fit(each, 4, model=votes.davidson) for each in (ballots, distinct)]
-    for one, other in zip(fits[0][:3], fits[1][:3], strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4)
+    for model in MODELS.values():
+        fits = [votes.fit(each, 4, model=model) for each in (ballots, distinct)]
+        for one, other in zip(fits[0][:3], fits[1][:3], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-4)
 
 
 def test_ties_of_equals_have_davidsons_share():
