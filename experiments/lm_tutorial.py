@@ -36,9 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dpo_jax import lm, losses, strings, toy, train
+from dpo_jax import figures, lm, losses, strings, toy, train
 from dpo_jax.types import Demonstrations, Pair, Params, Preferences
 from experiments.lab import commands, console, devices, files
+from experiments.lab.language import within_prompts
 from experiments.lab.string_worlds import demonstrator
 
 
@@ -185,14 +186,8 @@ ratios = jnp.sum(written.logps, axis=1) - jax.jit(lm.log_prob_fn(model.decoder))
 rewards = world.rewards[jnp.repeat(jnp.arange(4), GROUP), every.ids(written.tokens)]
 console.say(f"It writes {', '.join(every.text(every.ids(written.tokens[:8])))}, ...")
 
-
-def estimated(values: jax.Array) -> dict[str, float]:
-    """The mean over samples, and its standard error; each prompt counts equally."""
-    groups = np.asarray(values, np.float64).reshape(-1, GROUP)
-    return {"mean": groups.mean(), "stderr": float(np.sqrt((groups.var(axis=1, ddof=1) / GROUP).mean() / len(groups)))}
-
-
-sampled = {"reward": estimated(rewards), "kl": estimated(ratios)}
+of_prompts = {"reward": rewards.reshape(-1, GROUP), "kl": ratios.reshape(-1, GROUP)}
+sampled = {name: within_prompts(np.asarray(values)) for name, values in of_prompts.items()}
 exact = {"reward": results["tuned"]["expected_reward"], "kl": results["tuned"]["kl_to_reference"]}
 console.print_table(
     f"From {written.tokens.shape[0]:,} samples",
@@ -242,7 +237,22 @@ console.print_table(
     ],
 )
 
+edge = [measured(toy.optimal_policy(log_probs, world.rewards, beta=beta)) for beta in np.geomspace(0.2, 50, 40)]
+figure = figures.language_frontier(
+    sorted((found["kl_to_reference"], found["expected_reward"]) for found in edge),
+    {
+        "reference": [(0.0, results["reference"]["expected_reward"])],
+        f"DPO, all parameters, β = {BETA}": [(exact["kl"], exact["reward"])],
+        "DPO, adapters": [(found["kl_to_reference"], found["expected_reward"]) for found in frontier],
+    },
+    sampled=(sampled["kl"], sampled["reward"]),
+)
+files.save_figure(figure, out / "frontier.png")
+
 # %% [markdown]
+# No policy lies above the black curve. The cross of the estimates covers the exact point. Adapters with a large beta
+# stay close to the reference; with a small one they go far, and fall behind, since comparisons are few.
+#
 # ## 6. A folder
 #
 # `lm.save` writes the folder that Transformers and `lm.load` read; an adapter is merged into the model first, or saved

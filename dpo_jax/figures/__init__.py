@@ -3,7 +3,9 @@
 from dpo_jax.figures.benchmark_figures import cost_per_step as cost_per_step
 from dpo_jax.figures.benchmark_figures import roofline as roofline
 from dpo_jax.figures.length_figures import lengths as lengths
+from dpo_jax.figures.lm_figures import estimated_frontier as estimated_frontier
 from dpo_jax.figures.lm_figures import language_betas as language_betas
+from dpo_jax.figures.lm_figures import language_frontier as language_frontier
 from dpo_jax.figures.lm_figures import tuning as tuning
 from dpo_jax.figures.loss_figures import LossFamily as LossFamily
 from dpo_jax.figures.loss_figures import loss_family as loss_family

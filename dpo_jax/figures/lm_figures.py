@@ -76,3 +76,59 @@ def language_betas(entries: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(alpha=0.3)
     all_axes[0].legend(loc="best", fontsize=8)
     return as_written(figure)
+
+
+def language_frontier(
+    frontier: Sequence[tuple[float, float]],
+    policies: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    sampled: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
+) -> Figure:
+    """Reward against KL: the exact frontier, policies below it, and one of them as samples estimate it.
+
+    Args:
+      frontier: KL (nats) and reward of the best policies, in the order of KL.
+      policies: by name, KL and reward of policies; several of one name are joined.
+      sampled: estimates of KL and reward, each with its `mean` and `stderr`.
+    """
+    figure, (axes,) = panels(6.0, 4.2, columns=1)
+    axes.plot(*zip(*frontier, strict=True), color="black", label="exact frontier")
+    for colour, marker, (name, points) in zip(PALETTE, "so^Dv<", policies.items(), strict=False):
+        style = "-" if len(points) > 1 else ""
+        axes.plot(*zip(*points, strict=True), style, marker=marker, color=colour, label=named(name))
+    if sampled is not None:
+        kl, reward = sampled
+        errors, label = (2 * reward["stderr"], 2 * kl["stderr"]), "from samples, ± 2 standard errors"
+        axes.errorbar(kl["mean"], reward["mean"], *errors, fmt="none", capsize=3, color=GREY, label=label)
+    axes.set(xlabel="KL to the reference (nats)", ylabel="Expected reward")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    return as_written(figure)
+
+
+def estimated_frontier(
+    points: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, float]]]],
+    labels: Mapping[str, Sequence[str]],
+    *,
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """Rewards against KL, both estimated: points of a name are joined, and have bars of two standard errors.
+
+    Args:
+      points: by name, KL and reward of policies, each with its `mean` and `stderr`.
+      labels: by name, a label for each point, if they have any.
+      xlabel, ylabel: what the axes show.
+    """
+    figure, (axes,) = panels(6.4, 4.4, columns=1)
+    for colour, marker, (name, own) in zip(PALETTE, "o^sD", points.items(), strict=False):
+        x, y = ([point[i]["mean"] for point in own] for i in range(2))
+        up, aside = ([2 * point[i]["stderr"] for point in own] for i in (1, 0))
+        line = "-" if len(own) > 1 else "none"
+        axes.errorbar(x, y, up, aside, marker=marker, linestyle=line, color=colour, capsize=2, label=named(name))
+        for place, label in zip(zip(x, y, strict=True), labels.get(name, []), strict=False):
+            axes.annotate(label, place, xytext=(5, -11), textcoords="offset points", fontsize=8, color=colour)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    return as_written(figure)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from dpo_jax import lm
 from dpo_jax.types import LogProbFn, Objective, Preferences
@@ -56,3 +56,10 @@ def judged(make: Any, data: Preferences, logps: Any) -> dict[str, dict[str, floa
     sides = zip(("chosen", "rejected"), data.responses, strict=True)
     lengths = {f"{name}_tokens": np.sum(tokens >= 0, axis=1) for name, tokens in sides}
     return {name: lm.mean_and_stderr(values) for name, values in {**rows, **lengths}.items()}
+
+
+def within_prompts(values: Float[np.ndarray, "prompts samples"]) -> dict[str, float]:
+    """The mean over samples for given prompts, which count equally, and its standard error."""
+    values = np.asarray(values, np.float64)
+    error = np.sqrt(values.var(axis=1, ddof=1).mean() / values.size)
+    return {"mean": float(values.mean()), "stderr": float(error)}

@@ -1,0 +1,98 @@
+"""The commands that tune language models, on a model of a few thousand parameters."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_jax import lm
+from experiments import lm_beta_ablation, tune_lm
+
+MODEL = Path(__file__).parent.parent / "golden" / "language_models" / "chat_model"
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twenty-four pairs, the chosen ones about Paris."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rows = [
+        {"prompt": [{"role": "user", "content": f"Question {i}?"}], "chosen": f"Paris {i}.", "rejected": f"no {i}"}
+        for i in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tune(pairs, out, **options):
+    usual = {
+        "num_epochs": 2,
+        "batch_size": 5,
+        "learning_rate": 1e-2,
+        "held_out": 0.2,
+        "num_samples": 2,
+        "max_tokens": 4,
+    }
+    tune_lm.main(tune_lm.Options(MODEL, pairs, out=out, **{**usual, **options}))
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"loss": "simpo", "beta": 2.0}], ids=str)
+def test_a_folder_and_a_file_become_a_folder(pairs, tmp_path, capsys, options):
+    summary = tune(pairs, tmp_path / "out", **options)
+    assert summary["after"]["loss"]["mean"] < summary["before"]["loss"]["mean"]
+    assert summary["after"]["accuracy"]["mean"] == 1
+    assert "24 of 24 rows are used" in capsys.readouterr().out
+    tuned = lm.load(tmp_path / "out" / "model")
+    assert tuned.text.stops == lm.Text.load(MODEL).stops
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"checkpoints", "training.png", "model"}
+    assert ("lora_rank" in options) == (tmp_path / "out" / "adapter").exists()
+    again = tune(pairs, tmp_path / "out", **options)
+    assert again["after"] == summary["after"]
+
+
+@pytest.mark.slow
+def test_adapters_of_several_betas_are_measured_each(pairs, tmp_path):
+    options = lm_beta_ablation.Options(
+        MODEL,
+        pairs,
+        loss=("dpo", "ipo"),
+        beta=(0.1, 1.0),
+        learning_rate=(1e-2,),
+        num_epochs=3,
+        top_layers=1,
+        lora_rank=2,
+        num_samples=4,
+        max_tokens=4,
+        out=tmp_path,
+    )
+    lm_beta_ablation.main(options)
+    entries = json.loads((tmp_path / "summary.json").read_text())["adapters"]
+    assert [(e["loss_name"], round(e["beta"], 3)) for e in entries] == [
+        ("dpo", 0.1),
+        ("dpo", 1),
+        ("ipo", 0.1),
+        ("ipo", 1),
+    ]
+    assert all(np.isfinite(entry["kl"]["mean"]) for entry in entries)
+    assert entries[0]["reward_margin"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss": "dpoo"}, "there is no 'dpoo'; did you mean 'dpo'"),
+        ({"held_out": 0.0}, "leaves too few"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+    ],
+    ids=str,
+)
+def test_bad_options_end_the_command_with_a_line(pairs, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=message):
+        tune(pairs, tmp_path / "out", **options)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(pairs, tmp_path):
+    with pytest.raises(SystemExit, match="has no tokenizer.json"):
+        tune_lm.main(tune_lm.Options(MODEL.parent / "qwen2", pairs, out=tmp_path / "out"))
