@@ -328,3 +328,39 @@ def test_calibration_and_win_probabilities_show_their_numbers():
     fitted, observed, _ = drawn(figures.win_probabilities("overall", ["x", "y"], table, np.full((2, 2), np.nan)))
     assert [text.get_text() for text in fitted.texts] == ["90", "10"]
     assert list(observed.texts) == []
+
+
+def test_tuning_shows_batches_and_held_out_pairs():
+    history = {"loss": np.linspace(0.7, 0.5, 20), "accuracy": np.ones(20), "chosen_reward": np.zeros(20)}
+    held_out = {"before": {"loss": {"mean": 0.69, "stderr": 0.01}}, "after": {"loss": {"mean": 0.55, "stderr": 0.02}}}
+    left, right = drawn(figures.tuning(history, held_out))
+    assert left.lines[0].get_ydata().tolist() == history["loss"].tolist()
+    assert left.lines[1].get_ydata()[0] == pytest.approx(np.mean(history["loss"][:2]))  # a mean of two
+    assert "held out, ± 2 standard errors" in [text.get_text() for text in left.get_legend().get_texts()]
+    assert [axes.get_title() for axes in (left, right)] == ["Loss ↓", "Accuracy ↑"]
+
+
+def test_betas_of_language_models_have_a_line_for_each_loss():
+    def entry(loss, beta):
+        found = {name: {"mean": beta, "stderr": 0.1} for name in ("accuracy", "reward_margin", "kl")}
+        return {"loss_name": loss, "beta": beta, "learning_rate": 1e-4, **found}
+
+    panels = drawn(figures.language_betas([entry(loss, beta) for loss in ("dpo", "_own") for beta in BETAS]))
+    assert [axes.get_title() for axes in panels] == ["Held-out accuracy ↑", "Held-out margin ↑", "KL of answers (nats)"]
+    assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["dpo", "_own"]
+
+
+def test_frontiers_of_language_models_show_every_policy():
+    estimate = {"mean": 1.0, "stderr": 0.1}
+    (axes,) = drawn(
+        figures.language_frontier(
+            [(0, 0), (1, 2)], {"a": [(0.5, 0.5)], "b": [(0, 0), (1, 1)]}, sampled=(estimate, estimate)
+        )
+    )
+    assert [line.get_xdata().tolist() for line in axes.lines[:3]] == [[0, 1], [0.5], [0, 1]]
+    (axes,) = drawn(
+        figures.estimated_frontier(
+            {"DPO": [(estimate, estimate)] * 2}, {"DPO": ["β = 1", "β = 2"]}, xlabel="KL", ylabel="r"
+        )
+    )
+    assert [text.get_text() for text in axes.texts] == ["β = 1", "β = 2"]
