@@ -346,7 +346,11 @@ def test_betas_of_language_models_have_a_line_for_each_loss():
         return {"loss_name": loss, "beta": beta, "learning_rate": 1e-4, **found}
 
     panels = drawn(figures.language_betas([entry(loss, beta) for loss in ("dpo", "_own") for beta in BETAS]))
-    assert [axes.get_title() for axes in panels] == ["Held-out accuracy ↑", "Held-out margin ↑", "KL of answers (nats)"]
+    assert [axes.get_title() for axes in panels] == [
+        "Held-out accuracy ↑",
+        "Held-out reward margin ↑",
+        "KL of answers (nats)",
+    ]
     assert [text.get_text() for text in panels[0].get_legend().get_texts()] == ["dpo", "_own"]
 
 
@@ -354,7 +358,7 @@ def test_frontiers_of_language_models_show_every_policy():
     estimate = {"mean": 1.0, "stderr": 0.1}
     (axes,) = drawn(
         figures.language_frontier(
-            [(0, 0), (1, 2)], {"a": [(0.5, 0.5)], "b": [(0, 0), (1, 1)]}, sampled=(estimate, estimate)
+            [(0.0, 0.0), (1.0, 2.0)], {"a": [(0.5, 0.5)], "b": [(0.0, 0.0), (1.0, 1.0)]}, sampled=(estimate, estimate)
         )
     )
     assert [line.get_xdata().tolist() for line in axes.lines[:3]] == [[0, 1], [0.5], [0, 1]]
