@@ -1,0 +1,1 @@
+"""How fast language models are tuned: beside the machine's peak, and beside PyTorch and TRL."""

@@ -1,0 +1,131 @@
+"""How fast language models are tuned: seconds of a step, tokens per second, share of the machine's peak, memory.
+
+The model has the sizes of SmolLM2-135M and random weights, unless a folder is given: speed does not depend on weights.
+Each side runs in a process of its own, one after the other, in several rounds, so that a machine that other work slows
+down slows all of them. Where PyTorch, Transformers and TRL are installed, and a folder is given, they do the same step.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.lab import commands, console, files
+
+OURS = {
+    "all parameters": {},
+    "LoRA 16, all layers": {"rank": 16},
+    "LoRA 16, top 8 layers": {"rank": 16, "top_layers": 8},
+}
+RIVALS = {"PyTorch by hand": "torch", "TRL": "trl", "TRL, reference before": "trl_before"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How fast language models are tuned, beside the machine's peak, and beside PyTorch and TRL if installed."""
+
+    model: Path | None = None
+    """Folder of a model; by default random weights of SmolLM2's sizes. PyTorch and TRL need one."""
+    num_steps: int = 3
+    """Steps to time in each round, after one that warms up."""
+    num_rounds: int = 2
+    """How often each side is asked, in turn."""
+    num_adapters: tuple[int, ...] = (1, 4, 8)
+    """How many adapters to train at once, on the top 8 layers; on accelerators also 16 and 64."""
+    rivals: Path | None = None
+    """The Python of an environment with PyTorch, Transformers and TRL; by default this one, if it has them."""
+    bfloat16: bool = False
+    """Computes in bfloat16: for accelerators."""
+    out: Path = Path("results/lm_benchmark")
+    """Folder for summary.json."""
+
+
+def sides(options: Options) -> dict[str, list[str]]:
+    """The commands that time each side."""
+    ours = [sys.executable, "-m", "experiments.lm_benchmark.side", "--steps", str(options.num_steps)]
+    ours += ["--model", str(options.model)] if options.model else []
+    ours += ["--bfloat16"] if options.bfloat16 else []
+    found = {name: [*ours, *_flags(flags)] for name, flags in OURS.items()}
+    for num in options.num_adapters:
+        flags = {"rank": 16, "top_layers": 8, "adapters": num}
+        found[f"{num} adapters at once, top 8 layers"] = [*ours, *_flags(flags)]
+    found["answers to 16 prompts"] = [*ours, "--generate", "16"]
+    rivals = [
+        sys.executable if options.rivals is None else str(options.rivals),
+        str(Path(__file__).with_name("rivals.py")),
+    ]
+    for name, what in RIVALS.items():
+        if options.model and (options.rivals or (find_spec("transformers") and find_spec("trl"))):
+            found[name] = [*rivals, what, str(options.model), str(options.num_steps)]
+    return found
+
+
+def timed(command: list[str]) -> dict[str, Any]:
+    """What a side says of itself.
+
+    Raises:
+      RuntimeError: it failed.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def summarise(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Medians over all steps of a side, and shares of the peak that was measured beside it."""
+    summary = {}
+    for name, own in rounds.items():
+        seconds = np.concatenate([entry["seconds"] for entry in own])
+        entry = {k: v for k, v in own[-1].items() if k != "seconds"}
+        peak = max((e.get("peak_flops", 0.0) for e in own), default=0.0)
+        entry |= {"seconds": seconds.tolist(), "median": float(np.median(seconds)), "peak_flops": peak}
+        if peak and "least_flop" in entry and name == "all parameters":
+            entry["share_of_peak"] = entry["least_flop"] / entry["median"] / peak
+        summary[name] = entry
+    return summary
+
+
+def _flags(values: dict[str, int]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def main(options: Options) -> None:
+    """Runs the command."""
+    commands.check_sizes(num_steps=options.num_steps, num_rounds=options.num_rounds)
+    clock, out = time.perf_counter(), files.output_folder(options.out)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in sides(options)}
+    for i in range(options.num_rounds):
+        for name, command in sides(options).items():
+            with console.waiting(f"Round {i + 1} of {options.num_rounds}, {name}"), commands.clear_errors(RuntimeError):
+                rounds[name].append(timed(command))
+    summary = summarise(rounds)
+    full = summary["all parameters"]["median"]
+    console.print_table(
+        "A step of four pairs",
+        ["side", "seconds", "of ours", "per adapter", "GB"],
+        [
+            [
+                name,
+                f"{entry['median']:.3f}",
+                f"{entry['median'] / full:.2f}",
+                f"{entry['median'] / entry['adapters']:.3f}" if entry.get("adapters") else "",
+                f"{entry['peak_bytes'] / 1e9:.1f}",
+            ]
+            for name, entry in summary.items()
+        ],
+    )
+    if "share_of_peak" in summary["all parameters"]:
+        console.say(f"Share of the measured peak of matrix products: {summary['all parameters']['share_of_peak']:.0%}")
+    files.save_summary({"sides": summary, **files.provenance(total=time.perf_counter() - clock)}, out)
+    console.say(f"{time.perf_counter() - clock:.0f} s in all. summary.json is in {out}.")
+
+
+if __name__ == "__main__":
+    main(commands.parse(Options))

@@ -1,0 +1,94 @@
+"""The seconds of a step of `lm.tune`, and of generation."""
+
+from __future__ import annotations
+
+import resource
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpo_jax import lm, losses, train
+from dpo_jax.types import Pair
+from experiments.lm_benchmark import workload
+
+ROWS = 4
+"""Pairs per step."""
+
+
+def peak_flops(seconds: float = 2.0) -> float:
+    """FLOP/s of a product of square matrices, the best of a second or two."""
+    a = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(a).block_until_ready()
+    best, end = np.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        product(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def step_seconds(
+    model: lm.LanguageModel, *, num_steps: int, lora: lm.LoRA | None = None, num_adapters: int | None = None
+) -> dict[str, Any]:
+    """Seconds of optimizer steps on the same four pairs, compiling apart, and the memory that they took.
+
+    Args:
+      model: of any weights.
+      num_steps: how many; the first warms up and is not among them.
+      lora: trains adapters of this kind; `None` trains all parameters.
+      num_adapters: how many at once, each with its own beta.
+    """
+    zeros = np.zeros(ROWS, np.float32)
+    data = workload.pairs(model.decoder.config.vocab_size, ROWS)._replace(reference_logps=Pair(zeros, zeros))
+    dpo = partial(train.preference_objective, loss=losses.dpo_loss)
+    steps: list[lm.Step] = []
+    lm.tune(
+        jax.random.key(0),
+        model,
+        data,
+        objective=dpo if num_adapters else partial(dpo, beta=0.1),
+        optimizer=lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-6)),
+        num_epochs=num_steps + 1,
+        batch_size=ROWS,
+        lora=lora,
+        points={"beta": np.geomspace(0.01, 1, num_adapters)} if num_adapters else None,
+        preflight=False,
+        report=steps.append,
+    )
+    capacity = lm.capacity_of(data.prompts, data.responses)
+    seconds = [step.seconds for step in steps[1:]]
+    return {
+        "seconds": seconds,
+        "median": float(np.median(seconds)),
+        "compiling": steps[0].compiling,
+        "tokens": capacity.tokens,
+        "least_flop": workload.least_work(model.decoder.config, capacity, ROWS),
+        "peak_bytes": peak_bytes(),
+    }
+
+
+def tokens_per_second(model: lm.LanguageModel, *, num_prompts: int, max_tokens: int) -> float:
+    """How fast prompts are answered, without stopping early, and compiling apart."""
+    prompts = jnp.asarray(workload.pairs(model.decoder.config.vocab_size, num_prompts).prompts)
+    write = jax.jit(lm.generate_fn(model.decoder, max_tokens=max_tokens, stops=()))
+    compiled = write.lower(jax.random.key(0), model.params, prompts).compile()
+    best = np.inf
+    for i in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(jax.random.key(i), model.params, prompts))
+        best = min(best, time.perf_counter() - start)
+    return num_prompts * max_tokens / best
+
+
+def peak_bytes() -> int:
+    """The most memory that this process or its accelerator has held."""
+    statistics = jax.devices()[0].memory_stats()
+    if statistics and "peak_bytes_in_use" in statistics:
+        return int(statistics["peak_bytes_in_use"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,62 @@
+"""The benchmark of language models: the work it counts, and what it makes of what the sides say."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import lm
+from experiments.lm_benchmark import __main__ as script
+from experiments.lm_benchmark import workload
+
+
+def test_the_least_work_is_counted_by_hand():
+    config = lm.Config(10, 4, 6, 1, 2, 1, 2)
+    capacity = lm.Capacity(tokens=20, row=10, scored=5)
+    products = 4 * (4 + 2 + 2) + 4 * 4 + 3 * 4 * 6  # q, k, v; out; gate, up, down
+    attention = 2 * 2 * 4 * 5  # scores and values, 4 features, 5 tokens before on average
+    assert workload.least_work(config, capacity, num_rows=2) == 3 * (20 * (2 * products + attention) + 2 * 5 * 10 * 4)
+
+
+def test_smollm2_has_its_number_of_parameters():
+    shapes = jax.eval_shape(lambda: lm.init(jax.random.key(0), workload.SMOLLM2).params)
+    assert workload.num_parameters(shapes) == 134_515_008
+
+
+def test_pairs_have_the_lengths_of_real_ones():
+    data = workload.pairs(100, 26)
+    for i in (0, 23, 24, 25):
+        lengths = [int(np.sum(side[i] >= 0)) for side in (data.prompts, *data.responses)]
+        assert tuple(lengths) == workload.LENGTHS[i % 24]
+
+
+def test_medians_are_over_all_rounds():
+    rounds = {
+        "all parameters": [
+            {"seconds": [1.0, 3.0], "least_flop": 4.0, "peak_flops": 4.0, "peak_bytes": 1},
+            {"seconds": [2.0], "least_flop": 4.0, "peak_flops": 2.0, "peak_bytes": 2},
+        ]
+    }
+    found = script.summarise(rounds)["all parameters"]
+    assert found["median"] == 2.0 and found["share_of_peak"] == 0.5
+
+
+@pytest.mark.slow
+def test_a_side_says_what_it_took(tmp_path):
+    lm.save(tmp_path / "model", lm.init(jax.random.key(0), lm.Config(64, 16, 24, 2, 2, 1, 8)))
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.lm_benchmark.side",
+        "--model",
+        str(tmp_path / "model"),
+        "--steps",
+        "2",
+    ]
+    for options in ([], ["--rank", "2", "--adapters", "3", "--top-layers", "1"]):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["tokens"] == 564
