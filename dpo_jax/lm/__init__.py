@@ -32,6 +32,7 @@ from dpo_jax.lm.reference import with_reference as with_reference
 from dpo_jax.lm.scoring import kl_fn as kl_fn
 from dpo_jax.lm.scoring import log_prob_fn as log_prob_fn
 from dpo_jax.lm.scoring import token_log_prob_fn as token_log_prob_fn
+from dpo_jax.lm.sharding import shard as shard
 from dpo_jax.lm.stream import Capacity as Capacity
 from dpo_jax.lm.stream import capacity_of as capacity_of
 from dpo_jax.lm.text import Text as Text

@@ -44,7 +44,7 @@ def load_checkpoint(folder: Path, state: Any, about: Mapping[str, Any]) -> tuple
 
     Args:
       folder: of all checkpoints of a run.
-      state: a state of the same structure, shapes and dtypes.
+      state: a state of the same structure, shapes and dtypes, on the devices where the loaded one shall be.
       about: as for `save_checkpoint`.
 
     Raises:
@@ -70,7 +70,8 @@ def _load(place: Path, state: Any, about: Mapping[str, Any]) -> tuple[int, Any]:
     if {name: (x.shape, x.dtype) for name, x in wanted.items()} != {n: (x.shape, x.dtype) for n, x in tensors.items()}:
         raise ValueError(f"{place} holds parameters of other names, shapes or dtypes: use another folder, or remove it")
     leaves, structure = jax.tree.flatten_with_path(state)
-    return known["step"], jax.tree.unflatten(structure, [tensors[_name(path)] for path, _ in leaves])
+    placed = [jax.device_put(tensors[_name(path)], leaf.sharding) for path, leaf in leaves]
+    return known["step"], jax.tree.unflatten(structure, placed)
 
 
 def _refuse_other(place: Path, found: Any, wanted: Any) -> None:

@@ -25,6 +25,7 @@ from dpo_jax.lm.evaluation import as_given
 from dpo_jax.lm.folder import LanguageModel
 from dpo_jax.lm.model import Decoder
 from dpo_jax.lm.scoring import log_prob_fn
+from dpo_jax.lm.sharding import on_one_mesh, shardings
 from dpo_jax.lm.stream import Capacity
 from dpo_jax.types import LogProbFn, Metrics, Objective, Params
 
@@ -142,9 +143,8 @@ def tune(
         price=price_of_shape(model.params, passes=3),
     )
     runs = _Runs(model.decoder, lora, objective, optimizer, _arrays(points), mean, rows_at_once)
-    base = model.params if lora else None
     initial = runs.initial(init_key, model.params)
-    state = runs.start(initial)
+    state, base = on_one_mesh((runs.start(initial), model.params if lora else None))
     log = _Log(folder, _about(model, data, batches, runs, about) if folder else {})
     state = log.resume(state)
     if preflight and not log.lines:
@@ -214,8 +214,8 @@ class _Runs:
         if name in self._programs:
             return self._programs[name], 0.0
         clock = time.perf_counter()
-        stacked = self._over_points(one)
-        self._programs[name] = jax.jit(stacked, donate_argnums=0).lower(state, batch, base).compile()
+        compiled = jax.jit(self._over_points(one), donate_argnums=0, out_shardings=(shardings(state), None))
+        self._programs[name] = compiled.lower(state, batch, base).compile()
         return self._programs[name], time.perf_counter() - clock
 
     def check_first_loss(self, state: Any, base: Params | None, batch: Any, capacity: Capacity) -> None:
