@@ -233,6 +233,9 @@ def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+NOTHING = {"experiments": [], "dpo": [], "strings": [], "losses": {}, "torch": None, "string_torch": None}
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -240,7 +243,7 @@ def test_two_summaries_are_set_side_by_side(tmp_path, capsys):
         ("[]", "is no summary of a benchmark: it has no 'steps'"),
         (json.dumps({"losses": [], "seed": 0}), "is no summary of a benchmark: it has no 'steps'"),
         (json.dumps({"pairs": 7}), "they did different work: pairs is 1048576 and 7"),
-        (json.dumps({"experiments": [], "dpo": [], "losses": {}, "torch": None}), "nothing in common"),
+        (json.dumps(NOTHING), "nothing in common"),
         (None, "No such file"),
     ],
 )
