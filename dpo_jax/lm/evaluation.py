@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 from dpo_jax.types import Params, Ratio
 
@@ -36,7 +36,7 @@ def evaluate_rows(make_objective: Any, data: Any, logps: Any) -> dict[str, Float
     return {name: np.asarray(values) for name, values in found.items()}
 
 
-def mean_and_stderr(values: Float[np.ndarray, " rows"]) -> dict[str, float]:
+def mean_and_stderr(values: Real[np.ndarray, " rows"]) -> dict[str, float]:
     """The mean of the rows that have a number, and its standard error."""
     known = np.asarray(values, np.float64)
     known = known[np.isfinite(known)]
