@@ -7,7 +7,7 @@ pairs, and answers that each adapter writes to held-out prompts: how far it went
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ import tyro
 from dpo_jax import figures, lm
 from dpo_jax.types import Preferences
 from experiments.lab import commands, console, devices, files
-from experiments.lab.language import OF_MEANS, judged, objective_of, optimizer_of, split
+from experiments.lab.language import OF_MEANS, judged, kl_along, objective_of, optimizer_of, split, writer
 from experiments.lab.methods import OF_TOKENS, Method, method_named, usual_hyperparameters
 
 
@@ -73,20 +73,10 @@ def measured(
     found = judged(make, held_out, lm.logps(policy, held_out, mean=mean))
     prompts = jnp.asarray(held_out.prompts[: options.num_samples])
     stops = model.text.stops  # type: ignore[union-attr]
-    written = _writer(model.decoder, options.max_tokens, tuple(sorted(stops)))(key, params, prompts)
-    along = _kl(model.decoder)(params, model.params, prompts, written.tokens)
+    written = writer(model.decoder, options.max_tokens, tuple(sorted(stops)))(key, params, prompts)
+    along = kl_along(model.decoder)(params, model.params, prompts, written.tokens)
     tokens = np.sum(np.asarray(written.tokens) >= 0, axis=1)
     return {**found, "kl": lm.mean_and_stderr(np.asarray(along)), "answer_tokens": lm.mean_and_stderr(tokens)}
-
-
-@cache
-def _writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...]) -> Any:
-    return jax.jit(lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops))
-
-
-@cache
-def _kl(decoder: lm.Decoder) -> Any:
-    return jax.jit(lm.kl_fn(decoder))
 
 
 def ablate(

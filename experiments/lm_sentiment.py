@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from dpo_jax import figures, lm, losses, train
 from dpo_jax.lm.preferences import padded
 from dpo_jax.types import Demonstrations, Pair, Params, Preferences
 from experiments.lab import commands, console, devices, files
-from experiments.lab.language import optimizer_of, within_prompts
+from experiments.lab.language import kl_along, optimizer_of, within_prompts, writer
 
 SUBJECTS = (
     "The film", "The movie", "This picture", "The first half", "The second half", "The story", "The plot", "The script",
@@ -101,7 +101,7 @@ class Study:
     def write(self, key: Any, params: Params, num: int) -> tuple[lm.Generated, Float[np.ndarray, "openings num"]]:
         """Continuations of each opening, and their rewards."""
         text: Any = self.model.text
-        write = _writer(self.model.decoder, self.max_tokens, tuple(sorted(text.stops)), num)
+        write = writer(self.model.decoder, self.max_tokens, tuple(sorted(text.stops)), num)
         written = write(key, params, jnp.asarray(self.prompts))
         tokens = np.asarray(written.tokens)
         scores = [self.score(text.decode([t for t in row if t >= 0], skip_special=True)) for row in tokens.tolist()]
@@ -111,21 +111,11 @@ class Study:
         """Reward and KL of a policy on fresh continuations, with standard errors; openings count equally."""
         written, rewards = self.write(key, params, num)
         asked = jnp.repeat(jnp.asarray(self.prompts), num, axis=0)
-        kl = np.asarray(_kl(self.model.decoder)(params, self.model.params, asked, written.tokens)).reshape(
+        kl = np.asarray(kl_along(self.model.decoder)(params, self.model.params, asked, written.tokens)).reshape(
             rewards.shape
         )
         example = self.model.text.decode([int(t) for t in written.tokens[0] if t >= 0])  # type: ignore[union-attr]
         return {"reward": within_prompts(rewards), "kl": within_prompts(kl), "example": example}
-
-
-@cache
-def _writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...], num: int) -> Any:
-    return jax.jit(lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops, group_size=num))
-
-
-@cache
-def _kl(decoder: lm.Decoder) -> Any:
-    return jax.jit(lm.kl_fn(decoder))
 
 
 def ordered_pairs(

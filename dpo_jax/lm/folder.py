@@ -21,7 +21,7 @@ from jaxtyping import Array, Key
 from dpo_jax import checks
 from dpo_jax.lm.config import Config, from_json, to_json
 from dpo_jax.lm.model import Decoder
-from dpo_jax.lm.text import Text
+from dpo_jax.lm.text import Text, read_object
 from dpo_jax.types import Params
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -191,16 +191,10 @@ def _found(folder: str | Path) -> Path:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """An object in a file."""
+    """An object in a file that must be there."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: expected a folder as Transformers' save_pretrained writes it")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as problem:
-        raise ValueError(f"{path}: not JSON ({problem})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object")
-    return content
+    return read_object(path)
 
 
 def _is_kept(path: Path) -> bool:

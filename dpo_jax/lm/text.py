@@ -49,7 +49,7 @@ class Text:
             raise ValueError(f"{folder / TOKENIZER}: {problem}") from None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        options = _options(folder / OPTIONS)
+        options = read_object(folder / OPTIONS) if (folder / OPTIONS).exists() else {}
         special = {name: _content(value) for name, value in options.items() if name.endswith("_token")}
         template = options.get("chat_template")
         if (folder / TEMPLATE).exists():
@@ -192,9 +192,13 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _options(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def read_object(path: Path) -> dict[str, Any]:
+    """An object in a JSON file.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is something else.
+    """
     try:
         content = json.loads(path.read_bytes())
     except ValueError as problem:

@@ -1,6 +1,7 @@
 """What commands that tune language models share: objectives, an optimizer, held-out pairs."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import jax
@@ -63,3 +64,15 @@ def within_prompts(values: Float[np.ndarray, "prompts samples"]) -> dict[str, fl
     values = np.asarray(values, np.float64)
     error = np.sqrt(values.var(axis=1, ddof=1).mean() / values.size)
     return {"mean": float(values.mean()), "stderr": float(error)}
+
+
+@cache
+def writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...], num: int = 1) -> Any:
+    """`lm.generate_fn`, compiled once for all policies."""
+    return jax.jit(lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops, group_size=num))
+
+
+@cache
+def kl_along(decoder: lm.Decoder) -> Any:
+    """`lm.kl_fn`, compiled once for all policies."""
+    return jax.jit(lm.kl_fn(decoder))

@@ -55,7 +55,7 @@ def test_what_is_saved_is_loaded(tmp_path, config, options):
 def test_several_files_of_weights_have_an_index(tmp_path):
     lm.save(tmp_path / "model", tiny.model(), max_shard_bytes=4000)
     names = sorted(path.name for path in (tmp_path / "model").iterdir())
-    assert names[2] == "model-00001-of-00007.safetensors" or len(names) > 4
+    assert len(names) > 4
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values()} == {name for name in names if name.endswith(".safetensors")}
     same(lm.load(tmp_path / "model").params, tiny.model().params)

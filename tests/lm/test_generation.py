@@ -30,7 +30,7 @@ def test_log_probabilities_are_those_of_scoring(key):
 def test_a_response_ends_with_its_first_stop_or_at_the_limit(key):
     tokens = np.asarray(writer(group_size=64)(key, MODEL.params, PROMPTS).tokens)
     lengths = (tokens >= 0).sum(axis=1)
-    assert {*lengths} > {6} or len({*lengths}) > 1
+    assert len({*lengths}) > 1
     for row, length in zip(tokens, lengths, strict=True):
         assert np.all(row[:length] >= 0) and np.all(row[length:] == -1)
         assert np.all(row[: length - 1] != STOP)

@@ -71,7 +71,7 @@ def test_there_are_as_many_ids_as_the_largest_says():
         ("{% for %}", "the chat template cannot be read"),
         ("{{ raise_exception('only two roles') }}", "refuses these messages: only two roles"),
         ("{{ messages[0]['content'].__class__.__mro__ }}", "refuses these messages: access to attribute"),
-        ("{{ messages.append(1) }}", "refuses these messages: .*unsafe|refuses"),
+        ("{{ messages.append(1) }}", "refuses these messages: .*append"),
         ("{{ cycler.__init__.__globals__ }}", "refuses these messages"),
         ("{% for i in range(10**9) %}x{% endfor %}", "refuses these messages: Range too big"),
     ],
