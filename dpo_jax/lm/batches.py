@@ -17,7 +17,7 @@ MOST_SHAPES = 6
 """How many shapes are compiled at most."""
 
 COMPILATION = 3e11
-"""What compiling one more shape costs, in multiplications with a parameter: a guess that decides how many shapes pay."""
+"""What compiling one more shape costs, in products with a parameter: a guess that decides how many shapes pay."""
 
 
 class Batch(NamedTuple):
