@@ -17,10 +17,20 @@ import numpy as np
 import tyro
 
 from dpo_jax import figures, lm
-from dpo_jax.types import Preferences
-from experiments.lab import commands, console, devices, files
-from experiments.lab.language import OF_MEANS, judged, kl_along, objective_of, optimizer_of, split, writer
-from experiments.lab.methods import OF_TOKENS, Method, method_named, usual_hyperparameters
+from experiments.lab import commands, console, devices, files, page
+from experiments.lab.language import (
+    OF_LANGUAGE,
+    OF_MEANS,
+    judged,
+    kind_of_data,
+    kl_along,
+    objective_of,
+    optimizer_of,
+    read,
+    split,
+    writer,
+)
+from experiments.lab.methods import Method, method_named, usual_hyperparameters
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class Options:
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of the model: config.json, model.safetensors, tokenizer.json, chat_template.jinja."""
     data: Annotated[Path, tyro.conf.Positional]
-    """File of pairs (.jsonl, .csv, .parquet): columns chosen and rejected, perhaps prompt and weight."""
+    """File (.jsonl, .csv, .parquet): columns chosen and rejected; or response and label, or responses, as the losses
+    need; perhaps prompt and weight."""
     loss: tuple[str, ...] = ("dpo",)
     """Names of the losses (see `experiments/lab/methods.py`), or functions of your own: `my_file.py:focal_loss`."""
     beta: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
@@ -44,13 +55,13 @@ class Options:
     num_epochs: int = 1
     """Passes over the data."""
     batch_size: int = 8
-    """Pairs per optimizer step."""
+    """Rows per optimizer step."""
     max_length: int = 512
     """Tokens of a prompt and a response; longer prompts lose their beginning."""
-    max_pairs: int | None = None
-    """Use so many pairs of the file, chosen at random."""
+    max_rows: int | None = None
+    """Use so many rows of the file, chosen at random."""
     held_out: float = 0.2
-    """Share of the pairs on which adapters are judged, not trained."""
+    """Share of the rows on which adapters are judged, not trained."""
     lora_rank: int = 16
     """Rank of the adapters."""
     top_layers: int | None = 8
@@ -66,7 +77,7 @@ class Options:
 
 
 def measured(
-    key: Any, model: lm.LanguageModel, params: Any, make: Any, held_out: Preferences, mean: bool, options: Options
+    key: Any, model: lm.LanguageModel, params: Any, make: Any, held_out: Any, mean: bool, options: Options
 ) -> dict[str, dict[str, float]]:
     """Held-out metrics of a policy, and its KL along answers of its own: means and standard errors."""
     policy = model._replace(params=params)
@@ -82,7 +93,7 @@ def measured(
 def ablate(
     keys: Any,
     model: lm.LanguageModel,
-    data: tuple[Preferences, Preferences],
+    data: tuple[Any, Any],
     name: str,
     method: Method,
     options: Options,
@@ -122,22 +133,27 @@ def ablate(
     return entries
 
 
-def print_results(entries: Sequence[Mapping[str, Any]], num: int, num_samples: int) -> None:
-    """A table with a row for each adapter, and 95 % intervals."""
-    shown = {"loss": num, "accuracy": num, "reward_margin": num, "kl": num_samples}
-    console.print_table(
-        f"{num} held-out pairs, {num_samples} answers",
-        ["loss", "beta", "learning rate", "loss", "accuracy", "margin", "KL of answers"],
+COLUMNS = ("loss", "β", "learning rate", "held-out loss", "accuracy", "margin", "KL of answers", "their tokens")
+
+
+def rows_of(entries: Sequence[Mapping[str, Any]], num: int, num_samples: int) -> list[list[str]]:
+    """A row for each adapter, with 95 % intervals."""
+    shown = {"loss": num, "accuracy": num, "reward_margin": num, "kl": num_samples, "answer_tokens": num_samples}
+    return [
         [
-            [
-                entry["loss_name"],
-                f"{entry['beta']:.3g}",
-                f"{entry['learning_rate']:.2g}",
-                *(console.interval(entry[name], n) if name in entry else "" for name, n in shown.items()),
-            ]
-            for entry in entries
-        ],
-    )
+            entry["loss_name"],
+            f"{entry['beta']:.3g}",
+            f"{entry['learning_rate']:.2g}",
+            *(console.interval(entry[name], n) if name in entry else "" for name, n in shown.items()),
+        ]
+        for entry in entries
+    ]
+
+
+def page_table(summary: Mapping[str, Any]) -> str:
+    """The table of the page."""
+    rows = rows_of(summary["adapters"], summary["held_out"], summary["options"]["num_samples"])
+    return page.table(COLUMNS, rows)
 
 
 def main(options: Options) -> None:
@@ -145,23 +161,30 @@ def main(options: Options) -> None:
     commands.check_seed(options.seed)
     clock, out = time.perf_counter(), files.output_folder(options.out)
     devices.enable_compilation_cache()
-    keys = jax.random.split(jax.random.key(options.seed), 3)
+    keys = jax.random.split(jax.random.key(options.seed), 4)
     entries: list[dict[str, Any]] = []
     with commands.clear_errors(TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError):
-        methods = dict(method_named(name, OF_TOKENS) for name in options.loss)
+        methods = dict(method_named(name, OF_LANGUAGE) for name in options.loss)
+        if len({kind_of_data(method) for method in methods.values()}) > 1:
+            raise ValueError(f"--loss: {', '.join(methods)} learn from different data: try them one at a time")
         model = lm.load(options.model)
         if model.text is None:
             raise ValueError(f"{options.model} has no tokenizer.json")
-        pairs, report = lm.read_preferences(options.data, model.text, max_length=options.max_length)
+        method = next(iter(methods.values()))
+        rows, report = read(method, options.data, model.text, max_length=options.max_length, key=keys[3])
         console.say(str(report))
-        data = split(keys[0], pairs, held_out=options.held_out, at_most=options.max_pairs)
+        data = split(keys[0], rows, held_out=options.held_out, at_most=options.max_rows)
         for name, method in methods.items():
-            entries += ablate(keys[1:], model, data, name, method, options)
+            entries += ablate(keys[1:3], model, data, name, method, options)
     num = len(data[1].prompts)
-    print_results(entries, num, options.num_samples)
+    console.print_table(
+        f"{num} held-out rows, {options.num_samples} answers", COLUMNS, rows_of(entries, num, options.num_samples)
+    )
     files.save_figure(figures.language_betas(entries), out / "beta.png")
     summary = {"options": asdict(options), "held_out": num, "adapters": entries}
-    files.save_summary({**summary, **files.provenance(total=time.perf_counter() - clock)}, out)
+    summary |= files.provenance(total=time.perf_counter() - clock)
+    files.save_summary(summary, out)
+    page.update({"lm_beta_ablation": page_table(summary)}, out, path=page.LANGUAGE_MODELS)
     console.say(f"{time.perf_counter() - clock:.0f} s in all. The figure and summary.json are in {out}.")
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from dpo_jax import figures, lm, losses, train
 from dpo_jax.lm.preferences import padded
 from dpo_jax.types import Demonstrations, Pair, Params, Preferences
-from experiments.lab import commands, console, devices, files
+from experiments.lab import commands, console, devices, files, page
 from experiments.lab.language import kl_along, optimizer_of, within_prompts, writer
 
 SUBJECTS = (
@@ -213,11 +213,19 @@ def main(options: Options) -> None:
     files.save_figure(_figure(results, options.beta), out / "frontier.png")
     seconds["total"] = time.perf_counter() - clock
     summary = {"options": asdict(options), "policies": results, "num_fresh": options.num_fresh * len(OPENINGS)}
-    files.save_summary({**summary, **files.provenance(**seconds)}, out)
+    summary |= files.provenance(**seconds)
+    files.save_summary(summary, out)
+    page.update({"lm_sentiment": page_table(summary)}, out, path=page.LANGUAGE_MODELS)
     console.say(
         f"{seconds['total']:.0f} s in all, {seconds['adapters']:.0f} s of it for {len(options.beta)} adapters. "
         f"The figure and summary.json are in {out}."
     )
+
+
+def page_table(summary: dict[str, Any]) -> str:
+    """The table of the page: sentiment and KL, with two standard errors."""
+    rows = [[name, _shown(found["reward"]), _shown(found["kl"])] for name, found in summary["policies"].items()]
+    return page.table(["policy", "sentiment", "KL, nats"], rows)
 
 
 def _shown(found: dict[str, float]) -> str:

@@ -1,7 +1,8 @@
 """Tunes a language model on a file of preferences: a folder in, a folder out, and what happened on the way.
 
-The folder is that of Hugging Face Transformers (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3). The file holds pairs, as text
-or as chats: JSON Lines, CSV or Parquet. Some pairs are held out. The same command goes on where it was stopped.
+The folder is that of Hugging Face Transformers (Llama, SmolLM2, Qwen2, Qwen2.5, Qwen3). The file holds pairs, labels
+(for `--loss kto` and others) or rankings, as text or as chats: JSON Lines, CSV or Parquet. Some rows are held out. The
+same command goes on where it was stopped.
 """
 
 import shutil
@@ -19,8 +20,8 @@ import tyro
 from dpo_jax import figures, lm
 from dpo_jax.types import Preferences
 from experiments.lab import commands, console, devices, files
-from experiments.lab.language import OF_MEANS, judged, objective_of, optimizer_of, split
-from experiments.lab.methods import OF_TOKENS, method_named, usual_hyperparameters
+from experiments.lab.language import OF_LANGUAGE, OF_MEANS, judged, objective_of, optimizer_of, read, split
+from experiments.lab.methods import method_named, usual_hyperparameters
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Options:
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of the model: config.json, model.safetensors, tokenizer.json, chat_template.jinja."""
     data: Annotated[Path, tyro.conf.Positional]
-    """File of pairs (.jsonl, .csv, .parquet): columns chosen and rejected, perhaps prompt and weight."""
+    """File (.jsonl, .csv, .parquet): columns chosen and rejected; or response and label, or responses, as the loss needs;
+    perhaps prompt and weight."""
     loss: str = "dpo"
     """Name of the loss (see `experiments/lab/methods.py`), or a function of your own: `my_file.py:focal_loss`."""
     beta: float = 0.1
@@ -42,15 +44,15 @@ class Options:
     num_epochs: int = 1
     """Passes over the data."""
     batch_size: int = 8
-    """Pairs per optimizer step."""
+    """Rows per optimizer step."""
     rows_at_once: int | None = None
-    """Computes a step in parts of so many pairs, for less memory."""
+    """Computes a step in parts of so many rows, for less memory."""
     max_length: int = 512
     """Tokens of a prompt and a response; longer prompts lose their beginning."""
-    max_pairs: int | None = None
-    """Use so many pairs of the file, chosen at random."""
+    max_rows: int | None = None
+    """Use so many rows of the file, chosen at random."""
     held_out: float = 0.1
-    """Share of the pairs on which the model is judged, not trained."""
+    """Share of the rows on which the model is judged, not trained."""
     lora_rank: int = 0
     """Trains an adapter of this rank; 0 trains all parameters."""
     top_layers: int | None = None
@@ -64,7 +66,7 @@ class Options:
     steps_per_checkpoint: int = 50
     """How often the state of training is kept."""
     seed: int = 0
-    """Decides everything random: which pairs are held out, their order, the adapter, the answers."""
+    """Decides everything random: which rows are held out, their order, the adapter, the answers."""
     out: Path = Path("results/tune_lm")
     """Folder for the model, checkpoints, the cache of the reference, metrics.jsonl, figures and summary.json."""
 
@@ -97,10 +99,10 @@ def _text(text: lm.Text, row: Any) -> str:
 
 
 def print_results(results: Mapping[str, Mapping[str, Mapping[str, float]]], num: int) -> None:
-    """A table of means over held-out pairs, with 95 % intervals."""
+    """A table of means over held-out rows, with 95 % intervals."""
     names = list(next(iter(results.values())))
     console.print_table(
-        f"{num} held-out pairs",
+        f"{num} held-out rows",
         ["", *results],
         [[name, *(console.interval(found[name], num) for found in results.values())] for name in names],
     )
@@ -112,17 +114,17 @@ def main(options: Options) -> None:
     commands.check_sizes(num_epochs=options.num_epochs, batch_size=options.batch_size, num_samples=options.num_samples)
     clock, out = time.perf_counter(), files.output_folder(options.out)
     devices.enable_compilation_cache()
-    split_key, tune_key, answer_key = jax.random.split(jax.random.key(options.seed), 3)
+    read_key, split_key, tune_key, answer_key = jax.random.split(jax.random.key(options.seed), 4)
     with commands.clear_errors():
-        name, method = method_named(options.loss, OF_TOKENS)
+        name, method = method_named(options.loss, OF_LANGUAGE)
         known = {"beta": options.beta, **usual_hyperparameters(method), **options.fixed}
         hyperparameters = {h: known[h] for h in {*method.ranges} | {*options.fixed} if h in known}
         model = lm.load(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
         if model.text is None:
             raise ValueError(f"{options.model} has no tokenizer.json")
-        pairs, report = lm.read_preferences(options.data, model.text, max_length=options.max_length)
+        data, report = read(method, options.data, model.text, max_length=options.max_length, key=read_key)
         console.say(str(report))
-        train_data, held_out = split(split_key, pairs, held_out=options.held_out, at_most=options.max_pairs)
+        train_data, held_out = split(split_key, data, held_out=options.held_out, at_most=options.max_rows)
         lora = (
             lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
             if options.lora_rank

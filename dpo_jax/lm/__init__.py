@@ -21,6 +21,9 @@ from dpo_jax.lm.generation import respond_fn as respond_fn
 from dpo_jax.lm.generation import sampler as sampler
 from dpo_jax.lm.grid import Grid as Grid
 from dpo_jax.lm.grid import tune_grid as tune_grid
+from dpo_jax.lm.mismatched import Matched as Matched
+from dpo_jax.lm.mismatched import kto_objective as kto_objective
+from dpo_jax.lm.mismatched import with_mismatched as with_mismatched
 from dpo_jax.lm.model import Decoder as Decoder
 from dpo_jax.lm.preferences import Report as Report
 from dpo_jax.lm.preferences import read_demonstrations as read_demonstrations

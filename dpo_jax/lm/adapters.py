@@ -19,6 +19,7 @@ from jaxtyping import Array, Key
 from dpo_jax import checks
 from dpo_jax.lm.folder import LAYER, shapes, write_folder
 from dpo_jax.lm.model import Decoder
+from dpo_jax.lm.sharding import to_host
 from dpo_jax.types import LogProbFn, Params
 
 MATRICES = ("q", "k", "v", "out", "gate", "up", "down")
@@ -125,8 +126,8 @@ def save_adapter(folder: str | Path, adapter: Params, lora: LoRA, *, base_name: 
             name = LAYER[f"{matrix}/kernel"].removesuffix(".weight")
             for number, down, up in _unstacked(layer, pair):
                 place = f"base_model.model.model.layers.{number}.{name}"
-                tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(np.asarray(down).T)
-                tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(np.asarray(up).T)
+                tensors[f"{place}.lora_A.weight"] = np.ascontiguousarray(to_host(down).T)
+                tensors[f"{place}.lora_B.weight"] = np.ascontiguousarray(to_host(up).T)
     numbers = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in tensors})
     config = {
         "peft_type": "LORA",

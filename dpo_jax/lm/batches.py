@@ -40,6 +40,7 @@ def shuffled(
     batch_size: int,
     rows_at_once: int | None = None,
     price: float = 0.0,
+    multiple: int = 1,
 ) -> list[Batch]:
     """All batches of training: each epoch is shuffled by its own part of the key; its last batch may be short.
 
@@ -49,19 +50,23 @@ def shuffled(
       num_epochs: passes over the data.
       batch_size: rows per batch.
       rows_at_once: rows that are computed at once, to which capacities then refer; `None` means a batch.
-      price: see `shaped`.
+      price, multiple: see `shaped`.
     """
     checks.key(key)
     checks.size("num_epochs", num_epochs)
     checks.size("batch_size", batch_size)
     orders = [np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(sizes))) for i in range(num_epochs)]
-    return shaped([part for order in orders for part in _cut(order, batch_size)], sizes, rows_at_once, price)
+    batches = [part for order in orders for part in _cut(order, batch_size)]
+    return shaped(batches, sizes, rows_at_once, price, multiple)
 
 
-def sorted_by_length(sizes: Sequence[Capacity], *, batch_size: int, price: float = 0.0) -> list[Batch]:
+def sorted_by_length(
+    sizes: Sequence[Capacity], *, batch_size: int, price: float = 0.0, multiple: int = 1
+) -> list[Batch]:
     """All rows once, rows of like length together, for scoring."""
     checks.size("batch_size", batch_size)
-    return shaped(_cut(np.argsort([-size.tokens for size in sizes], kind="stable"), batch_size), sizes, price=price)
+    batches = _cut(np.argsort([-size.tokens for size in sizes], kind="stable"), batch_size)
+    return shaped(batches, sizes, price=price, multiple=multiple)
 
 
 def sizes_of(prompts: Any, responses: Any) -> list[Capacity]:
@@ -83,6 +88,7 @@ def shaped(
     sizes: Sequence[Capacity],
     rows_at_once: int | None = None,
     price: float = 0.0,
+    multiple: int = 1,
 ) -> list[Batch]:
     """Gives each batch one of at most `MOST_SHAPES` shapes: those for which least is computed in vain.
 
@@ -93,6 +99,7 @@ def shaped(
       sizes: what each row needs.
       rows_at_once: see `shuffled`.
       price: of compiling one more shape, in tokens that could be computed in that time.
+      multiple: numbers of tokens are rounded up to multiples of it, so that so many devices can share them.
     """
     needs = np.array([_need(rows, sizes, rows_at_once) for rows in batches])
     counts = np.array([len(rows) for rows in batches])
@@ -102,7 +109,11 @@ def shaped(
         own = counts == count
         most = MOST_SHAPES - len(lengths) + 1 if count == lengths[0] else 1
         capacities[own] = _levels(needs[own], max(1, most), price)
-    return [Batch(rows, Capacity(*map(int, size))) for rows, size in zip(batches, capacities, strict=True)]
+    rounded = [
+        Capacity(*(int(-(-size // m) * m) for size, m in zip(sizes, (multiple, 1, multiple), strict=True)))
+        for sizes in capacities
+    ]
+    return [Batch(*both) for both in zip(batches, rounded, strict=True)]
 
 
 def price_of_shape(params: Params, *, passes: int) -> float:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.lm.folder import write_folder
+from dpo_jax.lm.processes import agreed, is_first
+from dpo_jax.lm.sharding import put, to_host
 
 STATE, ABOUT = "state.safetensors", "about.json"
 KEPT = 2
@@ -33,9 +35,9 @@ def save_checkpoint(folder: Path, step: int, state: Any, about: Mapping[str, Any
 
     content = json.dumps({"step": step, "about": about}, indent=2).encode()
     target = folder / f"step-{step:08}"
-    if not target.exists():
+    if not agreed(target.exists()):
         write_folder(target, [(STATE, serialize(_named(state))), (ABOUT, content)])
-    for old in _steps(folder)[:-KEPT]:
+    for old in _steps(folder)[:-KEPT] if is_first() else ():
         shutil.rmtree(old)
 
 
@@ -50,7 +52,7 @@ def load_checkpoint(folder: Path, state: Any, about: Mapping[str, Any]) -> tuple
     Raises:
       ValueError: the checkpoint belongs to something else (the message says what differs), or is damaged.
     """
-    for leftover in folder.glob(".step-*"):  # of a process that was killed while it wrote
+    for leftover in folder.glob(".step-*") if is_first() else ():  # of a process that was killed while it wrote
         shutil.rmtree(leftover, ignore_errors=True)
     found = _steps(folder)
     return _load(found[-1], state, about) if found else None
@@ -66,11 +68,11 @@ def _load(place: Path, state: Any, about: Mapping[str, Any]) -> tuple[int, Any]:
     except (OSError, ValueError, SafetensorError) as problem:
         raise ValueError(f"{place} is damaged: remove it to go on from an earlier one ({problem})") from None
     _refuse_other(place, known["about"], json.loads(json.dumps(about)))
-    wanted = _named(state)
-    if {name: (x.shape, x.dtype) for name, x in wanted.items()} != {n: (x.shape, x.dtype) for n, x in tensors.items()}:
-        raise ValueError(f"{place} holds parameters of other names, shapes or dtypes: use another folder, or remove it")
     leaves, structure = jax.tree.flatten_with_path(state)
-    placed = [jax.device_put(tensors[_name(path)], leaf.sharding) for path, leaf in leaves]
+    wanted = {_name(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+    if wanted != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
+        raise ValueError(f"{place} holds parameters of other names, shapes or dtypes: use another folder, or remove it")
+    placed = [put(tensors[_name(path)], leaf.sharding) for path, leaf in leaves]
     return known["step"], jax.tree.unflatten(structure, placed)
 
 
@@ -90,7 +92,7 @@ def _steps(folder: Path) -> list[Path]:
 
 def _named(state: Any) -> dict[str, Any]:
     """The arrays of a state, by their place in it."""
-    return {_name(path): jnp.asarray(leaf) for path, leaf in jax.tree.flatten_with_path(state)[0]}
+    return {_name(path): jnp.asarray(to_host(leaf)) for path, leaf in jax.tree.flatten_with_path(state)[0]}
 
 
 def _name(path: Any) -> str:
@@ -104,7 +106,7 @@ def fingerprint(tree: Any) -> str:
         if not hasattr(leaf, "dtype"):
             digest.update(f"{_name(path)} {leaf!r}".encode())
             continue
-        array = np.ascontiguousarray(leaf)
+        array = np.ascontiguousarray(to_host(leaf))
         digest.update(f"{_name(path)} {array.shape} {array.dtype}".encode())
         digest.update(array.view(np.uint8).data)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -91,6 +92,18 @@ def read_examples(path: str | Path, kind: Kind) -> Iterator[Example]:
             place = f"{path}, {unit(path)} {number}"
             row = {name: cells[i] for name, i in layouts[tuple(names)].items()}
             yield _example(place, row, kind, from_csv=".csv" in path.suffixes)
+
+
+def holds_pairs(path: str | Path) -> bool:
+    """Whether the first row of a file has a chosen and a rejected response.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is damaged.
+    """
+    with closing(records(Path(path), lambda _, names: range(min(1, len(names))))) as rows:
+        names = {name.strip().lower() for _, columns, _ in itertools.islice(rows, 1) for name in columns}
+    return {"chosen", "rejected"} <= names
 
 
 def _example(place: str, row: Mapping[str, Any], kind: Kind, *, from_csv: bool) -> Example:

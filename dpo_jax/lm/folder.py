@@ -21,6 +21,8 @@ from jaxtyping import Array, Key
 from dpo_jax import checks
 from dpo_jax.lm.config import Config, from_json, to_json
 from dpo_jax.lm.model import Decoder
+from dpo_jax.lm.processes import is_first, wait_for_all
+from dpo_jax.lm.sharding import to_host
 from dpo_jax.lm.text import Text, read_object
 from dpo_jax.types import Params
 
@@ -130,11 +132,18 @@ def save(folder: str | Path, model: LanguageModel, *, max_shard_bytes: int = 5 *
 def write_folder(folder: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Writes files into a new folder, which appears when it is complete, or not at all.
 
+    Of several processes, the first writes, and all go on when it has.
+
     Raises:
       FileExistsError: the folder has files already.
       OSError: it cannot be written.
     """
-    folder = Path(folder)
+    if is_first():
+        _write(Path(folder), files)
+    wait_for_all(f"written: {folder}")
+
+
+def _write(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -289,7 +298,7 @@ def _named(decoder: Decoder, params: Params) -> Iterator[tuple[str, np.ndarray]]
     if [(path, leaf.shape) for path, leaf in wanted] != [(path, jnp.shape(leaf)) for path, leaf in found]:
         raise ValueError("the parameters are not those of the decoder: names or shapes differ")
     for path, leaf in found:
-        names, array = _names(path, decoder.config.num_layers), np.asarray(leaf)
+        names, array = _names(path, decoder.config.num_layers), to_host(leaf)
         if not np.all(np.isfinite(array)):
             raise ValueError(f"{jax.tree_util.keystr(path)} holds NaN or infinite values")
         for name, part in zip(names, array if len(names) > 1 else [array], strict=True):

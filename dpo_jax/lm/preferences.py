@@ -12,7 +12,16 @@ import numpy as np
 from jaxtyping import Int
 
 from dpo_jax import checks
-from dpo_jax.lm.examples import DEMONSTRATIONS, LABELS, PAIRS, RANKINGS, Example, Kind, read_examples
+from dpo_jax.lm.examples import (
+    DEMONSTRATIONS,
+    LABELS,
+    PAIRS,
+    RANKINGS,
+    Example,
+    Kind,
+    holds_pairs,
+    read_examples,
+)
 from dpo_jax.lm.stream import PADDING
 from dpo_jax.lm.text import Text
 from dpo_jax.types import Demonstrations, Labels, Pair, Preferences
@@ -100,11 +109,14 @@ def read_rankings(path: str | Path, text: Text, *, max_length: int = 512) -> tup
 def read_labels(path: str | Path, text: Text, *, max_length: int = 512) -> tuple[Labels, Report]:
     """Reads single responses, good or bad: columns `response` (or `completion`) and `label`.
 
-    See `read_preferences`.
+    A file of pairs is read as labels, too: chosen responses are good, rejected ones bad. See `read_preferences`.
 
     Raises:
       ValueError: also if all labels are the same.
     """
+    if holds_pairs(path):
+        pairs, report = read_preferences(path, text, max_length=max_length)
+        return _split(pairs), report
     data, examples, report = _read(path, text, LABELS, ("response",), max_length)
     prompts, (responses,) = _arrays(data)
     labels: Any = np.array([example.label for example in examples])
@@ -187,6 +199,16 @@ def _same(row: Tokens | None) -> str | None:
 def _arrays(data: Sequence[Tokens]) -> tuple[Any, list[Any]]:
     num = len(data[0].responses)
     return padded([row.prompt for row in data]), [padded([row.responses[i] for row in data]) for i in range(num)]
+
+
+def _split(pairs: Preferences) -> Labels:
+    """Both responses of each pair as rows of their own, neighbours."""
+    longest = max(side.shape[1] for side in pairs.responses)
+    sides = [np.pad(side, ((0, 0), (0, longest - side.shape[1])), constant_values=PADDING) for side in pairs.responses]
+    responses: Any = np.stack(sides, axis=1).reshape(-1, longest)
+    prompts: Any = np.repeat(pairs.prompts, 2, axis=0)
+    labels: Any = np.tile([True, False], len(pairs.prompts))
+    return Labels(prompts, responses, labels, None if pairs.weights is None else np.repeat(pairs.weights, 2))  # type: ignore[arg-type]
 
 
 def _weights(examples: Sequence[Example]) -> Any:

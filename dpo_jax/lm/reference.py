@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpo_jax.lm.batches import price_of_shape, sizes_of, sorted_by_length
 from dpo_jax.lm.checkpoints import fingerprint
 from dpo_jax.lm.folder import LanguageModel, write_folder
 from dpo_jax.lm.model import Decoder
+from dpo_jax.lm.processes import agreed
 from dpo_jax.lm.scoring import log_prob_fn
+from dpo_jax.lm.sharding import mesh_of, to_host
 from dpo_jax.lm.stream import Capacity
 from dpo_jax.types import Params
 
@@ -41,10 +44,13 @@ def logps(
       report: called as `report(done, all)` after each batch.
     """
 
-    def score(capacity: Capacity, prompts: Any, responses: Any) -> Any:
-        return _scorer(model.decoder, capacity, mean)(model.params, prompts, responses)
+    mesh = mesh_of(model.params)
 
-    return score_rows(score, data, batch_size, report, price=price_of_shape(model.params, passes=1))
+    def score(capacity: Capacity, prompts: Any, responses: Any) -> Any:
+        return _scorer(model.decoder, capacity, mean, mesh)(model.params, prompts, responses)
+
+    options: dict[str, Any] = {"price": price_of_shape(model.params, passes=1), "multiple": mesh.size if mesh else 1}
+    return score_rows(score, data, batch_size, report, **options)
 
 
 def score_rows(
@@ -54,6 +60,7 @@ def score_rows(
     report: Callable[[int, int], None] | None = None,
     *,
     price: float = 0.0,
+    multiple: int = 1,
 ) -> Any:
     """Scores all rows, those of like length together.
 
@@ -62,13 +69,14 @@ def score_rows(
       data: with prompts and responses.
       batch_size: rows at once.
       report: see `logps`.
-      price: see `batches.shaped`.
+      price, multiple: see `batches.shaped`.
     """
-    batches = sorted_by_length(sizes_of(data.prompts, data.responses), batch_size=batch_size, price=price)
+    sizes = sizes_of(data.prompts, data.responses)
+    batches = sorted_by_length(sizes, batch_size=batch_size, price=price, multiple=multiple)
     parts = []
     for i, batch in enumerate(batches):
         rows = jax.tree.map(lambda leaf, rows=batch.rows: np.asarray(leaf)[rows], (data.prompts, data.responses))
-        parts.append(jax.tree.map(np.asarray, score(batch.capacity, *rows)))
+        parts.append(jax.tree.map(to_host, score(batch.capacity, *rows)))
         if report:
             report(i + 1, len(batches))
     back = np.argsort(np.concatenate([batch.rows for batch in batches]))
@@ -106,7 +114,7 @@ def with_reference(
         return data._replace(reference_logps=compute())
     options = [VERSION, repr(model.decoder.config), str(model.decoder.dtype), mean]
     place = Path(cache) / fingerprint((options, model.params, data.prompts, data.responses))
-    if not place.exists():
+    if not agreed(place.exists()):
         leaves = jax.tree.leaves(compute())
         write_folder(place, [(f"{i}.npy", _as_npy(leaf)) for i, leaf in enumerate(leaves)])
     structure: Any = jax.tree.structure(data.responses)
@@ -115,8 +123,8 @@ def with_reference(
 
 
 @functools.cache
-def _scorer(decoder: Decoder, capacity: Capacity, mean: bool) -> Callable[[Params, Any, Any], Any]:
-    return jax.jit(log_prob_fn(decoder, capacity=capacity, mean=mean))
+def _scorer(decoder: Decoder, capacity: Capacity, mean: bool, mesh: Mesh | None) -> Callable[[Params, Any, Any], Any]:
+    return jax.jit(log_prob_fn(decoder, capacity=capacity, mean=mean, mesh=mesh))
 
 
 def _finite(found: Any) -> Any:

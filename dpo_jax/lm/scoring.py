@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dpo_jax.lm.model import Decoder, attention
+from dpo_jax.lm.sharding import spread
 from dpo_jax.lm.stream import Capacity, Stream, into_rows, into_stream, make_stream
 from dpo_jax.types import LogProbFn, Params, TokenLogProbFn, TokenLogps
 
@@ -19,7 +21,12 @@ MOST_LOGITS = 2**26
 
 
 def log_prob_fn(
-    decoder: Decoder, *, capacity: Capacity | None = None, mean: bool = False, scored_at_once: int | None = None
+    decoder: Decoder,
+    *,
+    capacity: Capacity | None = None,
+    mean: bool = False,
+    scored_at_once: int | None = None,
+    mesh: Mesh | None = None,
 ) -> LogProbFn:
     """The function `(params, prompts, responses) -> log-probabilities` (nats) that objectives take.
 
@@ -33,11 +40,12 @@ def log_prob_fn(
       mean: divide by the number of tokens, as SimPO, ORPO and others want it. No loss can detect the wrong choice.
       scored_at_once: how many tokens of responses meet the vocabulary at once; `None` means at most `MOST_LOGITS`
         logits. More of them are computed in parts, and again for the gradient.
+      mesh: of devices between which tokens are divided, if the capacity's numbers are multiples of its size.
     """
 
     def log_prob(params: Params, prompts: Array, responses: Any) -> Any:
         leaves, structure = jax.tree.flatten(responses)
-        found = _scores(decoder, params, prompts, leaves, capacity, scored_at_once)
+        found = _scores(decoder, params, prompts, leaves, capacity, scored_at_once, mesh)
         return jax.tree.unflatten(structure, [_total(logps, mean) for logps in found])
 
     return log_prob
@@ -137,6 +145,7 @@ def _scores(
     responses: list[Int[Array, "n _"]],
     capacity: Capacity | None,
     at_once: int | None,
+    mesh: Mesh | None = None,
 ) -> list[TokenLogps]:
     """Log-probabilities of the tokens of all responses."""
     for name, tokens in [("prompts", prompts), *((f"responses {i}", leaf) for i, leaf in enumerate(responses))]:
@@ -144,7 +153,7 @@ def _scores(
             raise TypeError(f"{name} must be an array of tokens [n, length], got {jnp.shape(tokens)}")
         if len(tokens) != len(prompts):
             raise ValueError(f"{name} must have as many rows as prompts, {len(prompts)}, got {len(tokens)}")
-    stream = make_stream(prompts, responses, capacity, decoder.config.vocab_size)
+    stream = spread(make_stream(prompts, responses, capacity, decoder.config.vocab_size), mesh)
     hidden = hidden_of(decoder, params, stream)[stream.predictors]
     logps = target_logps(decoder, params, hidden, stream.targets, at_once=at_once)
     values = _by_entry(logps, stream)

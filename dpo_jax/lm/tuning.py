@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Key
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Key
 
 from dpo_jax import checks, train
 from dpo_jax.lm.adapters import LoRA, adapted, init_adapter
@@ -25,7 +26,8 @@ from dpo_jax.lm.evaluation import as_given
 from dpo_jax.lm.folder import LanguageModel
 from dpo_jax.lm.model import Decoder
 from dpo_jax.lm.scoring import log_prob_fn
-from dpo_jax.lm.sharding import on_one_mesh, shardings
+from dpo_jax.lm.processes import is_first
+from dpo_jax.lm.sharding import mesh_of, on_mesh, shardings
 from dpo_jax.lm.stream import Capacity
 from dpo_jax.types import LogProbFn, Metrics, Objective, Params
 
@@ -133,6 +135,7 @@ def tune(
         raise ValueError("several runs in one program share the model: give lora, too")
     data = jax.tree.map(np.asarray, data)
     order_key, init_key = jax.random.split(key)
+    mesh = mesh_of(model.params)
     sizes = sizes_of(data.prompts, data.responses)
     batches = shuffled(
         order_key,
@@ -141,21 +144,24 @@ def tune(
         batch_size=batch_size,
         rows_at_once=rows_at_once,
         price=price_of_shape(model.params, passes=3),
+        multiple=mesh.size if mesh else 1,
     )
-    runs = _Runs(model.decoder, lora, objective, optimizer, _arrays(points), mean, rows_at_once)
-    initial = runs.initial(init_key, model.params)
-    state, base = on_one_mesh((runs.start(initial), model.params if lora else None))
+    runs = _Runs(model.decoder, lora, objective, optimizer, _arrays(points), mean, rows_at_once, mesh)
+    initial = on_mesh(runs.initial(init_key, model.params), mesh)
+    state, base = on_mesh((runs.start(initial), model.params if lora else None), mesh)
     log = _Log(folder, _about(model, data, batches, runs, about) if folder else {})
     state = log.resume(state)
-    if preflight and not log.lines:
-        runs.check_first_loss(state, base, _rows(data, batches[0].rows), batches[0].capacity)
     for done in range(len(log.lines), len(batches)):
-        batch = batches[done]
-        step, compiling = runs.step(state, rows := _rows(data, batch.rows), base, batch.capacity)
-        clock = time.perf_counter()
-        state, metrics = step(state, rows, base)
+        rows, capacity = _rows(data, batches[done].rows), batches[done].capacity
+        clock, compiled_before = time.perf_counter(), runs.compiling
+        found = runs.evaluate(state, rows, base, capacity)
+        if preflight and done == 0:
+            runs.check_first_loss(found.loss, rows)
+        state, metrics = runs.advance(state, found)
+        del found  # or its gradient would be kept until the next one is there
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
-        seconds = time.perf_counter() - clock
+        compiling = runs.compiling - compiled_before
+        seconds = time.perf_counter() - clock - compiling
         log.add(metrics)
         if points is None and not state.finite:
             raise train.NonFiniteError(done, len(batches) // num_epochs, state.params, log.history())
@@ -164,13 +170,16 @@ def tune(
         if folder and ((done + 1) % steps_per_checkpoint == 0 or done + 1 == len(batches)):
             log.save(state)
         if report:
-            report(Step(done + 1, len(batches), metrics, seconds, compiling, batch.capacity.tokens))
+            report(Step(done + 1, len(batches), metrics, seconds, compiling, capacity.tokens))
     return Tuned(state.params, log.history())
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Runs:
-    """One run, or several stacked: how each starts, and makes a step."""
+    """One run, or several stacked: how each starts, and makes a step.
+
+    A step is two programs: one for the gradient, which is compiled for each shape of batches, and one for the optimizer.
+    """
 
     decoder: Decoder
     lora: LoRA | None
@@ -179,6 +188,9 @@ class _Runs:
     points: Mapping[str, Array] | None
     mean: bool
     rows_at_once: int | None
+    mesh: Mesh | None
+    compiling: float = 0.0
+    """Seconds that compiling has taken so far."""
 
     @cached_property
     def _programs(self) -> dict[Any, Any]:
@@ -203,44 +215,57 @@ class _Runs:
         start = jax.tree.map(jnp.copy, initial)
         return one(start, {}) if self.points is None else jax.vmap(one)(start, self.points)
 
-    def step(self, state: Any, batch: Any, base: Params | None, capacity: Capacity) -> tuple[Any, float]:
-        """The compiled step for batches of a shape, and the seconds that compiling it took just now."""
+    def evaluate(self, state: train.TrainState, batch: Any, base: Params | None, capacity: Capacity) -> train.Evaluated:
+        """The loss of a batch and its gradient."""
 
-        def one(state: Any, batch: Any, base: Params | None, point: Mapping[str, Array]) -> tuple[Any, Metrics]:
+        def one(
+            params: Params, memory: Any, point: Mapping[str, Array], batch: Any, base: Params | None
+        ) -> train.Evaluated:
             objective = self._objective(self._log_prob(base, capacity), point)
-            return _step(state, batch, objective, self._optimizer(point))
+            return train.evaluate(params, memory, batch, objective=objective)
 
-        name = (capacity, len(batch.prompts))
-        if name in self._programs:
-            return self._programs[name], 0.0
-        clock = time.perf_counter()
-        compiled = jax.jit(self._over_points(one), donate_argnums=0, out_shardings=(shardings(state), None))
-        self._programs[name] = compiled.lower(state, batch, base).compile()
-        return self._programs[name], time.perf_counter() - clock
+        placed = train.Evaluated(None, None, None, shardings(state.params))  # type: ignore[arg-type]
+        over_runs = one if self.points is None else jax.vmap(one, (0, 0, 0, None, None))
+        arguments = state.params, state.memory, self.points or {}, batch, base
+        return self._run((capacity, len(batch.prompts)), over_runs, arguments, out_shardings=placed)
 
-    def check_first_loss(self, state: Any, base: Params | None, batch: Any, capacity: Capacity) -> None:
+    def advance(self, state: train.TrainState, found: train.Evaluated) -> tuple[train.TrainState, Metrics]:
+        """What the optimizer makes of a gradient."""
+
+        def one(state: Any, found: train.Evaluated, point: Mapping[str, Array]) -> tuple[Any, Metrics]:
+            state, metrics = train.advance(state, found, optimizer=self._optimizer(point))
+            return state, {name: jnp.asarray(metric) for name, metric in metrics.items()}
+
+        over_runs = one if self.points is None else jax.vmap(one)
+        arguments = state, found, self.points or {}
+        return self._run("advance", over_runs, arguments, donate_argnums=0, out_shardings=(shardings(state), None))
+
+    def check_first_loss(self, found: Array, batch: Any) -> None:
         """Compares the first loss with that of a policy that gives the reference's log-probabilities."""
         if getattr(batch, "reference_logps", None) is None:
             return
 
-        def one(state: Any, batch: Any, base: Params | None, point: Mapping[str, Array]) -> tuple[Array, Array]:
-            loss, _ = self._objective(self._log_prob(base, capacity), point)(state.params, batch)
-            return loss, self._objective(as_given, point)(batch.reference_logps, batch)[0]
+        def one(point: Mapping[str, Array], batch: Any) -> Array:
+            return self._objective(as_given, point)(batch.reference_logps, batch)[0]
 
-        found, expected = (np.asarray(x) for x in jax.jit(self._over_points(one))(state, batch, base))
+        over_runs = one if self.points is None else jax.vmap(one, (0, None))
+        expected = jax.jit(over_runs)(self.points or {}, batch)
         if not np.allclose(found, expected, rtol=1e-3, atol=1e-3):
             raise UntrainedError(
                 f"the first loss is {found}, but of a policy that equals the reference it is {expected}: the "
                 "reference's log-probabilities are of another model, of other data, or sums where means are needed"
             )
 
-    def _over_points(self, one: Callable[..., Any]) -> Callable[..., Any]:
-        if self.points is None:
-            return lambda state, batch, base: one(state, batch, base, {})
-        return lambda state, batch, base: jax.vmap(one, (0, None, None, 0))(state, batch, base, self.points)
+    def _run(self, name: Any, function: Callable[..., Any], arguments: tuple[Any, ...], **options: Any) -> Any:
+        """Runs a program, which is compiled when it is needed for the first time."""
+        if name not in self._programs:
+            clock = time.perf_counter()
+            self._programs[name] = jax.jit(function, **options).lower(*arguments).compile()
+            self.compiling += time.perf_counter() - clock
+        return self._programs[name](*arguments)
 
     def _log_prob(self, base: Params | None, capacity: Capacity) -> LogProbFn:
-        log_prob = log_prob_fn(self.decoder, capacity=capacity, mean=self.mean)
+        log_prob = log_prob_fn(self.decoder, capacity=capacity, mean=self.mean, mesh=self.mesh)
         log_prob = log_prob if self.rows_at_once is None else train.in_chunks(log_prob, self.rows_at_once)
         return log_prob if self.lora is None else adapted(log_prob, base, self.lora)
 
@@ -279,15 +304,16 @@ class _Log:
         self.lines = [
             {k: np.asarray(v, np.float32) for k, v in json.loads(line).items() if k != "step"} for line in known
         ]
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in known))
-        partial.replace(self._path)
+        if is_first():
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in known))
+            partial.replace(self._path)
         return state
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds the metrics of a step."""
         self.lines.append(metrics)
-        if self.folder is not None:
+        if self.folder is not None and is_first():
             entry = {"step": len(self.lines), **{name: value.tolist() for name, value in metrics.items()}}
             with self._path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
@@ -311,17 +337,17 @@ class _Log:
 class _Watch(NamedTuple):
     """For each array, whether it has had a gradient."""
 
-    seen: Any
+    seen: Bool[Array, " arrays"]
 
 
 def _watch() -> optax.GradientTransformation:
     """Records which arrays have had a gradient, and changes nothing."""
 
     def init(params: Params) -> _Watch:
-        return _Watch(jax.tree.map(lambda _: jnp.zeros((), bool), params))
+        return _Watch(jnp.zeros(len(jax.tree.leaves(params)), bool))
 
     def update(gradient: Any, state: _Watch, _: Params = None) -> tuple[Any, _Watch]:
-        return gradient, _Watch(jax.tree.map(lambda seen, leaf: seen | jnp.any(leaf != 0), state.seen, gradient))
+        return gradient, _Watch(state.seen | jnp.stack([jnp.sum(leaf**2) > 0 for leaf in jax.tree.leaves(gradient)]))
 
     return optax.GradientTransformation(init, update)
 
@@ -329,22 +355,14 @@ def _watch() -> optax.GradientTransformation:
 def _check_training(state: train.TrainState, initial: Params) -> None:
     """Whether each trained array has had a gradient and has changed."""
     where = jax.tree.flatten_with_path(state.params)[0]
-    seen = [np.all(leaf) for leaf in jax.tree.leaves(state.opt_state[0].seen)]
-    moved = [
-        np.any(np.asarray(a) != np.asarray(b))
-        for a, b in zip(jax.tree.leaves(initial), (x for _, x in where), strict=True)
-    ]
+    seen = np.asarray(state.opt_state[0].seen).reshape(-1, len(where)).all(axis=0)
+    moved = [jnp.any(a != b) for a, b in zip(jax.tree.leaves(initial), (x for _, x in where), strict=True)]
     for what, fine in (("had no gradient", seen), ("did not change", moved)):
         if wrong := [jax.tree_util.keystr(path) for (path, _), good in zip(where, fine, strict=True) if not good]:
             raise UntrainedError(
                 f"in the first steps, {len(wrong)} of {len(where)} trained arrays {what}, such as {wrong[0]}: the "
                 "learning rate is 0 or too small for the dtype of the parameters, or the loss does not depend on them"
             )
-
-
-def _step(state: Any, batch: Any, objective: Objective, optimizer: optax.GradientTransformation) -> tuple[Any, Metrics]:
-    state, metrics = train.update(state, batch, objective=objective, optimizer=optimizer)
-    return state, {name: jnp.asarray(metric) for name, metric in metrics.items()}
 
 
 def _rows(data: Any, rows: Any) -> Any:

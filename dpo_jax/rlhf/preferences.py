@@ -2,9 +2,11 @@ r"""Online DPO, XPO and Nash-MD: learners from comparisons of the current policy
 
 Each function returns a `Learner` for `train.fit_online`. Their common arguments:
 
-- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`). - `log_prob`: scores
-responses. - `prefer`: the probability that the first of two responses is preferred: by people (`toy.preference_fn` of
-the true rewards), by a reward model (the same of its rewards), or any other preference, even a cyclic one
+- `ask`, `respond`: draw prompts, and responses to them (`toy.ask_uniformly`, `toy.respond_fn`). If `respond` gives all
+responses and their probabilities (`toy.enumerate_fn`), learners use exact expectations.
+- `log_prob`: scores responses.
+- `prefer`: the probability that the first of two responses is preferred: by people (`toy.preference_fn` of the true
+rewards), by a reward model (the same of its rewards), or any other preference, even a cyclic one
 (`toy.general_preference_fn`).
 - `reference_params`: parameters of the reference policy, usually those that training starts with.
 """
@@ -63,9 +65,10 @@ def online_dpo(
         groups = collect_groups(
             group_key, params, ask=ask, respond=respond, log_prob=log_prob, reference_params=reference_params
         )
-        _check_samples(groups, size=2)
-        first, second = (jax.tree.map(lambda leaf, i=i: leaf[:, i], groups) for i in (0, 1))
-        return compare(label_key, prefer, first, second)[0], memory
+        if groups.weights is not None:
+            return compare_all(prefer, groups, groups)[0], memory
+        _check_size(groups, 2)
+        return compare(label_key, prefer, _column(groups, 0), _column(groups, 1))[0], memory
 
     return Learner(collect, preference_objective(log_prob, loss, beta=beta))
 
@@ -94,9 +97,15 @@ def xpo(
     def collect(key: Key[Array, ""], params: Params, memory: None) -> tuple[Preferences, None]:
         ask_key, own_key, other_key, label_key = jax.random.split(key, 4)
         prompts = ask(ask_key)
-        score = partial(_answer, prompts=prompts, respond=respond, log_prob=log_prob, reference_params=reference_params)
+        score = partial(
+            score_groups, prompts=prompts, respond=respond, log_prob=log_prob, reference_params=reference_params
+        )
         own, other = score(own_key, params), score(other_key, reference_params)
-        preferences, own_won = compare(label_key, prefer, own, other)
+        if own.weights is not None:
+            preferences, own_won = compare_all(prefer, own, other)
+        else:
+            _check_size(own, 1)
+            preferences, own_won = compare(label_key, prefer, _column(own, 0), _column(other, 0))
         return preferences._replace(columns={"reference_won": ~own_won}), memory
 
     objective = preference_objective(
@@ -159,42 +168,80 @@ def nash_md(
 
 def compare(
     key: Key[Array, ""], prefer: PreferenceFn, first: Groups, second: Groups
-) -> tuple[Preferences, Bool[Array, " prompts"]]:
-    """Samples a comparison of two responses to each prompt.
+) -> tuple[Preferences, Bool[Array, " n"]]:
+    """Samples a comparison of each response with its counterpart.
 
     Args:
       key: typed PRNG key.
       prefer: the probability that the first is preferred.
-      first, second: one scored response to each prompt.
+      first, second: scored responses to the same prompts, one in each row.
 
     Returns:
       Comparisons that carry their reference, and whether the first was preferred. If a value is not a probability, such
       as NaN, the reference is NaN, so that training stops.
     """
-    probability = prefer(first.prompts, first.responses, second.responses)
-    checks.interval("prefer(prompts, responses, others)", probability, "[0, 1]")
-    wide = probability.astype(jnp.promote_types(probability.dtype, jnp.float32))
-    first_won = jax.random.bernoulli(key, wide)  # uniform numbers of bfloat16 are multiples of 1/128
-    possible = (probability >= 0) & (probability <= 1)
-
-    def winner(wins: Array, one: Array, other: Array) -> Array:
-        return jnp.where(wins.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+    probability = _probability(prefer, first, second)
+    first_won = jax.random.bernoulli(key, probability)
 
     def ordered(one: Array, other: Array) -> Pair:
-        return Pair(winner(first_won, one, other), winner(~first_won, one, other))
+        wins = first_won.reshape(-1, *(1,) * (one.ndim - 1))
+        return Pair(jnp.where(wins, one, other), jnp.where(wins, other, one))
 
     responses = ordered(first.responses, second.responses)
-    reference_logps = ordered(
-        *(jnp.where(possible, logps, jnp.nan) for logps in (first.reference_logps, second.reference_logps))
-    )
-    return Preferences(first.prompts, responses, reference_logps=reference_logps), first_won
+    reference = ordered(first.reference_logps, second.reference_logps)
+    return Preferences(first.prompts, responses, reference_logps=_if_possible(probability, reference)), first_won
 
 
-def _answer(key: Key[Array, ""], policy: Params, **scoring: Any) -> Groups:
-    """One response of a policy to each prompt."""
-    groups = score_groups(key, policy, **scoring)
-    _check_samples(groups, size=1)
-    return jax.tree.map(lambda leaf: leaf[:, 0], groups)
+def compare_all(prefer: PreferenceFn, first: Groups, second: Groups) -> tuple[Preferences, Bool[Array, " n"]]:
+    """Both outcomes of comparing each of the first responses with each of the second, weighted by their probability.
+
+    Args:
+      prefer: the probability that the first is preferred.
+      first, second: groups of all responses to the same prompts, with their probabilities.
+
+    Returns:
+      As `compare`: a row for each prompt, first response, second response and outcome.
+    """
+    one, other = _crossed(first, second)
+    probability = _probability(prefer, one, other)
+    drawn = 2 * one.weights * other.weights
+
+    def outcome(chosen: Groups, rejected: Groups, probability: Array) -> Preferences:
+        reference = _if_possible(probability, Pair(chosen.reference_logps, rejected.reference_logps))
+        responses, weights = Pair(chosen.responses, rejected.responses), (drawn * probability).astype(drawn.dtype)
+        return Preferences(chosen.prompts, responses, weights, reference)
+
+    both = outcome(one, other, probability), outcome(other, one, 1 - probability)
+    first_won = jnp.arange(2 * len(drawn)) < len(drawn)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *both), first_won
+
+
+def _probability(prefer: PreferenceFn, first: Groups, second: Groups) -> Array:
+    """That the first is preferred. In float32 at least: uniform numbers of bfloat16 are multiples of 1/128."""
+    probability = prefer(first.prompts, first.responses, second.responses)
+    checks.interval("prefer(prompts, responses, others)", probability, "[0, 1]")
+    return probability.astype(jnp.promote_types(probability.dtype, jnp.float32))
+
+
+def _if_possible(probability: Array, logps: Pair) -> Pair:
+    """Log-probabilities, NaN where a comparison has no probability."""
+    return jax.tree.map(lambda leaf: jnp.where((probability >= 0) & (probability <= 1), leaf, jnp.nan), logps)
+
+
+def _column(groups: Groups, i: int) -> Groups:
+    """One response to each prompt."""
+    return jax.tree.map(lambda leaf: leaf[:, i], groups)
+
+
+def _crossed(first: Groups, second: Groups) -> tuple[Groups, Groups]:
+    """Each response of the first groups beside each of the second, a row for each two."""
+    sizes = first.responses.shape[1], second.responses.shape[1]
+
+    def rows(leaf: Array, axis: int) -> Array:
+        wide = jnp.expand_dims(leaf, axis)
+        return jnp.broadcast_to(wide, (len(leaf), *sizes, *leaf.shape[2:])).reshape(-1, *leaf.shape[2:])
+
+    return jax.tree.map(lambda leaf: rows(leaf, 2), first), jax.tree.map(lambda leaf: rows(leaf, 1), second)
 
 
 def _repeat(other: Array, groups: Groups) -> Array:
@@ -202,9 +249,7 @@ def _repeat(other: Array, groups: Groups) -> Array:
     return jnp.broadcast_to(other[:, None], groups.responses.shape)
 
 
-def _check_samples(groups: Groups, *, size: int) -> None:
-    """`respond` returned samples, and the right number of them."""
-    if groups.weights is not None:
-        raise ValueError("respond must sample: comparisons of all responses at once are not supported")
+def _check_size(groups: Groups, size: int) -> None:
+    """`respond` returned the right number of samples."""
     if groups.responses.shape[1] != size:
         raise ValueError(f"respond must give {size} to each prompt, got groups of {groups.responses.shape[1]}")

@@ -1,8 +1,11 @@
 """Training: objectives, and the loop that minimises them. Independent of the kind of responses."""
 
 from dpo_jax.train.chunks import in_chunks as in_chunks
+from dpo_jax.train.fit import Evaluated as Evaluated
 from dpo_jax.train.fit import NonFiniteError as NonFiniteError
 from dpo_jax.train.fit import TrainState as TrainState
+from dpo_jax.train.fit import advance as advance
+from dpo_jax.train.fit import evaluate as evaluate
 from dpo_jax.train.fit import fit as fit
 from dpo_jax.train.fit import init_state as init_state
 from dpo_jax.train.fit import run_epoch as run_epoch

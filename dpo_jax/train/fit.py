@@ -40,6 +40,22 @@ class TrainState(NamedTuple):
     memory: Any = None
 
 
+class Evaluated(NamedTuple):
+    """An objective at some parameters, on one batch.
+
+    Attributes:
+      loss: a number.
+      metrics: of the objective.
+      memory: of the objective, after the batch.
+      gradient: of the loss, in the structure of the parameters.
+    """
+
+    loss: Array
+    metrics: Metrics
+    memory: Any
+    gradient: Params
+
+
 class NonFiniteError(FloatingPointError):
     """A loss or an update is NaN or infinite.
 
@@ -86,25 +102,55 @@ def update(
     Raises:
       TypeError, ValueError: the objective returned invalid values.
     """
+    found = evaluate(state.params, state.memory, batch, objective=objective)
+    again = lambda params: evaluate(params, state.memory, batch, objective=objective).loss  # noqa: E731
+    return advance(state, found, optimizer=optimizer, value_fn=again)
 
-    def evaluate(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
+
+def evaluate(params: Params, memory: Any, batch: Any, *, objective: Objective) -> Evaluated:
+    """The loss of a batch and its gradient: the first half of `update`.
+
+    Raises:
+      TypeError, ValueError: the objective returned invalid values.
+    """
+
+    def loss_of(params: Params) -> tuple[Array, tuple[Metrics, Any]]:
         if not isinstance(objective, StatefulObjective):
             checks.outcome(outcome := objective(params, batch), parts=("loss", "metrics"))
             return outcome[0], (outcome[1], None)
-        checks.outcome(new := objective.apply(params, batch, state.memory), parts=("loss", "metrics", "memory"))
-        return new[0], (new[1], memory_like(state.memory, new[2], "objective"))
+        checks.outcome(new := objective.apply(params, batch, memory), parts=("loss", "metrics", "memory"))
+        return new[0], (new[1], memory_like(memory, new[2], "objective"))
 
-    (loss, (metrics, memory)), gradient = jax.value_and_grad(evaluate, has_aux=True)(state.params)
-    known = {"value": loss, "grad": gradient, "value_fn": lambda params: evaluate(params)[0]}
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params, **_asked_for(optimizer, known))
+    (loss, (metrics, memory_after)), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return Evaluated(loss, metrics, memory_after, gradient)
+
+
+def advance(
+    state: TrainState,
+    found: Evaluated,
+    *,
+    optimizer: optax.GradientTransformation,
+    value_fn: Callable[[Params], Array] | None = None,
+) -> tuple[TrainState, Metrics]:
+    """The second half of `update`: what the optimizer makes of a gradient.
+
+    Args:
+      state: before the step.
+      found: at its parameters.
+      optimizer: as for `update`.
+      value_fn: for optimizers that evaluate the loss elsewhere.
+    """
+    known = {"value": found.loss, "grad": found.gradient}
+    if value_fn is not None:
+        known["value_fn"] = value_fn
+    updates, opt_state = optimizer.update(found.gradient, state.opt_state, state.params, **_asked_for(optimizer, known))
     params = optax.apply_updates(state.params, updates)
-    finite = state.finite & jnp.isfinite(loss)
-    for leaf in jax.tree.leaves(params):
-        finite &= jnp.all(jnp.isfinite(leaf))
+    each = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]
+    finite = state.finite & jnp.isfinite(found.loss) & jnp.all(jnp.stack([jnp.ones((), jnp.bool), *each]))
     params, memory = jax.tree.map(
-        lambda old, new: jnp.where(finite, new, old), (state.params, state.memory), (params, memory)
+        lambda old, new: jnp.where(finite, new, old), (state.params, state.memory), (params, found.memory)
     )
-    metrics = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), {"loss": loss, **metrics})
+    metrics = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), {"loss": found.loss, **found.metrics})
     return TrainState(params, opt_state, state.step + finite, finite, memory), metrics
 
 

@@ -1,7 +1,8 @@
 """What commands that tune language models share: objectives, an optimizer, held-out pairs."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +11,35 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from dpo_jax import lm
-from dpo_jax.types import LogProbFn, Objective, Preferences
-from experiments.lab.methods import Method, Setup
+from dpo_jax.types import LogProbFn, Objective, Pair
+from experiments.lab.methods import METHODS, OF_TOKENS, RANKED, UNPAIRED, Method, Setup
 
 OF_MEANS = ("simpo", "alphapo", "orpo")
 """Losses that take means over tokens."""
+
+OF_LABELS = ("kto", "bco", "unpaired apo-zero")
+OF_RANKINGS = ("plackett-luce of 4",)
+
+OF_LANGUAGE = {method.name: method for method in METHODS if method.name in {*OF_TOKENS, *OF_LABELS, *OF_RANKINGS}}
+"""Losses that tune language models: those that need nothing but log-probabilities of responses."""
+
+
+def kind_of_data(method: Method) -> str:
+    """What a method learns from."""
+    if method.name == "kto":
+        return "labels with mismatched responses"
+    return {RANKED: "rankings", UNPAIRED: "labels"}.get(method.family, "pairs")
+
+
+def read(method: Method, path: Path, text: lm.Text, *, max_length: int, key: Key[Array, ""]) -> tuple[Any, lm.Report]:
+    """The data of a file that a method learns from, and the report."""
+    kind = kind_of_data(method)
+    if kind == "pairs":
+        return lm.read_preferences(path, text, max_length=max_length)
+    if kind == "rankings":
+        return lm.read_rankings(path, text, max_length=max_length)
+    labels, report = lm.read_labels(path, text, max_length=max_length)
+    return lm.with_mismatched(key, labels) if method.name == "kto" else labels, report
 
 
 def objective_of(method: Method, h: Mapping[str, float]) -> Callable[..., Objective]:
@@ -25,7 +50,7 @@ def objective_of(method: Method, h: Mapping[str, float]) -> Callable[..., Object
         setup = Setup(jax.random.key(0), log_prob, nothing, nothing, nothing)
         return method.objective(setup, {**h, **varied})
 
-    return make
+    return partial(lm.kto_objective, **h) if method.name == "kto" else make
 
 
 def optimizer_of(learning_rate: Any, num_steps: int) -> optax.GradientTransformation:
@@ -35,28 +60,38 @@ def optimizer_of(learning_rate: Any, num_steps: int) -> optax.GradientTransforma
     return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), descent)
 
 
-def split(
-    key: Key[Array, ""], data: Preferences, *, held_out: float, at_most: int | None
-) -> tuple[Preferences, Preferences]:
-    """Pairs to train on, and a share of them that is held out.
+def split(key: Key[Array, ""], data: Any, *, held_out: float, at_most: int | None) -> tuple[Any, Any]:
+    """Rows to train on, and a share of them that is held out. Rows of equal prompts stay together.
 
     Raises:
       ValueError: too few would be left on a side.
     """
     order = np.asarray(jax.random.permutation(key, len(data.prompts)))[:at_most]
-    num = round(held_out * len(order))
-    if num < 2 or num >= len(order):
-        raise ValueError(f"--held-out: {held_out} of {len(order)} pairs leaves too few to judge or to train on")
-    rest, out = order[num:], order[:num]
-    return jax.tree.map(lambda leaf: leaf[rest], data), jax.tree.map(lambda leaf: leaf[out], data)
+    prompts = [np.asarray(data.prompts[row]).tobytes() for row in order]
+    chosen = {*prompts[: round(held_out * len(order))]}
+    is_out = np.array([prompt in chosen for prompt in prompts])
+    if is_out.sum() < 2 or is_out.all():
+        raise ValueError(f"--held-out: {held_out} of {len(order)} rows leaves too few to judge or to train on")
+    rest, out = (jax.tree.map(lambda leaf, rows=rows: leaf[rows], data) for rows in (order[~is_out], order[is_out]))
+    return rest, out
 
 
-def judged(make: Any, data: Preferences, logps: Any) -> dict[str, dict[str, float]]:
-    """Means over held-out pairs, with their standard errors."""
+def judged(make: Any, data: Any, logps: Any) -> dict[str, dict[str, float]]:
+    """Means over held-out rows, with their standard errors."""
     rows = lm.evaluate_rows(make, data, logps)
-    sides = zip(("chosen", "rejected"), data.responses, strict=True)
-    lengths = {f"{name}_tokens": np.sum(tokens >= 0, axis=1) for name, tokens in sides}
+    lengths = {f"{name}_tokens": np.sum(tokens >= 0, axis=1) for name, tokens in _named(data.responses).items()}
     return {name: lm.mean_and_stderr(values) for name, values in {**rows, **lengths}.items()}
+
+
+def _named(responses: Any) -> dict[str, Any]:
+    """The responses of rows, by what they are called."""
+    if isinstance(responses, lm.Matched):
+        return {"response": responses.own}
+    if isinstance(responses, Pair):
+        return responses._asdict()
+    if isinstance(responses, tuple):
+        return {f"response_{i}": tokens for i, tokens in enumerate(responses, start=1)}
+    return {"response": responses}
 
 
 def within_prompts(values: Float[np.ndarray, "prompts samples"]) -> dict[str, float]:

@@ -10,6 +10,8 @@ from dpo_jax.intervals import half_width
 
 PAGE = Path(__file__).parents[1] / "README.md"
 REPORTED = Path(__file__).parents[1] / "reported"
+LANGUAGE_MODELS = Path(__file__).parents[2] / "dpo_jax" / "lm" / "README.md"
+"""The page of language models."""
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:

@@ -16,14 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import commands, console, files
+from experiments.lab import commands, console, files, page
+from experiments.lm_benchmark import workload
 
 OURS = {
     "all parameters": {},
     "LoRA 16, all layers": {"rank": 16},
     "LoRA 16, top 8 layers": {"rank": 16, "top_layers": 8},
 }
-RIVALS = {"PyTorch by hand": "torch", "TRL": "trl", "TRL, reference before": "trl_before"}
+RIVALS = {
+    "PyTorch by hand": "torch",
+    "PyTorch by hand, bfloat16": "torch_bf16",
+    "TRL, reference before": "trl_before",
+    "TRL": "trl",
+}
+EPOCH = "an epoch of random batches"
+COLUMNS = ("side", "seconds", "beside ours", "per adapter", "GB")
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,8 @@ class Options:
 
     model: Path | None = None
     """Folder of a model; by default random weights of SmolLM2's sizes. PyTorch and TRL need one."""
+    num_pairs: int = 4
+    """Pairs per step; accelerators want more. PyTorch and TRL take four."""
     num_steps: int = 3
     """Steps to time in each round, after one that warms up."""
     num_rounds: int = 2
@@ -46,23 +56,32 @@ class Options:
     """Folder for summary.json."""
 
 
-def sides(options: Options) -> dict[str, list[str]]:
-    """The commands that time each side."""
+def sides(options: Options, folder: Path) -> dict[str, list[str]]:
+    """The commands that time each side; the folder is for what they share."""
     ours = [sys.executable, "-m", "experiments.lm_benchmark.side", "--steps", str(options.num_steps)]
+    ours += ["--pairs", str(options.num_pairs)]
     ours += ["--model", str(options.model)] if options.model else []
     ours += ["--bfloat16"] if options.bfloat16 else []
     found = {name: [*ours, *_flags(flags)] for name, flags in OURS.items()}
     for num in options.num_adapters:
         flags = {"rank": 16, "top_layers": 8, "adapters": num}
         found[f"{num} adapters at once, top 8 layers"] = [*ours, *_flags(flags)]
+    found[EPOCH] = [*ours, "--epoch"]
     found["answers to 16 prompts"] = [*ours, "--generate", "16"]
     rivals = [
         sys.executable if options.rivals is None else str(options.rivals),
         str(Path(__file__).with_name("rivals.py")),
     ]
+    if options.num_pairs != 4 or not options.model or not (options.rivals or find_spec("trl")):
+        return found
+    num = len(workload.LENGTHS)
+    vocab_size = json.loads((options.model / "config.json").read_text())["vocab_size"]
+    few, many = folder / "pairs.json", folder / "epoch.json"
+    few.write_text(workload.as_json(workload.pairs(vocab_size, 4)))
+    many.write_text(workload.as_json(workload.pairs(vocab_size, num)))
     for name, what in RIVALS.items():
-        if options.model and (options.rivals or (find_spec("transformers") and find_spec("trl"))):
-            found[name] = [*rivals, what, str(options.model), str(options.num_steps)]
+        found[name] = [*rivals, what, str(options.model), str(few), str(options.num_steps)]
+    found[f"TRL, {EPOCH}"] = [*rivals, "trl", str(options.model), str(many), str(num // 4)]
     return found
 
 
@@ -79,17 +98,41 @@ def timed(command: list[str]) -> dict[str, Any]:
 
 
 def summarise(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Medians over all steps of a side, and shares of the peak that was measured beside it."""
+    """Medians over all steps of a side, means for epochs, and shares of the peak that was measured beside it."""
     summary = {}
     for name, own in rounds.items():
         seconds = np.concatenate([entry["seconds"] for entry in own])
-        entry = {k: v for k, v in own[-1].items() if k != "seconds"}
+        entry = {k: v for k, v in own[0].items() if k != "seconds"}
         peak = max((e.get("peak_flops", 0.0) for e in own), default=0.0)
-        entry |= {"seconds": seconds.tolist(), "median": float(np.median(seconds)), "peak_flops": peak}
+        per_step = np.mean(seconds) if EPOCH in name else np.median(seconds)
+        entry |= {"seconds": seconds.tolist(), "per_step": float(per_step), "peak_flops": peak}
         if peak and "least_flop" in entry and name == "all parameters":
-            entry["share_of_peak"] = entry["least_flop"] / entry["median"] / peak
+            entry["share_of_peak"] = entry["least_flop"] / entry["per_step"] / peak
         summary[name] = entry
     return summary
+
+
+def rows_of(sides: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Seconds of each side, also beside those of our full step (or epoch), and memory."""
+    rows = []
+    for name, entry in sides.items():
+        base = sides[EPOCH if EPOCH in name else "all parameters"]["per_step"]
+        adapters, rate = entry.get("adapters"), entry.get("tokens_per_second")
+        rows.append(
+            [
+                name,
+                f"{entry['per_step']:.2f}",
+                f"{rate:.0f} tokens per second" if rate else f"{entry['per_step'] / base:.2f}",
+                f"{entry['per_step'] / adapters:.2f}" if adapters else "",
+                f"{entry['peak_bytes'] / 1e9:.1f}",
+            ]
+        )
+    return rows
+
+
+def page_table(summary: dict[str, Any]) -> str:
+    """The table of the page."""
+    return page.table(COLUMNS, rows_of(summary["sides"]))
 
 
 def _flags(values: dict[str, int]) -> list[str]:
@@ -98,32 +141,23 @@ def _flags(values: dict[str, int]) -> list[str]:
 
 def main(options: Options) -> None:
     """Runs the command."""
-    commands.check_sizes(num_steps=options.num_steps, num_rounds=options.num_rounds)
+    commands.check_sizes(
+        num_pairs=options.num_pairs, num_steps=options.num_steps, num_rounds=options.num_rounds
+    )
     clock, out = time.perf_counter(), files.output_folder(options.out)
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in sides(options)}
+    commands_of_sides = sides(options, out)
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in commands_of_sides}
     for i in range(options.num_rounds):
-        for name, command in sides(options).items():
+        for name, command in commands_of_sides.items():
             with console.waiting(f"Round {i + 1} of {options.num_rounds}, {name}"), commands.clear_errors(RuntimeError):
                 rounds[name].append(timed(command))
     summary = summarise(rounds)
-    full = summary["all parameters"]["median"]
-    console.print_table(
-        "A step of four pairs",
-        ["side", "seconds", "of ours", "per adapter", "GB"],
-        [
-            [
-                name,
-                f"{entry['median']:.3f}",
-                f"{entry['median'] / full:.2f}",
-                f"{entry['median'] / entry['adapters']:.3f}" if entry.get("adapters") else "",
-                f"{entry['peak_bytes'] / 1e9:.1f}",
-            ]
-            for name, entry in summary.items()
-        ],
-    )
+    console.print_table(f"Seconds per step of {options.num_pairs} pairs", COLUMNS, rows_of(summary))
     if "share_of_peak" in summary["all parameters"]:
         console.say(f"Share of the measured peak of matrix products: {summary['all parameters']['share_of_peak']:.0%}")
-    files.save_summary({"sides": summary, **files.provenance(total=time.perf_counter() - clock)}, out)
+    found = {"sides": summary, "num_pairs": options.num_pairs, **files.provenance(total=time.perf_counter() - clock)}
+    files.save_summary(found, out)
+    page.update({"lm_benchmark": page_table(found)}, out, path=page.LANGUAGE_MODELS)
     console.say(f"{time.perf_counter() - clock:.0f} s in all. summary.json is in {out}.")
 
 

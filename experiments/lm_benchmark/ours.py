@@ -16,13 +16,11 @@ from dpo_jax import lm, losses, train
 from dpo_jax.types import Pair
 from experiments.lm_benchmark import workload
 
-ROWS = 4
-"""Pairs per step."""
 
-
-def peak_flops(seconds: float = 2.0) -> float:
+def peak_flops(dtype: Any = jnp.float32, seconds: float = 2.0) -> float:
     """FLOP/s of a product of square matrices, the best of a second or two."""
-    a = jnp.ones((2048, 2048), jnp.float32)
+    size = 2048 if jax.default_backend() == "cpu" else 8192
+    a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     product(a).block_until_ready()
     best, end = np.inf, time.perf_counter() + seconds
@@ -30,22 +28,30 @@ def peak_flops(seconds: float = 2.0) -> float:
         start = time.perf_counter()
         product(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 def step_seconds(
-    model: lm.LanguageModel, *, num_steps: int, lora: lm.LoRA | None = None, num_adapters: int | None = None
+    model: lm.LanguageModel,
+    *,
+    num_steps: int,
+    num_pairs: int = 4,
+    batch_size: int | None = None,
+    lora: lm.LoRA | None = None,
+    num_adapters: int | None = None,
 ) -> dict[str, Any]:
-    """Seconds of optimizer steps on the same four pairs, compiling apart, and the memory that they took.
+    """Seconds of optimizer steps, compiling apart, and the memory that they took.
 
     Args:
       model: of any weights.
-      num_steps: how many; the first warms up and is not among them.
+      num_steps: how many, or, if batches differ, how many epochs; the first warms up and is not among them.
+      num_pairs: pairs to train on.
+      batch_size: pairs per step; by default all, the same in each step.
       lora: trains adapters of this kind; `None` trains all parameters.
       num_adapters: how many at once, each with its own beta.
     """
-    zeros = np.zeros(ROWS, np.float32)
-    data = workload.pairs(model.decoder.config.vocab_size, ROWS)._replace(reference_logps=Pair(zeros, zeros))
+    zeros = np.zeros(num_pairs, np.float32)
+    data = workload.pairs(model.decoder.config.vocab_size, num_pairs)._replace(reference_logps=Pair(zeros, zeros))
     dpo = partial(train.preference_objective, loss=losses.dpo_loss)
     steps: list[lm.Step] = []
     lm.tune(
@@ -55,20 +61,19 @@ def step_seconds(
         objective=dpo if num_adapters else partial(dpo, beta=0.1),
         optimizer=lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-6)),
         num_epochs=num_steps + 1,
-        batch_size=ROWS,
+        batch_size=batch_size or num_pairs,
         lora=lora,
         points={"beta": np.geomspace(0.01, 1, num_adapters)} if num_adapters else None,
         preflight=False,
         report=steps.append,
     )
     capacity = lm.capacity_of(data.prompts, data.responses)
-    seconds = [step.seconds for step in steps[1:]]
+    seconds = [step.seconds for step in steps[steps[0].planned // (num_steps + 1) :]]
     return {
         "seconds": seconds,
-        "median": float(np.median(seconds)),
-        "compiling": steps[0].compiling,
+        "compiling": [step.compiling for step in steps if step.compiling],
         "tokens": capacity.tokens,
-        "least_flop": workload.least_work(model.decoder.config, capacity, ROWS),
+        "least_flop": workload.least_work(model.decoder.config, capacity, num_pairs),
         "peak_bytes": peak_bytes(),
     }
 

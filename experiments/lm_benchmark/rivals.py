@@ -1,9 +1,11 @@
 """The same step in PyTorch: written by hand as well as we can, and by TRL. Prints seconds as a line of JSON.
 
-    python rivals.py torch|trl|trl_before MODEL STEPS
+    python rivals.py torch|torch_bf16|trl|trl_before MODEL PAIRS STEPS
 
-By hand: pairs padded to the longest, PyTorch's fused attention, logits of response tokens only, the reference computed
-before, fused AdamW. TRL as it is, with its reference in each step (`trl`) or computed before (`trl_before`).
+PAIRS is a JSON file of pairs of tokens; a step takes four of them, in their order, again and again. By hand: pairs
+padded to the longest, PyTorch's fused attention, logits of response tokens only, the reference computed before, fused
+AdamW; in float32, or under bfloat16 autocast. TRL as it is, with its reference in each step (`trl`) or computed before
+(`trl_before`).
 """
 
 import json
@@ -12,53 +14,54 @@ import resource
 import sys
 import tempfile
 import time
+from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-SEED, ROWS, BETA = 0, 4, 0.1
-LENGTHS = ((126, 12, 22), (88, 6, 46), (91, 31, 22), (92, 21, 7))
-"""Tokens of prompt, chosen and rejected of the pairs of a step, as in `workload`."""
+ROWS, BETA = 4, 0.1
+Pairs = list[dict[str, list[int]]]
 
 
-def pairs(vocab_size: int) -> list[dict[str, list[int]]]:
-    """The tokens of the pairs."""
-    rng = np.random.default_rng(SEED)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    rows = [[rng.integers(0, vocab_size, length).tolist() for length in lengths] for lengths in LENGTHS]
-    return [dict(zip(names, row, strict=True)) for row in rows]
+class Batch:
+    """Pairs, padded: the chosen above the rejected."""
+
+    def __init__(self, rows: Pairs):
+        prompts = [row["prompt_ids"] for row in rows] * 2
+        sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+        longest = max(map(len, sequences))
+        self.num = len(sequences)
+        self.tokens = torch.zeros(self.num, longest, dtype=torch.long)
+        scored = torch.zeros(self.num, longest, dtype=torch.bool)
+        for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
+            self.tokens[i, : len(sequence)] = torch.tensor(sequence)
+            scored[i, len(prompt) : len(sequence)] = True
+        self.scored = scored[:, 1:]
+        self.owner = torch.arange(self.num)[:, None].expand(-1, longest - 1)[self.scored]
 
 
-def by_hand(folder: str, num_steps: int) -> list[float]:
+def by_hand(folder: str, rows: Pairs, num_steps: int, *, bfloat16: bool) -> list[float]:
     """Seconds of each step."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    rows = pairs(model.config.vocab_size)
-    prompts = [row["prompt_ids"] for row in rows] * 2
-    sequences = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-    longest = max(map(len, sequences))
-    tokens = torch.zeros(len(sequences), longest, dtype=torch.long)
-    scored = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for i, (prompt, sequence) in enumerate(zip(prompts, sequences, strict=True)):
-        tokens[i, : len(sequence)] = torch.tensor(sequence)
-        scored[i, len(prompt) : len(sequence)] = True
-    owner = torch.arange(len(sequences))[:, None].expand(-1, longest - 1)[scored[:, 1:]]
+    batches = [Batch(rows[start : start + ROWS]) for start in range(0, len(rows), ROWS)]
 
-    def logps() -> tuple[torch.Tensor, ...]:
-        hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]  # padding stands behind
-        logits = model.lm_head(hidden[scored[:, 1:]])
-        of_tokens = -F.cross_entropy(logits, tokens[:, 1:][scored[:, 1:]], reduction="none")
-        return torch.zeros(len(sequences)).index_add(0, owner, of_tokens).chunk(2)
+    def logps(batch: Batch) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+            outputs = model.model(input_ids=batch.tokens, use_cache=False)
+            logits = model.lm_head(outputs.last_hidden_state[:, :-1][batch.scored])  # padding stands behind
+        of_tokens = -F.cross_entropy(logits.float(), batch.tokens[:, 1:][batch.scored], reduction="none")
+        return torch.zeros(batch.num).index_add(0, batch.owner, of_tokens).chunk(2)
 
     with torch.no_grad():
-        reference = logps()
+        references = [logps(batch) for batch in batches]
     seconds = []
-    for _ in range(num_steps + 1):
+    for i in range(num_steps + 1):
+        batch, (chosen_before, rejected_before) = batches[i % len(batches)], references[i % len(batches)]
         start = time.perf_counter()
-        chosen, rejected = logps()
-        loss = -F.logsigmoid(BETA * ((chosen - reference[0]) - (rejected - reference[1]))).mean()
+        chosen, rejected = logps(batch)
+        loss = -F.logsigmoid(BETA * ((chosen - chosen_before) - (rejected - rejected_before))).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -67,7 +70,7 @@ def by_hand(folder: str, num_steps: int) -> list[float]:
     return seconds[1:]
 
 
-def by_trl(folder: str, num_steps: int, *, before: bool) -> list[float]:
+def by_trl(folder: str, rows: Pairs, num_steps: int, *, before: bool) -> list[float]:
     """Seconds of each step."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -108,11 +111,11 @@ def by_trl(folder: str, num_steps: int, *, before: bool) -> list[float]:
         precompute_ref_log_probs=before,
         disable_tqdm=True,
     )
-    rows = pairs(model.config.vocab_size)
+    repeated = [rows[i % len(rows)] for i in range(ROWS * (num_steps + 1))]
     trainer = OnTokens(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(rows * (num_steps + 1)),
+        train_dataset=Dataset.from_list(repeated),
         processing_class=AutoTokenizer.from_pretrained(folder),
         callbacks=[Clock()],
     )
@@ -121,8 +124,12 @@ def by_trl(folder: str, num_steps: int, *, before: bool) -> list[float]:
 
 
 if __name__ == "__main__":
-    what, folder, num = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    what, folder, file, num = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = by_hand(folder, num) if what == "torch" else by_trl(folder, num, before=what == "trl_before")
+    pairs: Pairs = json.loads(Path(file).read_text())
+    if what.startswith("torch"):
+        found = by_hand(folder, pairs, num, bfloat16=what == "torch_bf16")
+    else:
+        found = by_trl(folder, pairs, num, before=what == "trl_before")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps({"seconds": found, "peak_bytes": peak}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -41,6 +42,13 @@ def pairs(vocab_size: int, num: int, seed: int = 0) -> Preferences:
     rows = [[rng.integers(0, vocab_size, length).tolist() for length in LENGTHS[i % len(LENGTHS)]] for i in range(num)]
     tokens: list[Any] = [padded(side) for side in zip(*rows, strict=True)]
     return Preferences(tokens[0], Pair(*tokens[1:]))
+
+
+def as_json(data: Preferences) -> str:
+    """Pairs of tokens, as `rivals` reads them."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    sides = [[[t for t in row if t >= 0] for row in np.asarray(x).tolist()] for x in (data.prompts, *data.responses)]
+    return json.dumps([dict(zip(names, row, strict=True)) for row in zip(*sides, strict=True)])
 
 
 def least_work(config: lm.Config, capacity: lm.Capacity, num_rows: int) -> float:

@@ -41,7 +41,7 @@ def test_medians_are_over_all_rounds():
         ]
     }
     found = script.summarise(rounds)["all parameters"]
-    assert found["median"] == 2.0 and found["share_of_peak"] == 0.5
+    assert found["per_step"] == 2.0 and found["share_of_peak"] == 0.5
 
 
 @pytest.mark.slow

@@ -53,6 +53,21 @@ def test_a_folder_and_a_file_become_a_folder(pairs, tmp_path, capsys, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("loss", ["kto", "bco", "bco on pairs", "plackett-luce of 4"])
+def test_losses_of_all_kinds_of_data_tune(pairs, tmp_path, loss):
+    if loss == "plackett-luce of 4":
+        rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+        ranked = [{"prompt": row["prompt"], "responses": [row["chosen"], "hm", row["rejected"]]} for row in rows]
+        pairs = tmp_path / "rankings.jsonl"
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in ranked))
+    summary = tune(pairs, tmp_path / "out", loss=loss)
+    metric = "accuracy" if "reward_margin" not in summary["after"] else "reward_margin"
+    before, after = (summary[when] for when in ("before", "after"))
+    better = "desirable_reward" if loss in ("kto", "bco") else metric
+    assert after[better]["mean"] > before[better]["mean"]
+
+
+@pytest.mark.slow
 def test_adapters_of_several_betas_are_measured_each(pairs, tmp_path):
     options = lm_beta_ablation.Options(
         MODEL,

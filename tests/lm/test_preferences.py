@@ -49,6 +49,14 @@ def test_chats_have_many_forms(tmp_path, row):
     assert tuple(read(write_lines(tmp_path / "a.jsonl", [row]))[0]) == CHAT
 
 
+def test_pairs_are_read_as_labels_too(tmp_path):
+    rows = [EXPLICIT, {**EXPLICIT, "chosen": "maybe", "weight": 2.0}]
+    labels, report = lm.read_labels(write_lines(tmp_path / "a.jsonl", rows), TEXT)
+    assert words(labels.responses) == [f"{word}<|im_end|>" for word in ("yes", "no", "maybe", "no")]
+    assert labels.desirable.tolist() == [True, False, True, False] and labels.weights.tolist() == [1, 1, 2, 2]
+    assert len(labels.prompts) == 4 and report.used == 2
+
+
 def test_text_is_scored_as_it_stands(tmp_path):
     found, _ = read(write_lines(tmp_path / "a.jsonl", [{"prompt": "Q:", "chosen": " yes", "rejected": " no"}]))
     assert found == [["Q:"], [" yes<|im_end|>"], [" no<|im_end|>"]]

@@ -157,21 +157,27 @@ def test_a_learned_reward_leads_to_its_own_optimum(bandit, make):
     assert bandit.distance(params, toy.optimal_policy(bandit.table, learned, beta=BETA)) < 1e-4
 
 
-@pytest.mark.slow
-def test_online_dpo_leads_to_the_optimum(bandit):
-    params = trained_on_preferences(bandit, rlhf.online_dpo, 2)
-    assert bandit.distance(params, optimum(bandit)) < 2e-2
+ONLINE = {"online_dpo": (rlhf.online_dpo, 2, {}), "xpo": (rlhf.xpo, 1, {"alpha": 0.0})}
+
+
+@pytest.mark.parametrize("name", ["online_dpo", pytest.param("xpo", marks=pytest.mark.slow)])
+def test_all_comparisons_lead_to_the_optimum_without_optimism(bandit, name):
+    make, _, options = ONLINE[name]
+    params = trained_on_preferences(bandit, make, rounds=1500, rate=0.05, **options)
+    assert bandit.distance(params, optimum(bandit)) < 1e-4
 
 
 @pytest.mark.slow
-def test_xpo_without_optimism_leads_to_the_optimum(bandit):
-    params = trained_on_preferences(bandit, rlhf.xpo, 1, alpha=0.0)
+@pytest.mark.parametrize("name", ONLINE)
+def test_sampled_comparisons_lead_to_the_optimum_without_optimism(bandit, name):
+    make, group_size, options = ONLINE[name]
+    params = trained_on_preferences(bandit, make, group_size, 512, **options)
     assert bandit.distance(params, optimum(bandit)) < 2e-2
 
 
 @pytest.mark.slow
 def test_optimism_pulls_away_from_what_the_reference_answers(bandit):
-    params = trained_on_preferences(bandit, rlhf.xpo, 1, alpha=0.05)
+    params = trained_on_preferences(bandit, rlhf.xpo, 1, 512, alpha=0.05)
 
     def expected_log_prob(table):
         return jnp.sum(jnp.exp(bandit.table) * table, axis=-1).mean()
@@ -179,8 +185,8 @@ def test_optimism_pulls_away_from_what_the_reference_answers(bandit):
     assert expected_log_prob(bandit.log_probs(params)) < expected_log_prob(optimum(bandit)) - 0.05
 
 
-def trained_on_preferences(bandit, make, group_size, **hyperparameters):
-    ask, respond = bandit.exchange(group_size, 512)
+def trained_on_preferences(bandit, make, *exchange, rounds=4000, rate=0.02, **hyperparameters):
+    ask, respond = bandit.exchange(*exchange)
     prefer = toy.preference_fn(bandit.world.rewards)
     learner = make(
         ask=ask,
@@ -194,9 +200,9 @@ def trained_on_preferences(bandit, make, group_size, **hyperparameters):
 
     @jax.jit
     def run(key):
-        rate = optax.cosine_decay_schedule(0.02, 4000)
+        descent = optax.adam(optax.cosine_decay_schedule(rate, rounds))
         return train.fit_online(
-            key, bandit.reference, learner, optimizer=optax.adam(rate), num_epochs=1, rounds_per_epoch=4000
+            key, bandit.reference, learner, optimizer=descent, num_epochs=1, rounds_per_epoch=rounds
         )
 
     return run(jax.random.key(2))[0]

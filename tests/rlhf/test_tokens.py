@@ -141,6 +141,13 @@ def test_with_the_kl_in_the_reward_they_find_the_optimum(name):
 
 
 @pytest.mark.slow
+def test_online_dpo_finds_it_too():
+    here = town(*SIZE)
+    online = lambda reward, **options: rlhf.online_dpo(prefer=toy.preference_fn(here.world.rewards), **options)  # noqa: E731
+    assert distance(settled(online, rate=4.0 / BETA, num_steps=600), optimum()) < 1e-4
+
+
+@pytest.mark.slow
 def test_ppo_by_means_of_responses_does_not():
     options = {"decay": 1.0, "advantages": as_they_are, "aggregate": losses.mean_of_responses}
     assert distance(settled(rlhf.token_ppo, **options), optimum()) > 0.1

@@ -1,0 +1,139 @@
+"""Training steps of a language model compiled for GPUs or TPUs that are only described: memory and work of each device.
+
+The model has the sizes of SmolLM2-135M, computes in bfloat16 and keeps parameters in float32. Parameters are spread
+over the axis `fsdp` of the described devices, and tokens over all of them. Nothing runs, so nothing is measured; see
+`experiments.described_devices` for what has to be installed.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dpo_jax import lm, losses, train
+from dpo_jax.lm.folder import shapes
+from dpo_jax.lm.sharding import spec_of
+from dpo_jax.types import Pair
+from experiments.described_devices import DEVICES, NO_TPU_HERE, Device, memory
+from experiments.lab import commands, console, files
+from experiments.lm_benchmark import workload
+
+LORA = lm.LoRA(rank=16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Memory and work of a step on devices that are only described. Nothing runs."""
+
+    device: Literal["h200", "v5e"] = "h200"
+    """Which devices: an NVIDIA H200, or the four chips of a TPU v5e host."""
+    num_pairs: int = 32
+    """Pairs per step."""
+    num_adapters: int = 16
+    """How many adapters in one program, beside the step of all parameters."""
+    out: Path = Path("results/lm_described")
+    """Folder for summary.json."""
+
+
+def described_mesh(device: Device) -> Mesh:
+    """All devices of a description, along the axis `fsdp`.
+
+    Raises:
+      ValueError: JAX cannot describe them; something is not installed.
+    """
+    from jax.experimental import topologies
+
+    os.environ.update(NO_TPU_HERE | dict(os.environ))
+    try:
+        devices = topologies.get_topology_desc(**device.topology).devices
+    except RuntimeError as problem:
+        raise ValueError(f'JAX cannot compile for {device.name}: pip install "{device.needs}" ({problem})') from problem
+    return Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
+
+
+def step_program(device: Device, mesh: Mesh, num_pairs: int, num_adapters: int | None = None) -> jax.stages.Compiled:
+    """An optimizer step on all parameters, or on several adapters with a beta each."""
+    decoder = lm.Decoder(workload.SMOLLM2, dtype=jnp.bfloat16, scan=True)
+    zeros = np.zeros(num_pairs, np.float32)
+    data = workload.pairs(workload.SMOLLM2.vocab_size, num_pairs)._replace(reference_logps=Pair(zeros, zeros))
+    needed = lm.capacity_of(data.prompts, data.responses)
+    capacity = lm.Capacity(*(-(-size // 128) * 128 for size in needed))
+    log_prob = lm.log_prob_fn(decoder, capacity=capacity, mesh=mesh)
+    optimizer = optax.adam(1e-6)
+
+    def step(state: Any, batch: Any, base: Any, beta: Any) -> Any:
+        score = lm.adapted(log_prob, base, LORA) if num_adapters else log_prob
+        objective = train.preference_objective(score, losses.dpo_loss, beta=beta)
+        return train.update(state, batch, objective=objective, optimizer=optimizer)
+
+    def start(trained: Any) -> train.TrainState:
+        return train.init_state(trained, objective=lambda *_: None, optimizer=optimizer)  # type: ignore[arg-type]
+
+    model = shapes(decoder)
+    betas: Any = 0.1
+    if num_adapters:
+        one = jax.eval_shape(lambda key: lm.init_adapter(key, decoder, LORA), jax.random.key(0))
+        trained: Any = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num_adapters, *x.shape), x.dtype), one)
+        step, start = jax.vmap(step, (0, None, None, 0)), jax.vmap(start)
+        betas = jax.ShapeDtypeStruct((num_adapters,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+    state = jax.eval_shape(start, trained if num_adapters else model)
+    base = model if num_adapters else None
+    lowered = jax.jit(step, donate_argnums=0).lower(_spread(state, mesh), _copied(data, mesh), _spread(base, mesh), betas)
+    return lowered.compile(compiler_options=device.compiler_options)
+
+
+def _spread(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of arrays that are spread as `lm.shard` does it."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec_of(x.shape, mesh))), tree
+    )
+
+
+def _copied(tree: Any, mesh: Mesh) -> Any:
+    """Shapes of arrays of which each device has a copy."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+
+def main(options: Options) -> None:
+    """Compiles, and writes the summary."""
+    commands.check_sizes(num_pairs=options.num_pairs, num_adapters=options.num_adapters)
+    device, out = DEVICES[options.device], files.output_folder(options.out)
+    jax.config.update("jax_platforms", "cpu")  # nothing runs, so there is no need to look for a device
+    with commands.clear_errors():
+        mesh = described_mesh(device)
+    steps: dict[str, Any] = {}
+    for name, num in {"all parameters": None, f"{options.num_adapters} adapters": options.num_adapters}.items():
+        start = time.perf_counter()
+        program = step_program(device, mesh, options.num_pairs, num)
+        work = program.cost_analysis() or {}
+        steps[name] = {"compile_seconds": time.perf_counter() - start, "memory": memory(program)}
+        steps[name]["flop"] = float(work.get("flops", float("nan")))
+    console.print_table(
+        f"{options.num_pairs} pairs a step on {mesh.size} described {device.name}: for each device",
+        ("step", "arguments, MB", "temporaries, MB", "GFLOP", "compiled in, s"),
+        (
+            (
+                name,
+                f"{step['memory']['argument'] / 1e6:,.0f}",
+                f"{step['memory']['temp'] / 1e6:,.0f}",
+                f"{step['flop'] / 1e9:,.0f}",
+                f"{step['compile_seconds']:.0f}",
+            )
+            for name, step in steps.items()
+        ),
+    )
+    versions = files.provenance()["versions"]
+    summary = {"device": device.name, "num_devices": mesh.size, "num_pairs": options.num_pairs, "steps": steps}
+    files.save_summary({**summary, "versions": versions}, out)
+
+
+if __name__ == "__main__":
+    main(commands.parse(Options))
