@@ -31,8 +31,8 @@ class Options:
     model: Annotated[Path, tyro.conf.Positional]
     """Folder of the model: config.json, model.safetensors, tokenizer.json, chat_template.jinja."""
     data: Annotated[Path, tyro.conf.Positional]
-    """File (.jsonl, .csv, .parquet): columns chosen and rejected; or response and label, or responses, as the loss needs;
-    perhaps prompt and weight."""
+    """File (.jsonl, .csv, .parquet): columns chosen and rejected; or response and label, or responses, as the loss
+    needs; perhaps prompt and weight."""
     loss: str = "dpo"
     """Name of the loss (see `experiments/lab/methods.py`), or a function of your own: `my_file.py:focal_loss`."""
     beta: float = 0.1

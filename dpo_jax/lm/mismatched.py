@@ -48,7 +48,9 @@ def with_mismatched(key: Key[Array, ""], labels: Labels) -> Labels:
     return labels._replace(responses=both)
 
 
-def kto_objective(log_prob: LogProbFn, *, beta: Any, loss: UnpairedLoss = kto_loss, **hyperparameters: Any) -> Objective:
+def kto_objective(
+    log_prob: LogProbFn, *, beta: Any, loss: UnpairedLoss = kto_loss, **hyperparameters: Any
+) -> Objective:
     """KTO with the reference point of each batch (`losses.kto_reference_point`), on rows of `with_mismatched`.
 
     Both responses of a row share its prompt, so the reference point costs little more than its tokens. The metrics are
@@ -70,6 +72,6 @@ def kto_objective(log_prob: LogProbFn, *, beta: Any, loss: UnpairedLoss = kto_lo
         point = kto_reference_point(other, batch.reference_logps.other)
         alone = batch._replace(responses=batch.responses.own, reference_logps=batch.reference_logps.own)
         scored = unpaired_objective(lambda *_: own, loss, beta=beta, reference_point=point, **hyperparameters)
-        return scored(params, alone)  # type: ignore[return-value]
+        return scored(params, alone)
 
     return objective

@@ -357,7 +357,8 @@ def _check_training(state: train.TrainState, initial: Params) -> None:
     where = jax.tree.flatten_with_path(state.params)[0]
     seen = np.asarray(state.opt_state[0].seen).reshape(-1, len(where)).all(axis=0)
     moved = [jnp.any(a != b) for a, b in zip(jax.tree.leaves(initial), (x for _, x in where), strict=True)]
-    for what, fine in (("had no gradient", seen), ("did not change", moved)):
+    tests: list[tuple[str, Any]] = [("had no gradient", seen), ("did not change", moved)]
+    for what, fine in tests:
         if wrong := [jax.tree_util.keystr(path) for (path, _), good in zip(where, fine, strict=True) if not good]:
             raise UntrainedError(
                 f"in the first steps, {len(wrong)} of {len(where)} trained arrays {what}, such as {wrong[0]}: the "

@@ -204,7 +204,7 @@ def compare_all(prefer: PreferenceFn, first: Groups, second: Groups) -> tuple[Pr
     """
     one, other = _crossed(first, second)
     probability = _probability(prefer, one, other)
-    drawn = 2 * one.weights * other.weights
+    drawn = 2 * jnp.asarray(one.weights) * jnp.asarray(other.weights)
 
     def outcome(chosen: Groups, rejected: Groups, probability: Array) -> Preferences:
         reference = _if_possible(probability, Pair(chosen.reference_logps, rejected.reference_logps))

@@ -50,7 +50,8 @@ def objective_of(method: Method, h: Mapping[str, float]) -> Callable[..., Object
         setup = Setup(jax.random.key(0), log_prob, nothing, nothing, nothing)
         return method.objective(setup, {**h, **varied})
 
-    return partial(lm.kto_objective, **h) if method.name == "kto" else make
+    kto: Any = partial(lm.kto_objective, **h)  # type: ignore[arg-type]
+    return kto if method.name == "kto" else make
 
 
 def optimizer_of(learning_rate: Any, num_steps: int) -> optax.GradientTransformation:

@@ -141,9 +141,7 @@ def _flags(values: dict[str, int]) -> list[str]:
 
 def main(options: Options) -> None:
     """Runs the command."""
-    commands.check_sizes(
-        num_pairs=options.num_pairs, num_steps=options.num_steps, num_rounds=options.num_rounds
-    )
+    commands.check_sizes(num_pairs=options.num_pairs, num_steps=options.num_steps, num_rounds=options.num_rounds)
     clock, out = time.perf_counter(), files.output_folder(options.out)
     commands_of_sides = sides(options, out)
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in commands_of_sides}

@@ -85,7 +85,9 @@ def step_program(device: Device, mesh: Mesh, num_pairs: int, num_adapters: int |
         betas = jax.ShapeDtypeStruct((num_adapters,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     state = jax.eval_shape(start, trained if num_adapters else model)
     base = model if num_adapters else None
-    lowered = jax.jit(step, donate_argnums=0).lower(_spread(state, mesh), _copied(data, mesh), _spread(base, mesh), betas)
+    lowered = jax.jit(step, donate_argnums=0).lower(
+        _spread(state, mesh), _copied(data, mesh), _spread(base, mesh), betas
+    )
     return lowered.compile(compiler_options=device.compiler_options)
 
 

@@ -3,8 +3,8 @@
     python tests/golden/scripts/written_in_transformers.py MODEL OUT
 
 needs torch, transformers and peft. It prints the largest differences of logits between three computations: this
-library's in float32, PyTorch's in float32, PyTorch's in float64. It fails if this library is more than twice as far from
-float64 as PyTorch is, for the model as it was, the merged model, and the model with the adapter.
+library's in float32, PyTorch's in float32, PyTorch's in float64. It fails if this library is more than twice as far
+from float64 as PyTorch is, for the model as it was, the merged model, and the model with the adapter.
 """
 
 import sys
