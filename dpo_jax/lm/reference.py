@@ -43,7 +43,6 @@ def logps(
       batch_size: rows at once.
       report: called as `report(done, all)` after each batch.
     """
-
     mesh = mesh_of(model.params)
 
     def score(capacity: Capacity, prompts: Any, responses: Any) -> Any:

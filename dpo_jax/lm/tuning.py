@@ -25,8 +25,8 @@ from dpo_jax.lm.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from dpo_jax.lm.evaluation import as_given
 from dpo_jax.lm.folder import LanguageModel
 from dpo_jax.lm.model import Decoder
-from dpo_jax.lm.scoring import log_prob_fn
 from dpo_jax.lm.processes import is_first
+from dpo_jax.lm.scoring import log_prob_fn
 from dpo_jax.lm.sharding import mesh_of, on_mesh, shardings
 from dpo_jax.lm.stream import Capacity
 from dpo_jax.types import LogProbFn, Metrics, Objective, Params

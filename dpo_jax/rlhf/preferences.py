@@ -14,7 +14,6 @@ rewards), by a reward model (the same of its rewards), or any other preference, 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
