@@ -178,7 +178,7 @@ def tune(
 class _Runs:
     """One run, or several stacked: how each starts, and makes a step.
 
-    A step is two programs: one for the gradient, which is compiled for each shape of batches, and one for the optimizer.
+    A step is two programs: one for the gradient, compiled for each shape of batches, and one for the optimizer.
     """
 
     decoder: Decoder
