@@ -80,11 +80,12 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def spread(stream: Stream, mesh: Mesh | None) -> Stream:
-    """Divides the tokens of a stream between all devices of a mesh, where their number allows it."""
+    """Divides the tokens of a stream, and its rows, between all devices of a mesh, where their number allows it."""
     if mesh is None:
         return stream
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    parts = {name: getattr(stream, name) for name in ("tokens", "positions", "to_stream", "predictors", "targets")}
+    names = ("tokens", "positions", "to_stream", "predictors", "targets", "to_rows", "visible")
+    parts = {name: getattr(stream, name) for name in names}
     return stream._replace(
         **{
             name: jax.lax.with_sharding_constraint(part, sharding)

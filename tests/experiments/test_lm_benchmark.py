@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -42,6 +43,25 @@ def test_medians_are_over_all_rounds():
     }
     found = script.summarise(rounds)["all parameters"]
     assert found["per_step"] == 2.0 and found["share_of_peak"] == 0.5
+
+
+def test_rivals_get_the_same_pairs(tmp_path):
+    model = Path(__file__).parent.parent / "golden" / "language_models" / "chat_model"
+    assert not any("TRL" in name for name in script.sides(script.Options(), tmp_path))
+    found = script.sides(script.Options(model=model, rivals=Path("python")), tmp_path)
+    few, many = (json.loads(Path(found[name][4]).read_text()) for name in ("TRL", f"TRL, {script.EPOCH}"))
+    assert few == many[:4] and len(many) == len(workload.LENGTHS)
+    data = workload.pairs(lm.load(model).decoder.config.vocab_size, 4)
+    for row, tokens in zip(few, data.responses.chosen.tolist(), strict=True):
+        assert row["chosen_ids"] == [token for token in tokens if token >= 0]
+
+
+def test_epochs_are_compared_with_epochs():
+    sides = {
+        name: {"per_step": seconds, "peak_bytes": 1e9}
+        for name, seconds in {"all parameters": 1.0, script.EPOCH: 2.0, f"TRL, {script.EPOCH}": 8.0, "TRL": 3.0}.items()
+    }
+    assert [row[2] for row in script.rows_of(sides)] == ["1.00", "1.00", "4.00", "3.00"]
 
 
 @pytest.mark.slow
