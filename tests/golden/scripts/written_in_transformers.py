@@ -4,8 +4,8 @@
 
 needs torch, transformers and peft. It compares logits of three computations: this library's in float32, PyTorch's in
 float32, PyTorch's in float64. For each token the largest difference from float64 counts. It fails if the median over
-tokens is here more than twice that of PyTorch, for the model as it was, the merged one, and the one with the adapter. The
-largest of all is printed, too. For SmolLM2-135M it is about twice PyTorch's here, and more where a merged adapter
+tokens is here more than twice that of PyTorch, for the model as it was, the merged one, and the one with the adapter.
+The largest of all is printed, too. For SmolLM2-135M it is about twice PyTorch's here, and more where a merged adapter
 made a token sensitive: all of that comes from products, which XLA's kernels for CPUs add up in another order.
 """
 
