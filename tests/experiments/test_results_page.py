@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from experiments import beta_ablation, dpo_vs_rlhf, length, loss_variants
+from experiments import beta_ablation, dpo_vs_rlhf, length, lm_sentiment, loss_variants
 from experiments.benchmark import report
 from experiments.lab import page
+from experiments.lm_benchmark import __main__ as lm_benchmark
 
 PAGE = page.PAGE.read_text(encoding="utf-8")
 
@@ -41,6 +42,13 @@ def test_what_is_said_of_sharpening_is_what_was_measured():
 def test_the_tables_of_speed_are_those_of_the_reported_benchmark():
     for name, table in report.page_tables(reported("benchmark")).items():
         assert page.between(PAGE, name) == table
+
+
+@pytest.mark.parametrize("script", [lm_sentiment, lm_benchmark], ids=["lm_sentiment", "lm_benchmark"])
+def test_a_table_of_language_models_is_that_of_its_reported_results(script):
+    name = script.page_table.__module__.removesuffix(".__main__").rpartition(".")[2]
+    text = page.LANGUAGE_MODELS.read_text(encoding="utf-8")
+    assert page.between(text, name) == script.page_table(reported(name))
 
 
 def test_a_table_is_written_between_its_markers_and_only_for_reported_results(tmp_path, monkeypatch):
