@@ -5,9 +5,10 @@ The folder is that of Hugging Face Transformers (Llama, SmolLM2, Qwen2, Qwen2.5,
 same command goes on where it was stopped.
 """
 
+import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,10 +66,109 @@ class Options:
     """Tokens of these answers."""
     steps_per_checkpoint: int = 50
     """How often the state of training is kept."""
+    steps_per_evaluation: int | None = None
+    """How often the held-out rows are judged; by default only before and after training."""
     seed: int = 0
     """Decides everything random: which rows are held out, their order, the adapter, the answers."""
     out: Path = Path("results/tune_lm")
     """Folder for the model, checkpoints, the cache of the reference, metrics.jsonl, figures and summary.json."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, the rows that it learns from, those on which it is judged, and how it learns."""
+
+    model: lm.LanguageModel
+    report: lm.Report
+    train_data: Any
+    held_out: Any
+    objective: Any
+    mean: bool
+    """Whether the loss takes means over tokens."""
+    hyperparameters: dict[str, float]
+    learning_rate: float
+    lora: lm.LoRA | None
+
+    def policy(self, params: Any) -> lm.LanguageModel:
+        """The model with parameters that were tuned, or with an adapter."""
+        return self.model._replace(params=lm.merge(self.model.params, params, self.lora) if self.lora else params)
+
+    def judge(self, params: Any) -> dict[str, dict[str, float]]:
+        """What held-out rows show of tuned parameters."""
+        logps = lm.logps(self.policy(params), self.held_out, mean=self.mean)
+        return judged(self.objective, self.held_out, logps)
+
+
+def prepare(keys: Any, options: Options) -> Job:
+    """Reads model and file, and computes the reference."""
+    name, method = method_named(options.loss, OF_LANGUAGE)
+    known = {"beta": options.beta, **usual_hyperparameters(method), **options.fixed}
+    hyperparameters = {h: known[h] for h in {*method.ranges} | {*options.fixed} if h in known}
+    model = lm.load(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
+    if model.text is None:
+        raise ValueError(f"{options.model} has no tokenizer.json")
+    data, report = read(method, options.data, model.text, max_length=options.max_length, key=keys[0])
+    console.say(str(report))
+    both = split(keys[1], data, held_out=options.held_out, at_most=options.max_rows)
+    rank, mean = options.lora_rank, name in OF_MEANS
+    lora = lm.LoRA(rank=rank, alpha=2.0 * rank, top_layers=options.top_layers) if rank else None
+    train_data, held_out = (_with_reference(model, rows, mean, options.out) for rows in both)
+    return Job(
+        model=model,
+        report=report,
+        train_data=train_data,
+        held_out=held_out,
+        objective=objective_of(method, hyperparameters),
+        mean=mean,
+        hyperparameters=hyperparameters,
+        learning_rate=options.learning_rate or (2e-4 if lora else 1e-6),
+        lora=lora,
+    )
+
+
+def tune(key: Any, job: Job, options: Options) -> tuple[lm.Tuned, dict[int, Any]]:
+    """Trains; what comes out, and what held-out rows showed on the way, by the number of steps done."""
+    folder = options.out / "checkpoints"
+    midway = HeldOut(folder / "held_out.json", job.judge, options.steps_per_evaluation)
+    num_steps = options.num_epochs * -(-len(job.train_data.prompts) // options.batch_size)
+    with console.training("Training") as show:
+
+        def report(step: lm.Step) -> None:
+            show(step)
+            midway.report(step)
+
+        tuned = lm.tune(
+            key,
+            job.model,
+            job.train_data,
+            objective=job.objective,
+            optimizer=lambda: optimizer_of(job.learning_rate, num_steps),
+            num_epochs=options.num_epochs,
+            batch_size=options.batch_size,
+            rows_at_once=options.rows_at_once,
+            lora=job.lora,
+            mean=job.mean,
+            folder=folder,
+            steps_per_checkpoint=options.steps_per_checkpoint,
+            about={"loss": options.loss, **job.hyperparameters, "learning_rate": job.learning_rate},
+            report=report,
+        )
+    return tuned, {**midway.found, num_steps: job.judge(tuned.params)}
+
+
+class HeldOut:
+    """What held-out rows show, by the number of steps done: kept in a file, for runs that are stopped and go on."""
+
+    def __init__(self, path: Path, judge: Callable[[Any], dict[str, dict[str, float]]], every: int | None):
+        self.path, self.judge, self.every = path, judge, every
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.found = {int(done): found for done, found in known.items()}
+
+    def report(self, step: lm.Step) -> None:
+        """Judges the parameters, if it is time."""
+        if self.every and step.done % self.every == 0 and step.done < step.planned:
+            self.found[step.done] = self.judge(step.params)
+            files.save(self.path, lambda path: path.write_text(json.dumps(self.found)))
 
 
 def answers(key: Any, models: Mapping[str, lm.LanguageModel], prompts: Any, max_tokens: int) -> dict[str, lm.Generated]:
@@ -111,68 +211,50 @@ def print_results(results: Mapping[str, Mapping[str, Mapping[str, float]]], num:
 def main(options: Options) -> None:
     """Runs the command."""
     commands.check_seed(options.seed)
-    commands.check_sizes(num_epochs=options.num_epochs, batch_size=options.batch_size, num_samples=options.num_samples)
+    commands.check_sizes(
+        num_epochs=options.num_epochs,
+        batch_size=options.batch_size,
+        num_samples=options.num_samples,
+        steps_per_evaluation=1 if options.steps_per_evaluation is None else options.steps_per_evaluation,
+    )
     clock, out = time.perf_counter(), files.output_folder(options.out)
     devices.enable_compilation_cache()
     read_key, split_key, tune_key, answer_key = jax.random.split(jax.random.key(options.seed), 4)
-    with commands.clear_errors():
-        name, method = method_named(options.loss, OF_LANGUAGE)
-        known = {"beta": options.beta, **usual_hyperparameters(method), **options.fixed}
-        hyperparameters = {h: known[h] for h in {*method.ranges} | {*options.fixed} if h in known}
-        model = lm.load(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
-        if model.text is None:
-            raise ValueError(f"{options.model} has no tokenizer.json")
-        data, report = read(method, options.data, model.text, max_length=options.max_length, key=read_key)
-        console.say(str(report))
-        train_data, held_out = split(split_key, data, held_out=options.held_out, at_most=options.max_rows)
-        lora = (
-            lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
-            if options.lora_rank
-            else None
-        )
-    rate = options.learning_rate or (2e-4 if lora else 1e-6)
-    make, mean = objective_of(method, hyperparameters), name in OF_MEANS
-    num_steps = options.num_epochs * -(-len(train_data.prompts) // options.batch_size)
     with commands.clear_errors(TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError):
-        with console.counting("Reference", 2) as done:
-            train_data = lm.with_reference(model, train_data, mean=mean, cache=out / "reference")
-            done(1)
-            held_out = lm.with_reference(model, held_out, mean=mean, cache=out / "reference")
-        results = {"before": judged(make, held_out, held_out.reference_logps)}
-        with console.training("Training") as show:
-            tuned = lm.tune(
-                tune_key,
-                model,
-                train_data,
-                objective=make,
-                optimizer=lambda: optimizer_of(rate, num_steps),
-                num_epochs=options.num_epochs,
-                batch_size=options.batch_size,
-                rows_at_once=options.rows_at_once,
-                lora=lora,
-                mean=mean,
-                folder=out / "checkpoints",
-                steps_per_checkpoint=options.steps_per_checkpoint,
-                about={"loss": options.loss, **hyperparameters, "learning_rate": rate},
-                report=show,
-            )
-    after = model._replace(params=lm.merge(model.params, tuned.params, lora) if lora else tuned.params)
-    results["after"] = judged(make, held_out, lm.logps(after, held_out, mean=mean))
-    print_results(results, len(held_out.prompts))
-    prompts = held_out.prompts[: options.num_samples]
+        job = prepare((read_key, split_key), options)
+        before = judged(job.objective, job.held_out, job.held_out.reference_logps)
+        tuned, later = tune(tune_key, job, options)
+    judgements = {0: before, **later}
+    results = {"before": before, "after": judgements[max(judgements)]}
+    num_held_out = len(job.held_out.prompts)
+    print_results(results, num_held_out)
+    model, after, prompts = job.model, job.policy(tuned.params), job.held_out.prompts[: options.num_samples]
     written = answers(answer_key, {"before": model, "after": after}, prompts, options.max_tokens)
     kl = sampled_kl(model, prompts, written["after"])
-    print_answers(model.text, prompts, written)
+    print_answers(model.text, prompts, written)  # type: ignore[arg-type]
     console.say(
         f"KL to the model as it was, from {len(prompts)} answers: {console.interval(kl, len(prompts))} nats each"
     )
-    files.save_figure(figures.tuning(tuned.history, results), out / "training.png")
-    _save(out, options, after, tuned, lora)
-    summary = {"options": asdict(options), "rows": report.rows, "used": report.used, "held_out": len(held_out.prompts)}
-    files.save_summary(
-        {**summary, **results, "sampled_kl": kl, **files.provenance(total=time.perf_counter() - clock)}, out
-    )
+    files.save_figure(figures.tuning(tuned.history, judgements), out / "training.png")
+    _save(out, options, after, tuned, job.lora)
+    summary = {
+        "options": asdict(options),
+        "rows": job.report.rows,
+        "used": job.report.used,
+        "held_out": num_held_out,
+        **results,
+        "held_out_by_step": judgements,
+        "sampled_kl": kl,
+        **files.provenance(total=time.perf_counter() - clock),
+    }
+    files.save_summary(summary, out)
     console.say(f"{time.perf_counter() - clock:.0f} s in all. The model is in {out / 'model'}, all else in {out}.")
+
+
+def _with_reference(model: lm.LanguageModel, rows: Any, mean: bool, out: Path) -> Any:
+    with console.counting("Reference", 1) as show:
+        cache = out / "reference"
+        return lm.with_reference(model, rows, mean=mean, cache=cache, report=lambda done, num: show(done / num))
 
 
 def _save(out: Path, options: Options, model: lm.LanguageModel, tuned: lm.Tuned, lora: lm.LoRA | None) -> None:

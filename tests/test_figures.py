@@ -332,11 +332,13 @@ def test_calibration_and_win_probabilities_show_their_numbers():
 
 def test_tuning_shows_batches_and_held_out_pairs():
     history = {"loss": np.linspace(0.7, 0.5, 20), "accuracy": np.ones(20), "chosen_reward": np.zeros(20)}
-    held_out = {"before": {"loss": {"mean": 0.69, "stderr": 0.01}}, "after": {"loss": {"mean": 0.55, "stderr": 0.02}}}
+    held_out = {20: {"loss": {"mean": 0.55, "stderr": 0.02}}, 0: {"loss": {"mean": 0.69, "stderr": 0.01}}}
     left, right = drawn(figures.tuning(history, held_out))
     assert left.lines[0].get_ydata().tolist() == history["loss"].tolist()
     assert left.lines[1].get_ydata()[0] == pytest.approx(np.mean(history["loss"][:2]))  # a mean of two
-    assert "held out, ± 2 standard errors" in [text.get_text() for text in left.get_legend().get_texts()]
+    (held,) = left.containers
+    assert held.get_label() == "held out, ± 2 standard errors"
+    np.testing.assert_allclose(held.lines[0].get_xydata(), [[0, 0.69], [20, 0.55]])
     assert [axes.get_title() for axes in (left, right)] == ["Loss ↓", "Accuracy ↑"]
 
 

@@ -17,14 +17,15 @@ TITLES = {
 
 
 def tuning(
-    history: Mapping[str, Any], held_out: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None
+    history: Mapping[str, Any], held_out: Mapping[int, Mapping[str, Mapping[str, float]]] | None = None
 ) -> Figure:
-    """Metrics of batches over optimizer steps, with a running mean; and of held-out pairs before and after.
+    """Metrics of batches over optimizer steps, with a running mean; and of held-out rows.
 
     Args:
       history: metrics by name, `[steps]`.
-      held_out: `before` and `after`: for each metric its `mean` and `stderr`.
+      held_out: by the number of steps done, for each metric its `mean` and `stderr`.
     """
+    held_out = held_out or {}
     names = [name for name in TITLES if name in history]
     figure, all_axes = panels(4.3 * len(names), 3.6, columns=len(names))
     for axes, name in zip(all_axes, names, strict=True):
@@ -33,11 +34,11 @@ def tuning(
         axes.plot(steps, values, ".", color=GREY, markersize=3, alpha=0.6, label="batches")
         smooth = np.convolve(values, np.ones(width), "valid") / width
         axes.plot(steps[width - 1 :] - (width - 1) / 2, smooth, color=BLUE, label=f"mean of {width}")
-        for place, when in zip((0, len(values) + 1), ("before", "after"), strict=True):
-            if held_out and name in held_out[when]:
-                found = held_out[when][name]
-                label = "held out, ± 2 standard errors" if place else None
-                axes.errorbar(place, found["mean"], 2 * found["stderr"], fmt="o", color=VERMILION, label=label)
+        known = {done: found[name] for done, found in sorted(held_out.items()) if name in found}
+        if known:
+            means, errors = ([found[what] for found in known.values()] for what in ("mean", "stderr"))
+            label = "held out, ± 2 standard errors"
+            axes.errorbar([*known], means, 2 * np.asarray(errors), fmt="o", color=VERMILION, label=label)
         axes.set(xlabel="Optimizer step", title=TITLES[name])
         axes.grid(alpha=0.3)
         axes.legend(loc="best", fontsize=8)

@@ -51,6 +51,7 @@ class Step(NamedTuple):
       seconds: that it took.
       compiling: seconds that compiling its program took before, 0 if there was one.
       tokens: that were computed.
+      params: of the model, or of the adapters, after the step. The next step writes over them: copy what is to be kept.
     """
 
     done: int
@@ -59,6 +60,7 @@ class Step(NamedTuple):
     seconds: float
     compiling: float
     tokens: int
+    params: Params
 
 
 class Tuned(NamedTuple):
@@ -170,7 +172,7 @@ def tune(
         if folder and ((done + 1) % steps_per_checkpoint == 0 or done + 1 == len(batches)):
             log.save(state)
         if report:
-            report(Step(done + 1, len(batches), metrics, seconds, compiling, capacity.tokens))
+            report(Step(done + 1, len(batches), metrics, seconds, compiling, capacity.tokens, state.params))
     return Tuned(state.params, log.history())
 
 

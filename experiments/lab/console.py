@@ -95,7 +95,7 @@ def progress(what: str, seconds_between: float | None = SECONDS_BETWEEN_LINES) -
 
 
 @contextmanager
-def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
+def counting(what: str, total: int) -> Iterator[Callable[[float], None]]:
     """A progress bar on a terminal, nothing elsewhere; yields what sets how many are done."""
     with Progress(console=console, transient=True, disable=not on_terminal()) as bar:
         task = bar.add_task(what, total=total)

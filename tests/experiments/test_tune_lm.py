@@ -38,7 +38,9 @@ def tune(pairs, out, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}, {"loss": "simpo", "beta": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"steps_per_evaluation": 3}, {"lora_rank": 2}, {"loss": "simpo", "beta": 2.0}], ids=str
+)
 def test_a_folder_and_a_file_become_a_folder(pairs, tmp_path, capsys, options):
     summary = tune(pairs, tmp_path / "out", **options)
     assert summary["after"]["loss"]["mean"] < summary["before"]["loss"]["mean"]
@@ -48,8 +50,11 @@ def test_a_folder_and_a_file_become_a_folder(pairs, tmp_path, capsys, options):
     assert tuned.text.stops == lm.Text.load(MODEL).stops
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"checkpoints", "training.png", "model"}
     assert ("lora_rank" in options) == (tmp_path / "out" / "adapter").exists()
+    by_step = summary["held_out_by_step"]
+    assert [*by_step] == (["0", "3", "6", "8"] if "steps_per_evaluation" in options else ["0", "8"])
+    assert by_step["0"] == summary["before"] and by_step["8"] == summary["after"]
     again = tune(pairs, tmp_path / "out", **options)
-    assert again["after"] == summary["after"]
+    assert again["after"] == summary["after"] and again["held_out_by_step"] == by_step
 
 
 @pytest.mark.slow

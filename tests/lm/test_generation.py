@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_jax import lm
+from dpo_jax import lm, rlhf
 from tests.lm import tiny
 
 MODEL = tiny.model()
@@ -108,9 +108,16 @@ def test_a_prompt_without_tokens_gets_no_response(key):
     np.testing.assert_array_equal(tokens[2], GREEDY(key, MODEL.params, PROMPTS).tokens[2])
 
 
-def test_learners_get_groups(key):
-    respond = lm.respond_fn(MODEL.decoder, max_tokens=3, stops={STOP}, group_size=2)
-    assert respond(key, MODEL.params, PROMPTS).responses.shape == (4, 2, 3)
+def test_the_best_of_a_group_is_chosen(key):
+    respond = lm.respond_fn(MODEL.decoder, max_tokens=3, stops={STOP}, group_size=8)
+    groups = respond(key, MODEL.params, PROMPTS).responses
+    assert groups.shape == (4, 8, 3)
+
+    def reward(prompts, responses):
+        return jnp.sum(responses, axis=-1)
+
+    best = rlhf.best_of_n(key, MODEL.params, PROMPTS, respond=respond, reward=reward)
+    np.testing.assert_array_equal(jnp.sum(best, axis=-1), jnp.max(jnp.sum(groups, axis=-1), axis=1))
 
 
 def test_scanned_layers_write_the_same(key):
