@@ -10,14 +10,38 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dpo_jax import checks
+from dpo_jax.lm.config import Config
 from dpo_jax.lm.stream import Capacity
-from dpo_jax.types import Params
 
 MOST_SHAPES = 6
 """How many shapes are compiled at most."""
 
-COMPILATION = 3e11
-"""What compiling one more shape costs, in products with a parameter: a guess that decides how many shapes pay."""
+MOST_NEEDS = 400
+"""So many different batches are told apart when shapes are chosen; beyond that, like ones are taken together."""
+
+
+COMPILATION = {"cpu": 3e11, "gpu": 1e15}
+"""What compiling one more shape costs, in multiplications that could be done meanwhile."""
+
+SLOWNESS_OF_ATTENTION = 2.5
+"""How much longer a multiplication in attention takes than one in a large product of matrices."""
+
+
+class Prices(NamedTuple):
+    """What a program costs, in units of computing one token.
+
+    Attributes:
+      scored: for each token of a response, whose logits are computed.
+      places: for each pair of places in a row, which attention compares.
+      shape: for compiling it.
+    """
+
+    scored: float = 0.0
+    places: float = 0.0
+    shape: float = 0.0
+
+
+ONLY_TOKENS = Prices()
 
 
 class Batch(NamedTuple):
@@ -39,7 +63,7 @@ def shuffled(
     num_epochs: int,
     batch_size: int,
     rows_at_once: int | None = None,
-    price: float = 0.0,
+    prices: Prices = ONLY_TOKENS,
     multiple: int = 1,
 ) -> list[Batch]:
     """All batches of training: each epoch is shuffled by its own part of the key; its last batch may be short.
@@ -50,23 +74,23 @@ def shuffled(
       num_epochs: passes over the data.
       batch_size: rows per batch.
       rows_at_once: rows that are computed at once, to which capacities then refer; `None` means a batch.
-      price, multiple: see `shaped`.
+      prices, multiple: see `shaped`.
     """
     checks.key(key)
     checks.size("num_epochs", num_epochs)
     checks.size("batch_size", batch_size)
     orders = [np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(sizes))) for i in range(num_epochs)]
     batches = [part for order in orders for part in _cut(order, batch_size)]
-    return shaped(batches, sizes, rows_at_once, price, multiple)
+    return shaped(batches, sizes, rows_at_once, prices, multiple)
 
 
 def sorted_by_length(
-    sizes: Sequence[Capacity], *, batch_size: int, price: float = 0.0, multiple: int = 1
+    sizes: Sequence[Capacity], *, batch_size: int, prices: Prices = ONLY_TOKENS, multiple: int = 1
 ) -> list[Batch]:
     """All rows once, rows of like length together, for scoring."""
     checks.size("batch_size", batch_size)
     batches = _cut(np.argsort([-size.tokens for size in sizes], kind="stable"), batch_size)
-    return shaped(batches, sizes, price=price, multiple=multiple)
+    return shaped(batches, sizes, prices=prices, multiple=multiple)
 
 
 def sizes_of(prompts: Any, responses: Any) -> list[Capacity]:
@@ -87,10 +111,10 @@ def shaped(
     batches: Sequence[Int[np.ndarray, " _"]],
     sizes: Sequence[Capacity],
     rows_at_once: int | None = None,
-    price: float = 0.0,
+    prices: Prices = ONLY_TOKENS,
     multiple: int = 1,
 ) -> list[Batch]:
-    """Gives each batch one of at most `MOST_SHAPES` shapes: those for which least is computed in vain.
+    """Gives each batch one of at most `MOST_SHAPES` shapes, so that little is computed in vain.
 
     Batches of another number of rows, the short ones at the ends of epochs, are shapes of their own.
 
@@ -98,7 +122,7 @@ def shaped(
       batches: rows of each.
       sizes: what each row needs.
       rows_at_once: see `shuffled`.
-      price: of compiling one more shape, in tokens that could be computed in that time.
+      prices: decide what is little.
       multiple: numbers of tokens are rounded up to multiples of it, so that so many devices can share them.
     """
     needs = np.array([_need(rows, sizes, rows_at_once) for rows in batches])
@@ -108,7 +132,8 @@ def shaped(
     for count in lengths:
         own = counts == count
         most = MOST_SHAPES - len(lengths) + 1 if count == lengths[0] else 1
-        capacities[own] = _levels(needs[own], max(1, most), price)
+        num_rows = min(count, rows_at_once or count)
+        capacities[own] = _levels(needs[own], max(1, most), num_rows, prices)
     rounded = [
         Capacity(*(int(-(-size // m) * m) for size, m in zip(sizes, (multiple, 1, multiple), strict=True)))
         for sizes in capacities
@@ -116,14 +141,21 @@ def shaped(
     return [Batch(*both) for both in zip(batches, rounded, strict=True)]
 
 
-def price_of_shape(params: Params, *, passes: int) -> float:
-    """The price of a shape (`shaped`), for a model with these parameters.
+def prices_of(config: Config, *, passes: int) -> Prices:
+    """Prices for a model of these sizes.
+
+    What attention and compilation cost was measured on a CPU with SmolLM2-135M.
 
     Args:
-      params: of the model.
-      passes: over the parameters, for each token: 1 for scoring, 3 for training.
+      config: sizes of the model.
+      passes: 1 for scoring, 3 for training.
     """
-    return COMPILATION / (passes * sum(leaf.size for leaf in jax.tree.leaves(params)))
+    c = config
+    heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    token = c.num_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
+    places = SLOWNESS_OF_ATTENTION * 2 * c.num_layers * c.num_heads * c.head_dim
+    shape = COMPILATION.get(jax.default_backend(), COMPILATION["gpu"]) / passes
+    return Prices(c.vocab_size * c.hidden_size / token, places / token, shape / token)
 
 
 def _need(rows: Int[np.ndarray, " _"], sizes: Sequence[Capacity], at_once: int | None) -> Capacity:
@@ -137,28 +169,45 @@ def _cut(order: Int[np.ndarray, " rows"], batch_size: int) -> list[Int[np.ndarra
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _levels(needs: Int[np.ndarray, "batches 3"], most: int, price: float) -> Int[np.ndarray, "batches 3"]:
-    """Splits batches, sorted by tokens, into at most so many groups, each as large as its largest.
+def _levels(
+    needs: Int[np.ndarray, "batches 3"], most: int, num_rows: int, prices: Prices
+) -> Int[np.ndarray, "batches 3"]:
+    """Gives each batch the cheapest of a few shapes that are large enough.
 
-    By dynamic programming over groups of sorted batches; the cost of a group is its number times its largest
-    stream, and the price.
+    Starts with a shape for each batch, and joins the two whose joint shape costs least, until there are few enough and
+    compiling one more would cost more than it saves.
     """
-    order = np.argsort(needs[:, 0], kind="stable")
-    tokens = needs[order, 0].astype(float)
-    ends = np.unique(np.linspace(0, len(tokens), min(len(tokens), 256) + 1).astype(int))  # where a group may end
-    best, cuts = np.zeros(len(ends)), [[0] * len(ends)]
-    best[1:] = np.inf
-    totals = []
-    for _ in range(most):
-        cost = best[:, None] + (ends[None] - ends[:, None]) * tokens[np.maximum(ends - 1, 0)][None] + price
-        cost[ends[:, None] >= ends[None]] = np.inf
-        best = np.min(cost, axis=0)
-        cuts.append(list(np.argmin(cost, axis=0)))
-        totals.append(best[-1])
-    found = np.zeros_like(needs)
-    end = len(ends) - 1
-    for cut in reversed(cuts[1 : 2 + int(np.argmin(totals))]):
-        group = order[ends[cut[end]] : ends[end]]
-        found[group] = needs[group].max(axis=0)
-        end = cut[end]
-    return found
+
+    def cost(shapes: Any) -> Any:
+        tokens, row, scored = np.moveaxis(np.asarray(shapes, float), -1, 0)
+        return tokens + prices.scored * scored + prices.places * num_rows * row**2
+
+    shapes, counts = _told_apart(needs)
+    joint = np.maximum(shapes[:, None], shapes[None])
+    extra = cost(joint) * (counts[:, None] + counts) - cost(shapes)[:, None] * counts[:, None] - cost(shapes) * counts
+    np.fill_diagonal(extra, np.inf)
+    while len(shapes) > 1:
+        i, j = sorted(np.unravel_index(np.argmin(extra), extra.shape))
+        if len(shapes) <= most and extra[i, j] >= prices.shape:
+            break
+        shapes[i], counts[i] = np.maximum(shapes[i], shapes[j]), counts[i] + counts[j]
+        shapes, counts = np.delete(shapes, j, 0), np.delete(counts, j)
+        extra = np.delete(np.delete(extra, j, 0), j, 1)
+        together = cost(np.maximum(shapes[i], shapes)) * (counts[i] + counts)
+        extra[i] = extra[:, i] = together - cost(shapes[i]) * counts[i] - cost(shapes) * counts
+        extra[i, i] = np.inf
+    fits = np.all(shapes[None] >= needs[:, None], axis=-1)
+    return shapes[np.argmin(np.where(fits, cost(shapes), np.inf), axis=1)]
+
+
+def _told_apart(needs: Int[np.ndarray, "batches 3"]) -> tuple[Int[np.ndarray, "shapes 3"], Int[np.ndarray, " shapes"]]:
+    """Different needs and how many batches have each; like ones are taken together if they are many."""
+    found, counts = np.unique(needs, axis=0, return_counts=True)
+    width = 0.01
+    while len(found) > MOST_NEEDS:
+        cells = np.ceil(np.log(needs) / width)
+        _, cell, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+        found = np.zeros((len(counts), 3), needs.dtype)
+        np.maximum.at(found, cell.ravel(), needs)
+        width *= 1.2
+    return found, counts

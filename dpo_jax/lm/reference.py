@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.lm.batches import price_of_shape, sizes_of, sorted_by_length
+from dpo_jax.lm.batches import ONLY_TOKENS, Prices, prices_of, sizes_of, sorted_by_length
 from dpo_jax.lm.checkpoints import fingerprint
 from dpo_jax.lm.folder import LanguageModel, write_folder
 from dpo_jax.lm.model import Decoder
@@ -48,7 +48,10 @@ def logps(
     def score(capacity: Capacity, prompts: Any, responses: Any) -> Any:
         return _scorer(model.decoder, capacity, mean, mesh)(model.params, prompts, responses)
 
-    options: dict[str, Any] = {"price": price_of_shape(model.params, passes=1), "multiple": mesh.size if mesh else 1}
+    options: dict[str, Any] = {
+        "prices": prices_of(model.decoder.config, passes=1),
+        "multiple": mesh.size if mesh else 1,
+    }
     return score_rows(score, data, batch_size, report, **options)
 
 
@@ -58,7 +61,7 @@ def score_rows(
     batch_size: int,
     report: Callable[[int, int], None] | None = None,
     *,
-    price: float = 0.0,
+    prices: Prices = ONLY_TOKENS,
     multiple: int = 1,
 ) -> Any:
     """Scores all rows, those of like length together.
@@ -68,10 +71,10 @@ def score_rows(
       data: with prompts and responses.
       batch_size: rows at once.
       report: see `logps`.
-      price, multiple: see `batches.shaped`.
+      prices, multiple: see `batches.shaped`.
     """
     sizes = sizes_of(data.prompts, data.responses)
-    batches = sorted_by_length(sizes, batch_size=batch_size, price=price, multiple=multiple)
+    batches = sorted_by_length(sizes, batch_size=batch_size, prices=prices, multiple=multiple)
     parts = []
     for i, batch in enumerate(batches):
         rows = jax.tree.map(lambda leaf, rows=batch.rows: np.asarray(leaf)[rows], (data.prompts, data.responses))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Key
 
 from dpo_jax import checks, train
 from dpo_jax.lm.adapters import LoRA, adapted, init_adapter
-from dpo_jax.lm.batches import price_of_shape, shuffled, sizes_of
+from dpo_jax.lm.batches import prices_of, shuffled, sizes_of
 from dpo_jax.lm.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from dpo_jax.lm.evaluation import as_given
 from dpo_jax.lm.folder import LanguageModel
@@ -145,7 +145,7 @@ def tune(
         num_epochs=num_epochs,
         batch_size=batch_size,
         rows_at_once=rows_at_once,
-        price=price_of_shape(model.params, passes=3),
+        prices=prices_of(model.decoder.config, passes=3),
         multiple=mesh.size if mesh else 1,
     )
     runs = _Runs(model.decoder, lora, objective, optimizer, _arrays(points), mean, rows_at_once, mesh)

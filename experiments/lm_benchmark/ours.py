@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,13 @@ import optax
 from dpo_jax import lm, losses, train
 from dpo_jax.types import Pair
 from experiments.lm_benchmark import workload
+
+PLANNED_STEPS = 50
+"""Steps of a short run, such as one over 200 pairs in batches of 4."""
+
+
+class _EnoughError(Exception):
+    """Ends a run of which enough was seen."""
 
 
 def peak_flops(dtype: Any = jnp.float32, seconds: float = 2.0) -> float:
@@ -39,6 +47,7 @@ def step_seconds(
     batch_size: int | None = None,
     lora: lm.LoRA | None = None,
     num_adapters: int | None = None,
+    planned_steps: int | None = None,
 ) -> dict[str, Any]:
     """Seconds of optimizer steps, compiling apart, and the memory that they took.
 
@@ -49,26 +58,38 @@ def step_seconds(
       batch_size: pairs per step; by default all, the same in each step.
       lora: trains adapters of this kind; `None` trains all parameters.
       num_adapters: how many at once, each with its own beta.
+      planned_steps: of a longer run, of which these are the first: it is worth more shapes. By default, no more.
     """
     zeros = np.zeros(num_pairs, np.float32)
     data = workload.pairs(model.decoder.config.vocab_size, num_pairs)._replace(reference_logps=Pair(zeros, zeros))
     dpo = partial(train.preference_objective, loss=losses.dpo_loss)
     steps: list[lm.Step] = []
-    lm.tune(
+    per_epoch = -(-num_pairs // (batch_size or num_pairs))
+    wanted = (num_steps + 1) * per_epoch
+
+    def report(step: lm.Step) -> None:
+        steps.append(step._replace(params=None))
+        if step.done == wanted:
+            raise _EnoughError
+
+    tune = partial(
+        lm.tune,
         jax.random.key(0),
         model,
         data,
         objective=dpo if num_adapters else partial(dpo, beta=0.1),
         optimizer=lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-6)),
-        num_epochs=num_steps + 1,
+        num_epochs=-(-max(planned_steps or 0, wanted) // per_epoch),
         batch_size=batch_size or num_pairs,
         lora=lora,
         points={"beta": np.geomspace(0.01, 1, num_adapters)} if num_adapters else None,
         preflight=False,
-        report=steps.append,
+        report=report,
     )
+    with suppress(_EnoughError):
+        tune()
     capacity = lm.capacity_of(data.prompts, data.responses)
-    seconds = [step.seconds for step in steps[steps[0].planned // (num_steps + 1) :]]
+    seconds = [step.seconds for step in steps[per_epoch:]]
     return {
         "seconds": seconds,
         "compiling": [step.compiling for step in steps if step.compiling],

@@ -37,7 +37,8 @@ def main() -> None:
     lora = lm.LoRA(rank=asked.rank, alpha=2.0 * asked.rank, top_layers=asked.top_layers) if asked.rank else None
     before = ours.peak_flops(dtype or jnp.float32)
     if asked.epoch:
-        found = ours.step_seconds(model, num_steps=1, num_pairs=len(workload.LENGTHS), batch_size=asked.pairs)
+        num, planned = len(workload.LENGTHS), ours.PLANNED_STEPS
+        found = ours.step_seconds(model, num_steps=1, num_pairs=num, batch_size=asked.pairs, planned_steps=planned)
     else:
         found = ours.step_seconds(
             model, num_steps=asked.steps, num_pairs=asked.pairs, lora=lora, num_adapters=asked.adapters

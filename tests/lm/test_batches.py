@@ -42,20 +42,43 @@ def test_all_fit_into_at_most_six_shapes_with_little_in_vain():
 
 
 def test_where_compiling_is_dear_there_is_one_shape_for_each_number_of_rows():
-    assert len({batch.capacity for batch in shuffled(price=1e9)}) == 2
+    assert len({batch.capacity for batch in shuffled(prices=batches.Prices(shape=1e9))}) == 2
 
 
-def test_levels_are_the_best_there_are():
-    tokens = np.random.default_rng(1).integers(1, 30, 9)
-    needs = np.stack([tokens, tokens, tokens], axis=1)
-    found = batches._levels(needs, 3, 0.0)[:, 0]
-    ordered = np.sort(tokens)
-    least = min(
-        sum((b - a) * ordered[b - 1] for a, b in ((0, i), (i, j), (j, 9)) if b > a)
-        for i in range(10)
-        for j in range(i, 10)
-    )
-    assert found.sum() == least and np.all(found >= tokens)
+def partitions(items, most):
+    """All ways to divide items into at most so many groups."""
+    if not items:
+        yield []
+        return
+    for rest in partitions(items[1:], most):
+        yield from ([[items[0], *group] if i == j else group for j, group in enumerate(rest)] for i in range(len(rest)))
+        if len(rest) < most:
+            yield [[items[0]], *rest]
+
+
+@pytest.mark.parametrize("prices", [batches.Prices(), batches.Prices(0.3, 0.01, 40.0)], ids=str)
+def test_shapes_cost_little_more_than_the_best_there_are(prices):
+    rng = np.random.default_rng(1)
+
+    def cost(shape):
+        return shape[0] + prices.scored * shape[2] + prices.places * 2 * shape[1] ** 2
+
+    for _ in range(5):
+        needs = np.stack([rng.integers(lowest, 4 * lowest, 7) for lowest in (50, 30, 20)], axis=1)
+        found = batches._levels(needs, 3, 2, prices)
+        assert np.all(found >= needs) and len(np.unique(found, axis=0)) <= 3
+        total = sum(map(cost, found)) + prices.shape * len(np.unique(found, axis=0))
+        best = min(
+            sum(len(group) * cost(needs[group].max(axis=0)) + prices.shape for group in groups)
+            for groups in partitions([*range(7)], 3)
+        )
+        assert best <= total * (1 + 1e-9) <= 1.1 * best
+
+
+def test_many_different_batches_get_few_shapes_quickly():
+    needs = np.random.default_rng(2).integers(100, 1000, (5000, 3))
+    found = batches._levels(needs, 6, 4, batches.Prices(0.3, 0.001, 0.0))
+    assert np.all(found >= needs) and len(np.unique(found, axis=0)) == 6
 
 
 def test_parts_of_a_batch_need_less():
