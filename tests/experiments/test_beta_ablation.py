@@ -28,6 +28,7 @@ def finished(tmp_path_factory):
     return out, json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_summary_has_the_agreed_keys(finished):
     out, summary = finished
     names = {"summary.json", "dpo_training.png", "beta_ablation.png", "frontier.png"}
@@ -66,6 +67,7 @@ def test_summary_is_the_mean_over_seeds_run_alone(finished):
         assert entry["gain"]["mean"] == pytest.approx(gain, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_nothing_predicts_new_pairs_better_than_the_true_rewards(finished):
     _, summary = finished
     for entry in summary["betas"]:

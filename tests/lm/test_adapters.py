@@ -65,9 +65,8 @@ def test_scanned_layers_have_stacked_adapters():
     one_by_one = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], adapter["layers"]) for i in range(2)}  # noqa: B023
     unrolled = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], scanned.params["params"]["layers"]) for i in range(2)}  # noqa: B023
     others = {name: leaf for name, leaf in scanned.params["params"].items() if name != "layers"}
-    found = lm.log_prob_fn(scanned.decoder)(
-        lm.with_adapter(scanned.params, adapter, LORA), DATA.prompts, DATA.responses
-    )
+    run = jax.jit(lm.log_prob_fn(scanned.decoder))
+    found = run(lm.with_adapter(scanned.params, adapter, LORA), DATA.prompts, DATA.responses)
     np.testing.assert_allclose(
         found.chosen, score(lm.with_adapter({"params": {**others, **unrolled}}, one_by_one, LORA)), atol=5e-5
     )

@@ -19,16 +19,19 @@ def writer(**options):
 
 
 GREEDY = writer(choose=lm.greedy)
+MANY = writer(group_size=64)
+SCORE = jax.jit(lm.log_prob_fn(MODEL.decoder))
 
 
 def test_log_probabilities_are_those_of_scoring(key):
-    written = writer(group_size=8)(key, MODEL.params, PROMPTS)
-    scored = lm.token_log_prob_fn(MODEL.decoder)(MODEL.params, jnp.repeat(PROMPTS, 8, axis=0), written.tokens)
+    written = MANY(key, MODEL.params, PROMPTS)
+    score = jax.jit(lm.token_log_prob_fn(MODEL.decoder))
+    scored = score(MODEL.params, jnp.repeat(PROMPTS, 64, axis=0), written.tokens)
     np.testing.assert_allclose(written.logps, scored.values, atol=2e-5)
 
 
 def test_a_response_ends_with_its_first_stop_or_at_the_limit(key):
-    tokens = np.asarray(writer(group_size=64)(key, MODEL.params, PROMPTS).tokens)
+    tokens = np.asarray(MANY(key, MODEL.params, PROMPTS).tokens)
     lengths = (tokens >= 0).sum(axis=1)
     assert len({*lengths}) > 1
     for row, length in zip(tokens, lengths, strict=True):
@@ -39,13 +42,12 @@ def test_a_response_ends_with_its_first_stop_or_at_the_limit(key):
 
 def test_greedy_takes_the_most_probable_token_each_time(key):
     tokens = np.asarray(GREEDY(key, MODEL.params, PROMPTS).tokens)
-    every = jax.jit(lm.log_prob_fn(MODEL.decoder))
     for prompt, row in zip(PROMPTS, tokens, strict=True):
         for place in range((row >= 0).sum()):
             trials = np.full((48, 6), -1, np.int32)
             trials[:, :place] = row[:place]
             trials[:, place] = np.arange(48)
-            found = every(MODEL.params, jnp.broadcast_to(prompt[None], (48, 5)), jnp.asarray(trials))
+            found = SCORE(MODEL.params, jnp.broadcast_to(prompt[None], (48, 5)), jnp.asarray(trials))
             assert row[place] == np.argmax(found)
 
 
@@ -60,9 +62,7 @@ def test_first_tokens_are_drawn_with_the_probabilities_of_the_model(key):
     num = 4000
     drawn = writer(max_tokens=1, group_size=num)(key, MODEL.params, PROMPTS[:1]).tokens
     counts = np.bincount(np.asarray(drawn)[:, 0], minlength=48)
-    logps = lm.log_prob_fn(MODEL.decoder)(
-        MODEL.params, jnp.broadcast_to(PROMPTS[:1], (48, 5)), jnp.arange(48, dtype=jnp.int32)[:, None]
-    )
+    logps = SCORE(MODEL.params, jnp.broadcast_to(PROMPTS[:1], (48, 5)), jnp.arange(48, dtype=jnp.int32)[:, None])
     expected = num * np.exp(np.asarray(logps, np.float64))
     rare = expected < 5
     table = np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
@@ -109,7 +109,7 @@ def test_a_prompt_without_tokens_gets_no_response(key):
 
 
 def test_the_best_of_a_group_is_chosen(key):
-    respond = lm.respond_fn(MODEL.decoder, max_tokens=3, stops={STOP}, group_size=8)
+    respond = jax.jit(lm.respond_fn(MODEL.decoder, max_tokens=3, stops={STOP}, group_size=8))
     groups = respond(key, MODEL.params, PROMPTS).responses
     assert groups.shape == (4, 8, 3)
 

@@ -32,7 +32,7 @@ def test_each_row_gets_the_response_of_another_in_one_circle(key):
 def test_the_loss_is_that_of_the_library_with_the_point_of_the_batch(key):
     data = lm.with_reference(MODEL, lm.with_mismatched(key, LABELS))
     params = jax.tree.map(lambda leaf: 0.8 * leaf, MODEL.params)
-    log_prob = lm.log_prob_fn(MODEL.decoder)
+    log_prob = jax.jit(lm.log_prob_fn(MODEL.decoder))
     own, other = log_prob(params, *jax.tree.map(jnp.asarray, (data.prompts, data.responses)))
     point = jnp.maximum(jnp.mean(other - data.reference_logps.other), 0)
     expected = losses.kto_loss(

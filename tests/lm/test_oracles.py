@@ -152,6 +152,7 @@ def compare(name, found, *, of_losses, of_logps):
         np.testing.assert_allclose(getattr(found[3], side), NUMBERS[f"{name}/final_{side}_logps"], atol=of_logps)
 
 
+@pytest.mark.slow
 def test_fifty_steps_of_dpo_are_those_of_trl_to_the_last_parameter():
     """In float64: what is left is the 1e-6 that PyTorch adds to the norm where it clips."""
     with jax.enable_x64(True):

@@ -15,7 +15,13 @@ from tests.lm import tiny
 HOST = tiny.pairs()
 DATA = jax.tree.map(jnp.asarray, HOST)
 MODEL = tiny.model()
-SCORE = jax.jit(lm.log_prob_fn(MODEL.decoder))
+
+
+def scorer(**options):
+    return jax.jit(lm.log_prob_fn(MODEL.decoder, **options))
+
+
+SCORE = scorer()
 TOKENS = jax.jit(lm.token_log_prob_fn(MODEL.decoder))
 
 
@@ -50,7 +56,7 @@ def test_each_response_is_scored_as_if_alone():
 
 
 def test_means_are_sums_over_the_number_of_tokens():
-    found = lm.log_prob_fn(MODEL.decoder, mean=True)(MODEL.params, DATA.prompts, DATA.responses)
+    found = scorer(mean=True)(MODEL.params, DATA.prompts, DATA.responses)
     close(found, jax.tree.map(lambda logps, r: logps / (r >= 0).sum(axis=1), EXPECTED, DATA.responses))
 
 
@@ -70,24 +76,21 @@ def test_padding_may_stand_anywhere():
             row[np.sort(rng.choice(len(row), len(own), replace=False))] = own
         return jnp.asarray(wide)
 
-    close(
-        lm.log_prob_fn(MODEL.decoder)(MODEL.params, spread(DATA.prompts), jax.tree.map(spread, DATA.responses)),
-        EXPECTED,
-    )
+    close(SCORE(MODEL.params, spread(DATA.prompts), jax.tree.map(spread, DATA.responses)), EXPECTED)
 
 
 def test_a_capacity_that_is_just_enough_suffices():
     enough = lm.capacity_of(DATA.prompts, DATA.responses)
     lengths = [len(real(p)) + sum(len(real(side[i])) for side in DATA.responses) for i, p in enumerate(DATA.prompts)]
     assert enough[:2] == (sum(lengths), max(lengths))
-    close(lm.log_prob_fn(MODEL.decoder, capacity=enough)(MODEL.params, DATA.prompts, DATA.responses), EXPECTED)
+    close(scorer(capacity=enough)(MODEL.params, DATA.prompts, DATA.responses), EXPECTED)
 
 
 @pytest.mark.parametrize("place", ["tokens", "row", "scored"])
 def test_what_does_not_fit_is_nan_and_the_rest_is_not(place):
     enough = lm.capacity_of(DATA.prompts, DATA.responses)
     short = enough._replace(**{place: getattr(enough, place) - 1})
-    found = lm.log_prob_fn(MODEL.decoder, capacity=short)(MODEL.params, DATA.prompts, DATA.responses)
+    found = scorer(capacity=short)(MODEL.params, DATA.prompts, DATA.responses)
     wrong = np.isnan(found.chosen)
     assert wrong.any() and not wrong.all()
     np.testing.assert_array_equal(wrong, np.isnan(found.rejected))

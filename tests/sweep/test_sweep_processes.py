@@ -41,7 +41,8 @@ def make_together(out, name, folder, **ends):
     return [process.exitcode for process in processes]
 
 
-@pytest.mark.parametrize("name", [pytest.param("many blocks", marks=pytest.mark.slow), "noisy"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["many blocks", "noisy"])
 def test_two_processes_make_the_same_folder_as_one_and_both_return_the_whole(tmp_path, name):
     assert make_together(tmp_path / "two", name, tmp_path) == [0, 0]
     alone = sweeps.make(tmp_path / "one", name)
