@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.lm.config import Config
-from dpo_jax.lm.stream import Capacity
+from dpo_jax.lm.stream import MOST_GROUPS, Capacity, in_groups
 
 MOST_SHAPES = 6
 """How many shapes are compiled at most."""
@@ -34,11 +34,13 @@ class Prices(NamedTuple):
       scored: for each token of a response, whose logits are computed.
       places: for each pair of places in a row, which attention compares.
       shape: for compiling it.
+      group: for compiling the attention of one more group of rows.
     """
 
     scored: float = 0.0
     places: float = 0.0
     shape: float = 0.0
+    group: float = 0.0
 
 
 ONLY_TOKENS = Prices()
@@ -103,7 +105,7 @@ def sizes_of(prompts: Any, responses: Any) -> list[Capacity]:
     scored = sum((np.asarray(leaf) >= 0).sum(axis=1) for leaf in jax.tree.leaves(responses))
     tokens = (np.asarray(prompts) >= 0).sum(axis=1) + scored
     return [
-        Capacity(int(t), int(t), int(s)) for t, s in zip(tokens, np.broadcast_to(scored, tokens.shape), strict=True)
+        Capacity(int(t), (int(t),), int(s)) for t, s in zip(tokens, np.broadcast_to(scored, tokens.shape), strict=True)
     ]
 
 
@@ -125,20 +127,19 @@ def shaped(
       prices: decide what is little.
       multiple: numbers of tokens are rounded up to multiples of it, so that so many devices can share them.
     """
-    needs = np.array([_need(rows, sizes, rows_at_once) for rows in batches])
-    counts = np.array([len(rows) for rows in batches])
-    capacities = np.zeros_like(needs)
-    lengths = sorted(set(counts.tolist()), reverse=True)
-    for count in lengths:
-        own = counts == count
-        most = MOST_SHAPES - len(lengths) + 1 if count == lengths[0] else 1
+    counts = [len(rows) for rows in batches]
+    capacities: list[Any] = [None] * len(batches)
+    different = sorted({*counts}, reverse=True)
+    for count in different:
+        own = [i for i, other in enumerate(counts) if other == count]
         num_rows = min(count, rows_at_once or count)
-        capacities[own] = _levels(needs[own], max(1, most), num_rows, prices)
-    rounded = [
-        Capacity(*(int(-(-size // m) * m) for size, m in zip(sizes, (multiple, 1, multiple), strict=True)))
-        for sizes in capacities
-    ]
-    return [Batch(*both) for both in zip(batches, rounded, strict=True)]
+        most_groups = MOST_GROUPS if multiple == 1 else 1  # devices share the rows of a group
+        needs = np.array([_need(_cut(batches[i], num_rows), sizes, most_groups) for i in own])
+        most = MOST_SHAPES - len(different) + 1 if count == different[0] else 1
+        for i, (tokens, scored, *rooms) in zip(own, _levels(needs, max(1, most), prices).tolist(), strict=True):
+            tokens, scored = (-(-size // multiple) * multiple for size in (tokens, scored))
+            capacities[i] = Capacity(tokens, tuple(rooms), scored)
+    return [Batch(*both) for both in zip(batches, capacities, strict=True)]
 
 
 def prices_of(config: Config, *, passes: int) -> Prices:
@@ -155,36 +156,40 @@ def prices_of(config: Config, *, passes: int) -> Prices:
     token = c.num_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
     places = SLOWNESS_OF_ATTENTION * 2 * c.num_layers * c.num_heads * c.head_dim
     shape = COMPILATION.get(jax.default_backend(), COMPILATION["gpu"]) / passes
-    return Prices(c.vocab_size * c.hidden_size / token, places / token, shape / token)
+    return Prices(c.vocab_size * c.hidden_size / token, places / token, shape / token, shape / token / 3)
 
 
-def _need(rows: Int[np.ndarray, " _"], sizes: Sequence[Capacity], at_once: int | None) -> Capacity:
-    """What several rows need together, or the largest of their parts."""
-    parts = [np.array([sizes[row] for row in part]) for part in _cut(rows, at_once or len(rows))]
-    needs = np.array([(*part[:, :1].sum(0), *part[:, 1:2].max(0), *part[:, 2:].sum(0)) for part in parts])
-    return Capacity(*map(int, needs.max(axis=0)))
+def _need(parts: Sequence[Int[np.ndarray, " _"]], sizes: Sequence[Capacity], most_groups: int) -> list[int]:
+    """Tokens, scored tokens and room for each row that suffice for each of several parts of a batch."""
+    needs = []
+    for part in parts:
+        own = [sizes[row] for row in part]
+        lengths = [size.tokens for size in own] + [0] * (len(parts[0]) - len(part))
+        needs.append([sum(lengths), sum(size.scored for size in own), *in_groups(lengths, most_groups)])
+    return np.max(needs, axis=0).tolist()
 
 
 def _cut(order: Int[np.ndarray, " rows"], batch_size: int) -> list[Int[np.ndarray, " _"]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _levels(
-    needs: Int[np.ndarray, "batches 3"], most: int, num_rows: int, prices: Prices
-) -> Int[np.ndarray, "batches 3"]:
+def _levels(needs: Int[np.ndarray, "batches sizes"], most: int, prices: Prices) -> Int[np.ndarray, "batches sizes"]:
     """Gives each batch the cheapest of a few shapes that are large enough.
+
+    Sizes are tokens, scored tokens, and room for each row.
 
     Starts with a shape for each batch, and joins the two whose joint shape costs least, until there are few enough and
     compiling one more would cost more than it saves.
     """
 
     def cost(shapes: Any) -> Any:
-        tokens, row, scored = np.moveaxis(np.asarray(shapes, float), -1, 0)
-        return tokens + prices.scored * scored + prices.places * num_rows * row**2
+        sizes = np.asarray(shapes, float)
+        return sizes[..., 0] + prices.scored * sizes[..., 1] + prices.places * np.sum(sizes[..., 2:] ** 2, axis=-1)
 
     shapes, counts = _told_apart(needs)
-    joint = np.maximum(shapes[:, None], shapes[None])
-    extra = cost(joint) * (counts[:, None] + counts) - cost(shapes)[:, None] * counts[:, None] - cost(shapes) * counts
+    own = cost(shapes) * counts
+    together = cost(np.maximum(shapes[:, None], shapes)) * (counts[:, None] + counts)
+    extra = together - own[:, None] - own
     np.fill_diagonal(extra, np.inf)
     while len(shapes) > 1:
         i, j = sorted(np.unravel_index(np.argmin(extra), extra.shape))
@@ -193,21 +198,39 @@ def _levels(
         shapes[i], counts[i] = np.maximum(shapes[i], shapes[j]), counts[i] + counts[j]
         shapes, counts = np.delete(shapes, j, 0), np.delete(counts, j)
         extra = np.delete(np.delete(extra, j, 0), j, 1)
-        together = cost(np.maximum(shapes[i], shapes)) * (counts[i] + counts)
-        extra[i] = extra[:, i] = together - cost(shapes[i]) * counts[i] - cost(shapes) * counts
+        own = cost(shapes) * counts
+        extra[i] = extra[:, i] = cost(np.maximum(shapes[i], shapes)) * (counts[i] + counts) - own[i] - own
         extra[i, i] = np.inf
     fits = np.all(shapes[None] >= needs[:, None], axis=-1)
-    return shapes[np.argmin(np.where(fits, cost(shapes), np.inf), axis=1)]
+    cheapest = np.argmin(np.where(fits, cost(shapes), np.inf), axis=1)
+    for shape, uses in zip(shapes, np.bincount(cheapest, minlength=len(shapes)), strict=True):
+        shape[2:] = _in_fewer_groups(shape[2:], prices.places * uses, prices.group)
+    return shapes[cheapest]
 
 
-def _told_apart(needs: Int[np.ndarray, "batches 3"]) -> tuple[Int[np.ndarray, "shapes 3"], Int[np.ndarray, " shapes"]]:
+def _in_fewer_groups(rooms: Int[np.ndarray, " rows"], of_places: float, of_group: float) -> Int[np.ndarray, " rows"]:
+    """Gives a group of rows the room of the one before it, as long as that costs less than compiling one more."""
+    rooms = rooms.copy()
+    while True:
+        starts = np.flatnonzero(np.diff(rooms, prepend=-1))
+        ends = np.append(starts[1:], len(rooms))
+        extra = of_places * (ends - starts)[1:] * (rooms[starts[:-1]] ** 2 - rooms[starts[1:]] ** 2)
+        if not len(extra) or extra.min() >= of_group:
+            return rooms
+        cheapest = int(np.argmin(extra))
+        rooms[starts[cheapest + 1] : ends[cheapest + 1]] = rooms[starts[cheapest]]
+
+
+def _told_apart(
+    needs: Int[np.ndarray, "batches sizes"],
+) -> tuple[Int[np.ndarray, "shapes sizes"], Int[np.ndarray, " shapes"]]:
     """Different needs and how many batches have each; like ones are taken together if they are many."""
     found, counts = np.unique(needs, axis=0, return_counts=True)
     width = 0.01
     while len(found) > MOST_NEEDS:
-        cells = np.ceil(np.log(needs) / width)
+        cells = np.ceil(np.log(np.maximum(needs, 1)) / width)
         _, cell, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
-        found = np.zeros((len(counts), 3), needs.dtype)
+        found = np.zeros((len(counts), needs.shape[1]), needs.dtype)
         np.maximum.at(found, cell.ravel(), needs)
         width *= 1.2
     return found, counts

@@ -91,8 +91,8 @@ def hidden_of(decoder: Decoder, params: Params, stream: Stream) -> Float[Array, 
     """Runs the decoder on a stream."""
 
     def attend(queries: Array, keys: Array, values: Array, cache: Any) -> tuple[Array, Any]:
-        q, k, v = (into_rows(x, stream) for x in (queries, keys, values))
-        return into_stream(attention(q, k, v, stream.visible), stream), cache
+        groups = zip(*(into_rows(x, stream) for x in (queries, keys, values)), stream.visible, strict=True)
+        return into_stream([attention(*group) for group in groups], stream), cache
 
     return decoder.apply(params, stream.tokens, stream.positions, attend)[0]
 

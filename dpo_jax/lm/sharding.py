@@ -85,11 +85,8 @@ def spread(stream: Stream, mesh: Mesh | None) -> Stream:
         return stream
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     names = ("tokens", "positions", "to_stream", "predictors", "targets", "to_rows", "visible")
-    parts = {name: getattr(stream, name) for name in names}
-    return stream._replace(
-        **{
-            name: jax.lax.with_sharding_constraint(part, sharding)
-            for name, part in parts.items()
-            if len(part) % mesh.size == 0
-        }
-    )
+
+    def divided(part: Any) -> Any:
+        return part if len(part) % mesh.size else jax.lax.with_sharding_constraint(part, sharding)
+
+    return stream._replace(**{name: jax.tree.map(divided, getattr(stream, name)) for name in names})

@@ -1,13 +1,15 @@
 """Prompts and responses as one stream of tokens, without padding, in which responses share their prompt.
 
 A row is a prompt and all responses to it: one, a pair, or a ranking. Most work of a decoder is done token by token, so
-the tokens of all rows stand in one stream, each prompt once. Only attention needs rows, and only tokens that predict a
-token of a response meet the vocabulary. Sizes of the three are the capacity, which is static; all else is computed on
-the device, so that batches remain plain arrays of tokens.
+the tokens of all rows stand in one stream, each prompt once. Only attention needs rows, in a few groups of like length,
+and only tokens that predict a token of a response meet the vocabulary. Sizes of the three are the capacity, which is
+static; all else is computed on the device, so that batches remain plain arrays of tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
@@ -18,18 +20,22 @@ from jaxtyping import Array, Bool, Float, Int
 PADDING = -1
 """Stands in arrays of tokens where there is no token."""
 
+MOST_GROUPS = 4
+"""In how many groups of like length rows are attended at most: more of them take longer to compile."""
+
 
 class Capacity(NamedTuple):
     """Sizes of a compiled program.
 
     Attributes:
       tokens: length of the stream.
-      row: tokens of the longest row.
+      rows: room for the tokens of each row, from the longest row to the shortest. Rows of equal room are attended
+        together.
       scored: tokens of all responses.
     """
 
     tokens: int
-    row: int
+    rows: tuple[int, ...]
     scored: int
 
 
@@ -39,9 +45,10 @@ class Stream(NamedTuple):
     Attributes:
       tokens: ids; 0 behind the last.
       positions: of each token in its own sequence: a response goes on behind its prompt.
-      to_rows: for each place of each row, its place in the stream (out of range: none).
-      to_stream: for each place of the stream, its place in the rows one after the other (out of range: none).
-      visible: in each row, which token (second axis) sees which (third axis).
+      to_rows: for each group of rows, longest first, and each place of them, its place in the stream (out of range:
+        none).
+      to_stream: for each place of the stream, its place in these rows one after the other (out of range: none).
+      visible: for each group, in each row, which token (second axis) sees which (third axis).
       predictors: for each token of a response, the place in the stream of the token before it.
       targets: the ids of these tokens.
       found: for each entry of the arrays of responses, side by side, its number among the targets.
@@ -51,9 +58,9 @@ class Stream(NamedTuple):
 
     tokens: Int[Array, " tokens"]
     positions: Int[Array, " tokens"]
-    to_rows: Int[Array, "rows row"]
+    to_rows: tuple[Int[Array, "_ _"], ...]
     to_stream: Int[Array, " tokens"]
-    visible: Bool[Array, "rows row row"]
+    visible: tuple[Bool[Array, "_ _ _"], ...]
     predictors: Int[Array, " scored"]
     targets: Int[Array, " scored"]
     found: Int[Array, "rows entries"]
@@ -61,17 +68,26 @@ class Stream(NamedTuple):
     fits: Bool[Array, " rows"]
 
 
-def capacity_of(prompts: Any, responses: Any) -> Capacity:
+def capacity_of(prompts: Any, responses: Any, *, multiple: int = 1) -> Capacity:
     """What a batch needs.
 
     Args:
       prompts: tokens `[rows, tokens]`.
       responses: one such array or any pytree of them.
+      multiple: numbers of tokens are rounded up to multiples of it, and all rows have equal room, so that so many
+        devices can share them.
     """
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(responses)]
     of_responses = sum((leaf >= 0).sum(axis=1) for leaf in leaves)
     of_rows = (np.asarray(prompts) >= 0).sum(axis=1) + of_responses
-    return Capacity(int(of_rows.sum()), int(of_rows.max()), int(np.sum(of_responses)))
+    tokens, scored = (-(-int(part.sum()) // multiple) * multiple for part in (of_rows, np.asarray(of_responses)))
+    return Capacity(tokens, in_groups(of_rows, MOST_GROUPS if multiple == 1 else 1), scored)
+
+
+def in_groups(lengths: Sequence[int] | Int[np.ndarray, " rows"], most: int = MOST_GROUPS) -> tuple[int, ...]:
+    """Room for rows of these lengths, longest first: that of the longest of each of a few groups."""
+    groups = np.array_split(np.sort(lengths)[::-1], min(most, len(lengths)))
+    return tuple(int(group[0]) for group in groups for _ in group)
 
 
 def make_stream(
@@ -84,10 +100,15 @@ def make_stream(
       responses: the same, for each response of a row.
       capacity: `None` means as much as arrays of these shapes can need.
       vocab_size: ids must be below it.
+
+    Raises:
+      ValueError: there are more rows than the capacity has room for.
     """
     grid = jnp.concatenate([prompts, *responses], axis=1)
     (num, width), inputs = grid.shape, prompts.shape[1]
-    size = capacity or Capacity(grid.size, width, num * (width - inputs))
+    size = capacity or Capacity(grid.size, (width,) * num, num * (width - inputs))
+    if len(size.rows) < num:
+        raise ValueError(f"the capacity has room for {len(size.rows)} rows, got {num}")
     widths = [leaf.shape[1] for leaf in (prompts, *responses)]
     owner = np.repeat(np.arange(len(widths)), widths)[None]  # 0 for the prompt, 1 for the first response, ...
 
@@ -100,26 +121,33 @@ def make_stream(
     place = start[:, None] + slot
     cell = _inverse(jnp.where(real, place, size.tokens), size.tokens)
     position = within + jnp.where(owner == 0, 0, prompt_length[:, None])
-    where_in_rows = jnp.where(slot < size.row, jnp.arange(num)[:, None] * size.row + slot, num * size.row)
-    columns = jnp.arange(size.row)[None]
-    to_rows = jnp.where(columns < length[:, None], start[:, None] + columns, size.tokens)
-    owner_in_rows = _at(_at(jnp.broadcast_to(owner, grid.shape), cell, -1), to_rows, -1)
-    query, key = owner_in_rows[:, :, None], owner_in_rows[:, None, :]
-    visible = jnp.tril(jnp.ones((size.row, size.row), bool))[None] & (key >= 0) & ((key == 0) | (key == query))
+
+    longest_first = jnp.argsort(length, descending=True)
+    rooms, places = np.array(size.rows[:num]), sum(size.rows[:num])
+    room, first = (jnp.zeros(num, int).at[longest_first].set(x) for x in (rooms, np.cumsum(rooms) - rooms))
+    where_in_rows = jnp.where(slot < room[:, None], first[:, None] + slot, places)
+    owners = _at(jnp.broadcast_to(owner, grid.shape), cell, -1)
+    to_rows, visible = [], []
+    for width, rows in _grouped(longest_first, rooms):
+        columns = jnp.arange(width)[None]
+        to_rows.append(jnp.where(columns < length[rows, None], start[rows, None] + columns, size.tokens))
+        owner_in_rows = _at(owners, to_rows[-1], -1)
+        query, key = owner_in_rows[:, :, None], owner_in_rows[:, None, :]
+        visible.append(jnp.tril(jnp.ones((width, width), bool))[None] & (key >= 0) & ((key == 0) | (key == query)))
 
     present = real[:, inputs:]
     found = (jnp.cumsum(present) - 1).reshape(present.shape)
     entry = _inverse(jnp.where(present, found, size.scored), size.scored)
     before = jnp.where(within == 0, (start + prompt_length)[:, None], place)[:, inputs:] - 1
-    fits = (start + length <= size.tokens) & (length <= size.row) & (prompt_length > 0)
+    fits = (start + length <= size.tokens) & (length <= room) & (prompt_length > 0)
     fits &= jnp.cumsum(jnp.sum(present, axis=1)) <= size.scored
     fits &= jnp.all((grid < vocab_size) & (grid >= PADDING), axis=1)
     return Stream(
         tokens=_at(jnp.where(grid < vocab_size, grid, 0), cell, 0),
         positions=_at(position, cell, 0),
-        to_rows=to_rows,
-        to_stream=_at(where_in_rows, cell, num * size.row),
-        visible=visible,
+        to_rows=tuple(to_rows),
+        to_stream=_at(where_in_rows, cell, places),
+        visible=tuple(visible),
         predictors=jnp.clip(_at(before, entry, 0), 0, size.tokens - 1),
         targets=_at(grid[:, inputs:], entry, 0),
         found=found,
@@ -128,15 +156,29 @@ def make_stream(
     )
 
 
-def into_rows(x: Float[Array, " tokens *features"], stream: Stream) -> Float[Array, " rows row *features"]:
-    """The stream in rows, zero where a row has ended."""
-    rows = _moved(x, stream.to_rows.ravel(), stream.to_stream)
-    return rows.reshape(*stream.to_rows.shape, *x.shape[1:])
+def into_rows(x: Float[Array, " tokens *features"], stream: Stream) -> list[Float[Array, " _ _ *features"]]:
+    """The stream in rows, group by group, zero where a row has ended."""
+    places = _moved(x, _places(stream), stream.to_stream)
+    ends = np.cumsum([group.size for group in stream.to_rows])[:-1]
+    parts = jnp.split(places, ends)
+    return [part.reshape(*group.shape, *x.shape[1:]) for part, group in zip(parts, stream.to_rows, strict=True)]
 
 
-def into_stream(x: Float[Array, " rows row *features"], stream: Stream) -> Float[Array, " tokens *features"]:
-    """Rows as one stream, zero behind its end."""
-    return _moved(x.reshape(-1, *x.shape[2:]), stream.to_stream, stream.to_rows.ravel())
+def into_stream(groups: Sequence[Float[Array, " _ _ *features"]], stream: Stream) -> Float[Array, " tokens *features"]:
+    """Groups of rows as one stream, zero behind its end."""
+    places = jnp.concatenate([group.reshape(-1, *group.shape[2:]) for group in groups])
+    return _moved(places, stream.to_stream, _places(stream))
+
+
+def _places(stream: Stream) -> Int[Array, " places"]:
+    return jnp.concatenate([group.ravel() for group in stream.to_rows])
+
+
+def _grouped(longest_first: Int[Array, " rows"], rooms: Int[np.ndarray, " rows"]) -> list[tuple[int, Array]]:
+    """The rows that have equal room, and how much."""
+    counts = [(room, len(list(equal))) for room, equal in groupby(rooms.tolist())]
+    groups = jnp.split(longest_first, np.cumsum([count for _, count in counts])[:-1])
+    return [(room, rows) for (room, _), rows in zip(counts, groups, strict=True)]
 
 
 @jax.custom_vjp

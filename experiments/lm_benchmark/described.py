@@ -64,8 +64,7 @@ def step_program(device: Device, mesh: Mesh, num_pairs: int, num_adapters: int |
     decoder = lm.Decoder(workload.SMOLLM2, dtype=jnp.bfloat16, scan=True, remat=True)
     zeros = np.zeros(num_pairs, np.float32)
     data = workload.pairs(workload.SMOLLM2.vocab_size, num_pairs)._replace(reference_logps=Pair(zeros, zeros))
-    needed = lm.capacity_of(data.prompts, data.responses)
-    capacity = lm.Capacity(*(-(-size // 128) * 128 for size in needed))
+    capacity = lm.capacity_of(data.prompts, data.responses, multiple=128)
     log_prob = lm.log_prob_fn(decoder, capacity=capacity, mesh=mesh)
     optimizer = optax.adam(1e-6)
 

@@ -16,7 +16,7 @@ from experiments.lm_benchmark import workload
 
 def test_the_least_work_is_counted_by_hand():
     config = lm.Config(10, 4, 6, 1, 2, 1, 2)
-    capacity = lm.Capacity(tokens=20, row=10, scored=5)
+    capacity = lm.Capacity(tokens=20, rows=(10, 10), scored=5)
     products = 4 * (4 + 2 + 2) + 4 * 4 + 3 * 4 * 6  # q, k, v; out; gate, up, down
     attention = 2 * 2 * 4 * 5  # scores and values, 4 features, 5 tokens before on average
     assert workload.least_work(config, capacity, num_rows=2) == 3 * (20 * (2 * products + attention) + 2 * 5 * 10 * 4)

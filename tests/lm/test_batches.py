@@ -7,12 +7,19 @@ import pytest
 from dpo_jax.lm import batches
 from dpo_jax.lm.stream import Capacity
 
-SIZES = [Capacity(int(t), int(t), int(t) // 3) for t in np.random.default_rng(0).integers(40, 300, 203)]
+SIZES = [Capacity(int(t), (int(t),), int(t) // 3) for t in np.random.default_rng(0).integers(40, 300, 203)]
 
 
 def need(rows):
     own = [SIZES[row] for row in rows]
-    return sum(s.tokens for s in own), max(s.row for s in own), sum(s.scored for s in own)
+    return [sum(s.tokens for s in own), sum(s.scored for s in own), *sorted((s.tokens for s in own), reverse=True)]
+
+
+def has_room(capacity, rows):
+    """Whether a batch of rows fits."""
+    tokens, scored, *lengths = need(rows)
+    room = all(np.array(capacity.rows[: len(rows)]) >= lengths)
+    return capacity.tokens >= tokens and capacity.scored >= scored and room
 
 
 def shuffled(**options):
@@ -34,7 +41,7 @@ def test_the_same_key_makes_the_same_batches():
 def test_all_fit_into_at_most_six_shapes_with_little_in_vain():
     found = shuffled()
     for batch in found:
-        assert all(np.array(batch.capacity) >= need(batch.rows))
+        assert has_room(batch.capacity, batch.rows) and len(batch.capacity.rows) == len(batch.rows)
     shapes = {(len(batch.rows), batch.capacity) for batch in found}
     assert 2 < len(shapes) <= batches.MOST_SHAPES
     computed, needed = sum(b.capacity.tokens for b in found), sum(need(b.rows)[0] for b in found)
@@ -61,11 +68,12 @@ def test_shapes_cost_little_more_than_the_best_there_are(prices):
     rng = np.random.default_rng(1)
 
     def cost(shape):
-        return shape[0] + prices.scored * shape[2] + prices.places * 2 * shape[1] ** 2
+        return shape[0] + prices.scored * shape[1] + prices.places * np.sum(shape[2:] ** 2)
 
     for _ in range(5):
-        needs = np.stack([rng.integers(lowest, 4 * lowest, 7) for lowest in (50, 30, 20)], axis=1)
-        found = batches._levels(needs, 3, 2, prices)
+        needs = np.stack([rng.integers(lowest, 4 * lowest, 7) for lowest in (50, 20, 30, 25)], axis=1)
+        needs[:, 2:] = -np.sort(-needs[:, 2:])
+        found = batches._levels(needs, 3, prices)
         assert np.all(found >= needs) and len(np.unique(found, axis=0)) <= 3
         total = sum(map(cost, found)) + prices.shape * len(np.unique(found, axis=0))
         best = min(
@@ -76,16 +84,24 @@ def test_shapes_cost_little_more_than_the_best_there_are(prices):
 
 
 def test_many_different_batches_get_few_shapes_quickly():
-    needs = np.random.default_rng(2).integers(100, 1000, (5000, 3))
-    found = batches._levels(needs, 6, 4, batches.Prices(0.3, 0.001, 0.0))
+    needs = -np.sort(-np.random.default_rng(2).integers(100, 1000, (5000, 5)))
+    found = batches._levels(needs, 6, batches.Prices(0.3, 0.001, 0.0))
     assert np.all(found >= needs) and len(np.unique(found, axis=0)) == 6
+
+
+def test_groups_are_as_many_as_pay():
+    rooms = np.array([300, 300, 200, 190, 100])
+    found = [batches._in_fewer_groups(rooms, 1.0, price).tolist() for price in (0.0, 4e3, 6e4, 1e6)]
+    assert found == [[300, 300, 200, 190, 100], [300, 300, 200, 200, 100], [300, 300, 200, 200, 200], [300] * 5]
+    assert len({*shuffled(batch_size=203, num_epochs=1, prices=batches.Prices(group=1e9))[0].capacity.rows}) == 1
+    assert len({*shuffled(batch_size=203, num_epochs=1)[0].capacity.rows}) == 4
 
 
 def test_parts_of_a_batch_need_less():
     found = shuffled(rows_at_once=2, num_epochs=1)
     for batch in found:
         parts = [batch.rows[i : i + 2] for i in range(0, len(batch.rows), 2)]
-        assert all(np.array(batch.capacity) >= np.max([need(part) for part in parts], axis=0))
+        assert all(has_room(batch.capacity, part) for part in parts)
     assert max(b.capacity.tokens for b in found) < max(b.capacity.tokens for b in shuffled(num_epochs=1))
 
 

@@ -82,14 +82,19 @@ def test_padding_may_stand_anywhere():
 def test_a_capacity_that_is_just_enough_suffices():
     enough = lm.capacity_of(DATA.prompts, DATA.responses)
     lengths = [len(real(p)) + sum(len(real(side[i])) for side in DATA.responses) for i, p in enumerate(DATA.prompts)]
-    assert enough[:2] == (sum(lengths), max(lengths))
+    assert enough.tokens == sum(lengths)
+    assert len({*enough.rows}) == 4 and all(np.array(enough.rows) >= sorted(lengths, reverse=True))
     close(scorer(capacity=enough)(MODEL.params, DATA.prompts, DATA.responses), EXPECTED)
 
 
-@pytest.mark.parametrize("place", ["tokens", "row", "scored"])
+@pytest.mark.parametrize("place", ["tokens", "longest rows", "shortest rows", "scored"])
 def test_what_does_not_fit_is_nan_and_the_rest_is_not(place):
     enough = lm.capacity_of(DATA.prompts, DATA.responses)
-    short = enough._replace(**{place: getattr(enough, place) - 1})
+    if "rows" in place:
+        changed = enough.rows[0 if place == "longest rows" else -1]
+        short = enough._replace(rows=tuple(room - (room == changed) for room in enough.rows))
+    else:
+        short = enough._replace(**{place: getattr(enough, place) - 1})
     found = scorer(capacity=short)(MODEL.params, DATA.prompts, DATA.responses)
     wrong = np.isnan(found.chosen)
     assert wrong.any() and not wrong.all()

@@ -103,7 +103,7 @@ from tests.lm import tiny
 model = lm.init(jax.random.key(0), dataclasses.replace(tiny.CONFIG, hidden_size=64, intermediate_size=256))
 data = tiny.pairs(16)
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-capacity = lm.Capacity(*(-(-size // 4) * 4 for size in lm.capacity_of(data.prompts, data.responses)))
+capacity = lm.capacity_of(data.prompts, data.responses, multiple=4)
 
 def flops(params, mesh):
     log_prob = lm.log_prob_fn(model.decoder, capacity=capacity, mesh=mesh)
