@@ -19,6 +19,7 @@ import tyro
 from dpo_jax import figures, lm
 from experiments.lab import commands, console, devices, files, page
 from experiments.lab.language import (
+    FAILURES,
     OF_LANGUAGE,
     OF_MEANS,
     judged,
@@ -163,7 +164,7 @@ def main(options: Options) -> None:
     devices.enable_compilation_cache()
     keys = jax.random.split(jax.random.key(options.seed), 4)
     entries: list[dict[str, Any]] = []
-    with commands.clear_errors(TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError):
+    with commands.clear_errors(*FAILURES):
         methods = dict(method_named(name, OF_LANGUAGE) for name in options.loss)
         if len({kind_of_data(method) for method in methods.values()}) > 1:
             raise ValueError(f"--loss: {', '.join(methods)} learn from different data: try them one at a time")

@@ -21,11 +21,11 @@ import numpy as np
 import tyro
 from jaxtyping import Float, Int
 
-from dpo_jax import figures, lm, losses, train
+from dpo_jax import checks, figures, lm, losses, train
 from dpo_jax.lm.preferences import padded
 from dpo_jax.types import Demonstrations, Pair, Params, Preferences
 from experiments.lab import commands, console, devices, files, page
-from experiments.lab.language import kl_along, optimizer_of, within_prompts, writer
+from experiments.lab.language import FAILURES, kl_along, optimizer_of, within_prompts, writer
 
 SUBJECTS = (
     "The film", "The movie", "This picture", "The first half", "The second half", "The story", "The plot", "The script",
@@ -36,7 +36,7 @@ VERBS = ("is", "seems to be", "turns out to be")
 OPENINGS = tuple(f"{subject} {verb}" for subject in SUBJECTS for verb in VERBS)
 """Neutral beginnings of film reviews, 60 of them."""
 
-BEST_OF = (2, 4, 8, 16)
+BEST_OF = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Options:
     learning_rate: float = 2e-3
     """Highest learning rate: the best of four for the top 8 layers, tried on other samples; all layers want less."""
     num_samples: int = 16
-    """Continuations of each opening, of which pairs are made."""
+    """Continuations of each opening, of which pairs are made; best-of-n is estimated for n below it."""
     num_pairs: int = 500
     """Pairs to learn from."""
     num_fresh: int = 4
-    """Continuations of each opening by which a policy is judged."""
+    """Continuations of each opening by which a policy is judged; at least 2, which tell how uncertain that is."""
     max_tokens: int = 24
     """Tokens of a continuation."""
     num_epochs: int = 1
@@ -142,19 +142,29 @@ def best_of(scores: Float[np.ndarray, "openings num"], num: int) -> dict[str, An
     """The best of several samples: its expected sentiment, and the bound of its KL (Beirami et al. 2024).
 
     All subsets of the samples count: the best of a subset is the i-th smallest of all with probability
-    (i - 1 choose n - 1) / (all choose n).
+    (i - 1 choose n - 1) / (all choose n). The error is that for given openings, by the jackknife over samples.
     """
+
+    def expected(scores: Float[np.ndarray, "openings _"]) -> Float[np.ndarray, " openings"]:
+        size = scores.shape[1]
+        chance = np.array([math.comb(i, num - 1) for i in range(size)]) / math.comb(size, num)
+        return np.sort(scores, axis=1) @ chance
+
     size = scores.shape[1]
-    chance = np.array([math.comb(i, num - 1) for i in range(size)]) / math.comb(size, num)
-    rewards = np.sort(scores, axis=1) @ chance
-    error = float(rewards.std(ddof=1) / np.sqrt(len(rewards)))
+    without_one = np.array([expected(np.delete(scores, i, axis=1)) for i in range(size)])
+    error = np.sqrt((size - 1) * without_one.var(axis=0).sum()) / len(scores)
     kl = float(np.log(num) - (num - 1) / num)
-    return {"reward": {"mean": float(rewards.mean()), "stderr": error}, "kl": {"mean": kl, "stderr": 0.0}}
+    reward = {"mean": float(expected(scores).mean()), "stderr": float(error)}
+    return {"reward": reward, "kl": {"mean": kl, "stderr": 0.0}}
 
 
 def main(options: Options) -> None:
     """Runs the command."""
     commands.check_seed(options.seed)
+    names = ("num_samples", "num_pairs", "num_fresh", "max_tokens", "num_epochs", "batch_size", "lora_rank")
+    commands.check_sizes(**{name: getattr(options, name) for name in names})
+    with commands.clear_errors():
+        checks.size("--num-fresh", options.num_fresh, at_least=2)
     clock, out, seconds = time.perf_counter(), files.output_folder(options.out), {}
     devices.enable_compilation_cache()
     keys = jax.random.split(jax.random.key(options.seed), 5)
@@ -175,7 +185,7 @@ def main(options: Options) -> None:
     num_steps = options.num_epochs * -(-options.num_pairs // options.batch_size)
     usual: dict[str, Any] = {"lora": lora, "num_epochs": options.num_epochs, "batch_size": options.batch_size}
     start = time.perf_counter()
-    with console.training(f"{len(options.beta)} adapters") as show:
+    with console.training(f"{len(options.beta)} adapters") as show, commands.clear_errors(*FAILURES):
         grid = lm.tune_grid(
             keys[2],
             model,
@@ -184,12 +194,13 @@ def main(options: Options) -> None:
             optimizer=lambda: optimizer_of(options.learning_rate, num_steps),
             axes={"beta": options.beta},
             folder=out / "checkpoints",
+            about={"learning_rate": options.learning_rate},
             report=show,
             **usual,
         )
     seconds["adapters"] = time.perf_counter() - start
     preferred: Any = Demonstrations(pairs.prompts, pairs.responses.chosen)
-    with console.training("Imitation") as show:
+    with console.training("Imitation") as show, commands.clear_errors(*FAILURES):
         # same key: the same order of the data
         imitated = lm.tune(
             keys[2],
@@ -209,7 +220,7 @@ def main(options: Options) -> None:
         results[name] = study.measure(keys[3], params, options.num_fresh)
         found = results[name]
         console.say(f"{name}: sentiment {_shown(found['reward'])}, KL {_shown(found['kl'])}: {found['example']!r}")
-    results |= {f"best of {n}": best_of(scores, n) for n in BEST_OF if n <= options.num_samples}
+    results |= {f"best of {n}": best_of(scores, n) for n in BEST_OF if n < options.num_samples}
     files.save_figure(_figure(results, options.beta), out / "frontier.png")
     seconds["total"] = time.perf_counter() - clock
     summary = {"options": asdict(options), "policies": results, "num_fresh": options.num_fresh * len(OPENINGS)}

@@ -21,7 +21,7 @@ import tyro
 from dpo_jax import figures, lm
 from dpo_jax.types import Preferences
 from experiments.lab import commands, console, devices, files
-from experiments.lab.language import OF_LANGUAGE, OF_MEANS, judged, objective_of, optimizer_of, read, split
+from experiments.lab.language import FAILURES, OF_LANGUAGE, OF_MEANS, judged, objective_of, optimizer_of, read, split
 from experiments.lab.methods import method_named, usual_hyperparameters
 
 
@@ -220,7 +220,7 @@ def main(options: Options) -> None:
     clock, out = time.perf_counter(), files.output_folder(options.out)
     devices.enable_compilation_cache()
     read_key, split_key, tune_key, answer_key = jax.random.split(jax.random.key(options.seed), 4)
-    with commands.clear_errors(TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError):
+    with commands.clear_errors(*FAILURES):
         job = prepare((read_key, split_key), options)
         before = judged(job.objective, job.held_out, job.held_out.reference_logps)
         tuned, later = tune(tune_key, job, options)

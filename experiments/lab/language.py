@@ -20,6 +20,9 @@ OF_MEANS = ("simpo", "alphapo", "orpo")
 OF_LABELS = ("kto", "bco", "unpaired apo-zero")
 OF_RANKINGS = ("plackett-luce of 4",)
 
+FAILURES = (TypeError, ValueError, OSError, FloatingPointError, lm.UntrainedError)
+"""What ends a command with one line: bad input, a full disk, training that does not work."""
+
 OF_LANGUAGE = {method.name: method for method in METHODS if method.name in {*OF_TOKENS, *OF_LABELS, *OF_RANKINGS}}
 """Losses that tune language models: those that need nothing but log-probabilities of responses."""
 

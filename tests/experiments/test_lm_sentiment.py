@@ -12,12 +12,19 @@ from experiments.lab.language import within_prompts
 SCORES = np.random.default_rng(0).normal(size=(3, 6)).round(1)
 
 
-@pytest.mark.parametrize("num", [1, 2, 4, 6])
+@pytest.mark.parametrize("num", [1, 2, 4, 5])
 def test_best_of_n_is_the_mean_over_all_subsets(num):
     every = [SCORES[:, list(subset)].max(axis=1) for subset in itertools.combinations(range(6), num)]
     found = lm_sentiment.best_of(SCORES, num)
     assert found["reward"]["mean"] == pytest.approx(np.mean(every))
     assert found["kl"]["mean"] == pytest.approx(np.log(num) - (num - 1) / num)
+
+
+def test_the_error_of_best_of_n_is_that_of_other_samples_for_the_same_openings():
+    draws = np.random.default_rng(2).normal(np.array([[0.0], [100.0], [-3.0]]), 1.0, (500, 3, 16))
+    found = [lm_sentiment.best_of(scores, 4)["reward"] for scores in draws]
+    expected = np.std([one["mean"] for one in found])
+    assert np.mean([one["stderr"] for one in found]) == pytest.approx(expected, rel=0.12)
 
 
 def test_pairs_are_of_one_opening_and_the_kinder_is_chosen(key):
