@@ -21,7 +21,7 @@ from experiments.lab import commands, console, devices, files, page
 from experiments.lab.language import (
     FAILURES,
     OF_LANGUAGE,
-    OF_MEANS,
+    hyperparameters_of,
     judged,
     kind_of_data,
     kl_along,
@@ -29,9 +29,10 @@ from experiments.lab.language import (
     optimizer_of,
     read,
     split,
+    takes_means,
     writer,
 )
-from experiments.lab.methods import Method, method_named, usual_hyperparameters
+from experiments.lab.methods import Method, method_named
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Options:
     """The betas to try."""
     fixed: dict[str, float] = field(default_factory=dict)
     """Other hyperparameters of the losses: `--fixed gamma 0.5`."""
+    mean: bool | None = None
+    """Takes means over tokens in place of sums; by default only for losses whose papers do (SimPO, AlphaPO, ORPO)."""
     learning_rate: tuple[float, ...] = (2e-4,)
     """Highest learning rates to try."""
     num_seeds: int = 1
@@ -97,11 +100,11 @@ def ablate(
     data: tuple[Any, Any],
     name: str,
     method: Method,
+    hyperparameters: Mapping[str, float],
     options: Options,
 ) -> list[dict[str, Any]]:
     """Trains the adapters of a loss on the first data, and measures each of them on the second."""
-    known = {**usual_hyperparameters(method), **options.fixed}
-    make, mean = objective_of(method, {h: known[h] for h in known if h in method.ranges}), name in OF_MEANS
+    make, mean = objective_of(method, hyperparameters), takes_means(method, options.mean)
     lora = lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
     train_data, held_out = (lm.with_reference(model, x, mean=mean, cache=options.out / "reference") for x in data)
     num_steps = options.num_epochs * -(-len(train_data.prompts) // options.batch_size)
@@ -119,7 +122,7 @@ def ablate(
             batch_size=options.batch_size,
             mean=mean,
             folder=options.out / "checkpoints" / name,
-            about={"loss": name, **known},
+            about={"loss": name, **hyperparameters},
             report=show,
         )
     entries = []
@@ -153,13 +156,15 @@ def rows_of(entries: Sequence[Mapping[str, Any]], num: int, num_samples: int) ->
 
 def page_table(summary: Mapping[str, Any]) -> str:
     """The table of the page."""
-    rows = rows_of(summary["adapters"], summary["held_out"], summary["options"]["num_samples"])
+    rows = rows_of(summary["adapters"], summary["held_out"], summary["answers"])
     return page.table(COLUMNS, rows)
 
 
 def main(options: Options) -> None:
     """Runs the command."""
     commands.check_seed(options.seed)
+    names = ("num_seeds", "num_epochs", "batch_size", "max_length", "lora_rank", "num_samples", "max_tokens")
+    commands.check_sizes(**{name: getattr(options, name) for name in names})
     clock, out = time.perf_counter(), files.output_folder(options.out)
     devices.enable_compilation_cache()
     keys = jax.random.split(jax.random.key(options.seed), 4)
@@ -176,13 +181,14 @@ def main(options: Options) -> None:
         console.say(str(report))
         data = split(keys[0], rows, held_out=options.held_out, at_most=options.max_rows)
         for name, method in methods.items():
-            entries += ablate(keys[1:3], model, data, name, method, options)
+            hyperparameters = hyperparameters_of(method, options.fixed, methods.values())
+            entries += ablate(keys[1:3], model, data, name, method, hyperparameters, options)
     num = len(data[1].prompts)
-    console.print_table(
-        f"{num} held-out rows, {options.num_samples} answers", COLUMNS, rows_of(entries, num, options.num_samples)
-    )
+    num_answers = min(options.num_samples, num)
+    console.print_table(f"{num} held-out rows, {num_answers} answers", COLUMNS, rows_of(entries, num, num_answers))
     files.save_figure(figures.language_betas(entries), out / "beta.png")
-    summary = {"options": asdict(options), "held_out": num, "adapters": entries}
+    shown = {**asdict(options), "model": options.model.name, "data": options.data.name}
+    summary = {"options": shown, "held_out": num, "answers": num_answers, "adapters": entries}
     summary |= files.provenance(total=time.perf_counter() - clock)
     files.save_summary(summary, out)
     page.update({"lm_beta_ablation": page_table(summary)}, out, path=page.LANGUAGE_MODELS)

@@ -223,7 +223,8 @@ def main(options: Options) -> None:
     results |= {f"best of {n}": best_of(scores, n) for n in BEST_OF if n < options.num_samples}
     files.save_figure(_figure(results, options.beta), out / "frontier.png")
     seconds["total"] = time.perf_counter() - clock
-    summary = {"options": asdict(options), "policies": results, "num_fresh": options.num_fresh * len(OPENINGS)}
+    shown = {**asdict(options), "model": options.model.name}
+    summary = {"options": shown, "policies": results, "num_fresh": options.num_fresh * len(OPENINGS)}
     summary |= files.provenance(**seconds)
     files.save_summary(summary, out)
     page.update({"lm_sentiment": page_table(summary)}, out, path=page.LANGUAGE_MODELS)

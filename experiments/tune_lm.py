@@ -21,8 +21,18 @@ import tyro
 from dpo_jax import figures, lm
 from dpo_jax.types import Preferences
 from experiments.lab import commands, console, devices, files
-from experiments.lab.language import FAILURES, OF_LANGUAGE, OF_MEANS, judged, objective_of, optimizer_of, read, split
-from experiments.lab.methods import method_named, usual_hyperparameters
+from experiments.lab.language import (
+    FAILURES,
+    OF_LANGUAGE,
+    hyperparameters_of,
+    judged,
+    objective_of,
+    optimizer_of,
+    read,
+    split,
+    takes_means,
+)
+from experiments.lab.methods import method_named
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class Options:
     """Strength of the pull towards the model as it is; losses without a beta ignore it."""
     fixed: dict[str, float] = field(default_factory=dict)
     """Other hyperparameters of the loss: `--fixed gamma 0.5`."""
+    mean: bool | None = None
+    """Takes means over tokens in place of sums; by default only for losses whose papers do (SimPO, AlphaPO, ORPO)."""
     learning_rate: float | None = None
     """Highest learning rate; by default 1e-6, or 2e-4 for an adapter."""
     num_epochs: int = 1
@@ -101,17 +113,18 @@ class Job:
 
 def prepare(keys: Any, options: Options) -> Job:
     """Reads model and file, and computes the reference."""
-    name, method = method_named(options.loss, OF_LANGUAGE)
-    known = {"beta": options.beta, **usual_hyperparameters(method), **options.fixed}
-    hyperparameters = {h: known[h] for h in {*method.ranges} | {*options.fixed} if h in known}
+    _, method = method_named(options.loss, OF_LANGUAGE)
+    beta = {"beta": options.beta} if "beta" in method.ranges else {}
+    hyperparameters = hyperparameters_of(method, {**beta, **options.fixed})
     model = lm.load(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
     if model.text is None:
         raise ValueError(f"{options.model} has no tokenizer.json")
     data, report = read(method, options.data, model.text, max_length=options.max_length, key=keys[0])
     console.say(str(report))
     both = split(keys[1], data, held_out=options.held_out, at_most=options.max_rows)
-    rank, mean = options.lora_rank, name in OF_MEANS
+    rank, mean = options.lora_rank, takes_means(method, options.mean)
     lora = lm.LoRA(rank=rank, alpha=2.0 * rank, top_layers=options.top_layers) if rank else None
+    rate = 2e-4 if lora else 1e-6
     train_data, held_out = (_with_reference(model, rows, mean, options.out) for rows in both)
     return Job(
         model=model,
@@ -121,7 +134,7 @@ def prepare(keys: Any, options: Options) -> Job:
         objective=objective_of(method, hyperparameters),
         mean=mean,
         hyperparameters=hyperparameters,
-        learning_rate=options.learning_rate or (2e-4 if lora else 1e-6),
+        learning_rate=rate if options.learning_rate is None else options.learning_rate,
         lora=lora,
     )
 
@@ -165,7 +178,8 @@ class HeldOut:
         self.found = {int(done): found for done, found in known.items()}
 
     def report(self, step: lm.Step) -> None:
-        """Judges the parameters, if it is time."""
+        """Judges the parameters, if it is time; forgets later steps, which a run without a checkpoint has left."""
+        self.found = {done: found for done, found in self.found.items() if done < step.done}
         if self.every and step.done % self.every == 0 and step.done < step.planned:
             self.found[step.done] = self.judge(step.params)
             files.save(self.path, lambda path: path.write_text(json.dumps(self.found)))
@@ -215,6 +229,10 @@ def main(options: Options) -> None:
         num_epochs=options.num_epochs,
         batch_size=options.batch_size,
         num_samples=options.num_samples,
+        max_tokens=options.max_tokens,
+        max_length=options.max_length,
+        rows_at_once=1 if options.rows_at_once is None else options.rows_at_once,
+        steps_per_checkpoint=options.steps_per_checkpoint,
         steps_per_evaluation=1 if options.steps_per_evaluation is None else options.steps_per_evaluation,
     )
     clock, out = time.perf_counter(), files.output_folder(options.out)
@@ -225,9 +243,10 @@ def main(options: Options) -> None:
         before = judged(job.objective, job.held_out, job.held_out.reference_logps)
         tuned, later = tune(tune_key, job, options)
     judgements = {0: before, **later}
-    results = {"before": before, "after": judgements[max(judgements)]}
+    results = {"before": before, "after": later[max(later)]}
     num_held_out = len(job.held_out.prompts)
     print_results(results, num_held_out)
+    _save(out, options, job.policy(tuned.params), tuned, job.lora)
     model, after, prompts = job.model, job.policy(tuned.params), job.held_out.prompts[: options.num_samples]
     written = answers(answer_key, {"before": model, "after": after}, prompts, options.max_tokens)
     kl = sampled_kl(model, prompts, written["after"])
@@ -236,9 +255,8 @@ def main(options: Options) -> None:
         f"KL to the model as it was, from {len(prompts)} answers: {console.interval(kl, len(prompts))} nats each"
     )
     files.save_figure(figures.tuning(tuned.history, judgements), out / "training.png")
-    _save(out, options, after, tuned, job.lora)
     summary = {
-        "options": asdict(options),
+        "options": {**asdict(options), "model": options.model.name, "data": options.data.name},
         "rows": job.report.rows,
         "used": job.report.used,
         "held_out": num_held_out,

@@ -98,12 +98,21 @@ def adapted(log_prob: LogProbFn, base: Params, lora: LoRA) -> LogProbFn:
 
 
 def merge(base: Params, adapter: Params, lora: LoRA) -> Params:
-    """The variables of a model whose matrices contain the adapter."""
+    """The variables of a model whose matrices contain the adapter.
+
+    Raises:
+      ValueError: there are several adapters, or it is one of another model.
+    """
     scale = lora.alpha / lora.rank
     merged = jax.tree.map(lambda leaf: leaf, base["params"])
     for layer, matrices in adapter.items():
         for matrix, pair in matrices.items():
             kernel = merged[layer][matrix]["kernel"]
+            if (*pair["down"].shape[:-1], pair["up"].shape[-1]) != kernel.shape or pair["down"].ndim != kernel.ndim:
+                raise ValueError(
+                    f"{layer} {matrix}: arrays {pair['down'].shape} and {pair['up'].shape} are no adapter of a matrix "
+                    f"{kernel.shape}; of several adapters, take one (`Grid.adapter`)"
+                )
             change = scale * jnp.matmul(pair["down"], pair["up"], precision="highest")
             merged[layer][matrix]["kernel"] = (kernel + change).astype(kernel.dtype)
     return {**base, "params": merged}

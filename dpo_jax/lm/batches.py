@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.lm.config import Config
-from dpo_jax.lm.stream import MOST_GROUPS, Capacity, in_groups
+from dpo_jax.lm.stream import MOST_GROUPS, Capacity, group_sizes, rooms_of
 
 MOST_SHAPES = 6
 """How many shapes are compiled at most."""
@@ -81,6 +81,8 @@ def shuffled(
     checks.key(key)
     checks.size("num_epochs", num_epochs)
     checks.size("batch_size", batch_size)
+    if rows_at_once is not None:
+        checks.size("rows_at_once", rows_at_once)
     orders = [np.asarray(jax.random.permutation(jax.random.fold_in(key, i), len(sizes))) for i in range(num_epochs)]
     batches = [part for order in orders for part in _cut(order, batch_size)]
     return shaped(batches, sizes, rows_at_once, prices, multiple)
@@ -93,6 +95,20 @@ def sorted_by_length(
     checks.size("batch_size", batch_size)
     batches = _cut(np.argsort([-size.tokens for size in sizes], kind="stable"), batch_size)
     return shaped(batches, sizes, prices=prices, multiple=multiple)
+
+
+def check_rows(config: Config, data: Any) -> None:
+    """Data have rows, equally many of all that belong to them, that fit into the context of a model.
+
+    Raises:
+      ValueError: what is wrong.
+    """
+    checks.rows("data", data)
+    checks.weights(data)
+    prompts, *responses = (np.sum(np.asarray(x) >= 0, axis=1) for x in (data.prompts, *jax.tree.leaves(data.responses)))
+    longest = max(int((prompts + response).max()) for response in responses)
+    if longest > config.max_length:
+        raise ValueError(f"a prompt with its response has {longest} tokens, the model's context {config.max_length}")
 
 
 def sizes_of(prompts: Any, responses: Any) -> list[Capacity]:
@@ -133,12 +149,12 @@ def shaped(
     for count in different:
         own = [i for i, other in enumerate(counts) if other == count]
         num_rows = min(count, rows_at_once or count)
-        most_groups = MOST_GROUPS if multiple == 1 else 1  # devices share the rows of a group
-        needs = np.array([_need(_cut(batches[i], num_rows), sizes, most_groups) for i in own])
+        groups = group_sizes(num_rows, MOST_GROUPS if multiple == 1 else 1)  # devices share the rows of a group
+        needs = np.array([_need(_cut(batches[i], num_rows), sizes, groups) for i in own])
         most = MOST_SHAPES - len(different) + 1 if count == different[0] else 1
-        for i, (tokens, scored, *rooms) in zip(own, _levels(needs, max(1, most), prices).tolist(), strict=True):
+        for i, (tokens, scored, *rooms) in zip(own, _levels(needs, groups, max(1, most), prices).tolist(), strict=True):
             tokens, scored = (-(-size // multiple) * multiple for size in (tokens, scored))
-            capacities[i] = Capacity(tokens, tuple(rooms), scored)
+            capacities[i] = Capacity(tokens, tuple(np.repeat(rooms, groups).tolist()), scored)
     return [Batch(*both) for both in zip(batches, capacities, strict=True)]
 
 
@@ -159,13 +175,13 @@ def prices_of(config: Config, *, passes: int) -> Prices:
     return Prices(c.vocab_size * c.hidden_size / token, places / token, shape / token, shape / token / 3)
 
 
-def _need(parts: Sequence[Int[np.ndarray, " _"]], sizes: Sequence[Capacity], most_groups: int) -> list[int]:
-    """Tokens, scored tokens and room for each row that suffice for each of several parts of a batch."""
+def _need(parts: Sequence[Int[np.ndarray, " _"]], sizes: Sequence[Capacity], groups: Sequence[int]) -> list[int]:
+    """Tokens, scored tokens and room for a row of each group that suffice for each of several parts of a batch."""
     needs = []
     for part in parts:
         own = [sizes[row] for row in part]
         lengths = [size.tokens for size in own] + [0] * (len(parts[0]) - len(part))
-        needs.append([sum(lengths), sum(size.scored for size in own), *in_groups(lengths, most_groups)])
+        needs.append([sum(lengths), sum(size.scored for size in own), *rooms_of(lengths, groups)])
     return np.max(needs, axis=0).tolist()
 
 
@@ -173,10 +189,12 @@ def _cut(order: Int[np.ndarray, " rows"], batch_size: int) -> list[Int[np.ndarra
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _levels(needs: Int[np.ndarray, "batches sizes"], most: int, prices: Prices) -> Int[np.ndarray, "batches sizes"]:
+def _levels(
+    needs: Int[np.ndarray, "batches sizes"], groups: Sequence[int], most: int, prices: Prices
+) -> Int[np.ndarray, "batches sizes"]:
     """Gives each batch the cheapest of a few shapes that are large enough.
 
-    Sizes are tokens, scored tokens, and room for each row.
+    Sizes are tokens, scored tokens, and room for a row of each group.
 
     Starts with a shape for each batch, and joins the two whose joint shape costs least, until there are few enough and
     compiling one more would cost more than it saves.
@@ -184,7 +202,7 @@ def _levels(needs: Int[np.ndarray, "batches sizes"], most: int, prices: Prices) 
 
     def cost(shapes: Any) -> Any:
         sizes = np.asarray(shapes, float)
-        return sizes[..., 0] + prices.scored * sizes[..., 1] + prices.places * np.sum(sizes[..., 2:] ** 2, axis=-1)
+        return sizes[..., 0] + prices.scored * sizes[..., 1] + prices.places * sizes[..., 2:] ** 2 @ np.array(groups)
 
     shapes, counts = _told_apart(needs)
     own = cost(shapes) * counts
@@ -204,21 +222,23 @@ def _levels(needs: Int[np.ndarray, "batches sizes"], most: int, prices: Prices) 
     fits = np.all(shapes[None] >= needs[:, None], axis=-1)
     cheapest = np.argmin(np.where(fits, cost(shapes), np.inf), axis=1)
     for shape, uses in zip(shapes, np.bincount(cheapest, minlength=len(shapes)), strict=True):
-        shape[2:] = _in_fewer_groups(shape[2:], prices.places * uses, prices.group)
+        shape[2:] = _in_fewer_groups(shape[2:], groups, prices.places * uses, prices.group)
     return shapes[cheapest]
 
 
-def _in_fewer_groups(rooms: Int[np.ndarray, " rows"], of_places: float, of_group: float) -> Int[np.ndarray, " rows"]:
-    """Gives a group of rows the room of the one before it, as long as that costs less than compiling one more."""
+def _in_fewer_groups(
+    rooms: Int[np.ndarray, " groups"], groups: Sequence[int], of_places: float, of_group: float
+) -> Int[np.ndarray, " groups"]:
+    """Gives rows the room of the group before theirs, as long as that costs less than compiling one more."""
     rooms = rooms.copy()
     while True:
-        starts = np.flatnonzero(np.diff(rooms, prepend=-1))
-        ends = np.append(starts[1:], len(rooms))
-        extra = of_places * (ends - starts)[1:] * (rooms[starts[:-1]] ** 2 - rooms[starts[1:]] ** 2)
+        starts = np.flatnonzero(np.diff(rooms, prepend=-1))  # groups of equal room are one already
+        counts = np.add.reduceat(groups, starts)
+        extra = of_places * counts[1:] * (rooms[starts[:-1]] ** 2 - rooms[starts[1:]] ** 2)
         if not len(extra) or extra.min() >= of_group:
             return rooms
         cheapest = int(np.argmin(extra))
-        rooms[starts[cheapest + 1] : ends[cheapest + 1]] = rooms[starts[cheapest]]
+        rooms[rooms == rooms[starts[cheapest + 1]]] = rooms[starts[cheapest]]
 
 
 def _told_apart(

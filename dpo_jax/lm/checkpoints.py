@@ -69,10 +69,10 @@ def _load(place: Path, state: Any, about: Mapping[str, Any]) -> tuple[int, Any]:
         raise ValueError(f"{place} is damaged: remove it to go on from an earlier one ({problem})") from None
     _refuse_other(place, known["about"], json.loads(json.dumps(about)))
     leaves, structure = jax.tree.flatten_with_path(state)
-    wanted = {_name(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+    wanted = {_name(path): (_bits(leaf).shape, _bits(leaf).dtype) for path, leaf in leaves}
     if wanted != {name: (x.shape, x.dtype) for name, x in tensors.items()}:
         raise ValueError(f"{place} holds parameters of other names, shapes or dtypes: use another folder, or remove it")
-    placed = [put(tensors[_name(path)], leaf.sharding) for path, leaf in leaves]
+    placed = [_like(put(tensors[_name(path)], _bits(leaf).sharding), leaf) for path, leaf in leaves]
     return known["step"], jax.tree.unflatten(structure, placed)
 
 
@@ -92,7 +92,21 @@ def _steps(folder: Path) -> list[Path]:
 
 def _named(state: Any) -> dict[str, Any]:
     """The arrays of a state, by their place in it."""
-    return {_name(path): jnp.asarray(to_host(leaf)) for path, leaf in jax.tree.flatten_with_path(state)[0]}
+    return {_name(path): jnp.asarray(to_host(_bits(leaf))) for path, leaf in jax.tree.flatten_with_path(state)[0]}
+
+
+def _bits(leaf: Any) -> Any:
+    """An array as a file can hold it: PRNG keys as numbers."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _like(bits: Any, leaf: Any) -> Any:
+    """The inverse: keys of the kind of another."""
+    return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else bits
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _name(path: Any) -> str:

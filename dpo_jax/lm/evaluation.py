@@ -13,7 +13,10 @@ from dpo_jax.types import Params, Ratio
 
 
 def evaluate_rows(make_objective: Any, data: Any, logps: Any) -> dict[str, Float[np.ndarray, " rows"]]:
-    """The loss and the metrics of each row on its own.
+    """The loss and the metrics of each row on its own; weights are not used.
+
+    Losses that compare the rows of a batch, as KTO's reference point, BCO's shift and AOT do, see one row at a time:
+    their values are not those of training.
 
     Args:
       make_objective: makes an objective of a scoring function, as for `tune`.
@@ -24,6 +27,7 @@ def evaluate_rows(make_objective: Any, data: Any, logps: Any) -> dict[str, Float
       `loss` and the objective's metrics, a number for each row; NaN where a row has no such number.
     """
     objective = make_objective(as_given)
+    data = data._replace(weights=None) if hasattr(data, "weights") else data
 
     @jax.jit
     @jax.vmap

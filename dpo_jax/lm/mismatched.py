@@ -29,20 +29,29 @@ class Matched(NamedTuple):
 def with_mismatched(key: Key[Array, ""], labels: Labels) -> Labels:
     """Labels whose rows also hold the response of another row, as `kto_objective` takes them.
 
-    Rows are put in a random circle; each gets the response of the next one. Give them their reference afterwards: it
-    scores both.
+    Rows are put in a random circle, those of one prompt side by side; each gets the response of the next row, or of one
+    so much further that it answers another prompt. Give them their reference afterwards: it scores both.
 
     Args:
       key: typed PRNG key.
       labels: of tokens, two rows or more.
+
+    Raises:
+      ValueError: more than half of the rows answer one prompt.
     """
     checks.key(key)
     num = len(labels.prompts)
     if num < 2:
         raise ValueError(f"labels must have two rows or more, so that each has another, got {num}")
-    circle = np.asarray(jax.random.permutation(key, num))
+    order = np.asarray(jax.random.permutation(key, num))
+    _, first, which, counts = np.unique(
+        np.asarray(labels.prompts)[order], axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    if 2 * counts.max() > num:
+        raise ValueError(f"{counts.max()} of {num} rows answer one prompt: they lack responses to other prompts")
+    circle = order[np.argsort(first[which.ravel()], kind="stable")]
     following = np.empty(num, int)
-    following[circle] = np.roll(circle, -1)
+    following[circle] = np.roll(circle, -counts.max())
     responses: Any = np.asarray(labels.responses)
     both: Any = Matched(responses, responses[following])
     return labels._replace(responses=both)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpo_jax.lm.batches import ONLY_TOKENS, Prices, prices_of, sizes_of, sorted_by_length
+from dpo_jax.lm.batches import ONLY_TOKENS, Prices, check_rows, prices_of, sizes_of, sorted_by_length
 from dpo_jax.lm.checkpoints import fingerprint
 from dpo_jax.lm.folder import LanguageModel, write_folder
 from dpo_jax.lm.model import Decoder
@@ -43,6 +43,7 @@ def logps(
       batch_size: rows at once.
       report: called as `report(done, all)` after each batch.
     """
+    check_rows(model.decoder.config, data)
     mesh = mesh_of(model.params)
 
     def score(capacity: Capacity, prompts: Any, responses: Any) -> Any:

@@ -81,13 +81,19 @@ def capacity_of(prompts: Any, responses: Any, *, multiple: int = 1) -> Capacity:
     of_responses = sum((leaf >= 0).sum(axis=1) for leaf in leaves)
     of_rows = (np.asarray(prompts) >= 0).sum(axis=1) + of_responses
     tokens, scored = (-(-int(part.sum()) // multiple) * multiple for part in (of_rows, np.asarray(of_responses)))
-    return Capacity(tokens, in_groups(of_rows, MOST_GROUPS if multiple == 1 else 1), scored)
+    groups = group_sizes(len(of_rows), MOST_GROUPS if multiple == 1 else 1)
+    return Capacity(tokens, tuple(np.repeat(rooms_of(of_rows, groups), groups).tolist()), scored)
 
 
-def in_groups(lengths: Sequence[int] | Int[np.ndarray, " rows"], most: int = MOST_GROUPS) -> tuple[int, ...]:
-    """Room for rows of these lengths, longest first: that of the longest of each of a few groups."""
-    groups = np.array_split(np.sort(lengths)[::-1], min(most, len(lengths)))
-    return tuple(int(group[0]) for group in groups for _ in group)
+def group_sizes(num_rows: int, most: int) -> list[int]:
+    """How many rows belong to each of at most so many groups."""
+    return [len(group) for group in np.array_split(np.arange(num_rows), min(most, num_rows))]
+
+
+def rooms_of(lengths: Sequence[int] | Int[np.ndarray, " rows"], groups: Sequence[int]) -> list[int]:
+    """Room that a row of each group needs: the longest rows are in the first."""
+    firsts = np.cumsum([0, *groups[:-1]])
+    return np.maximum(np.sort(lengths)[::-1][firsts], 1).tolist()
 
 
 def make_stream(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Key
 
 from dpo_jax import checks, train
 from dpo_jax.lm.adapters import LoRA, adapted, init_adapter
-from dpo_jax.lm.batches import prices_of, shuffled, sizes_of
+from dpo_jax.lm.batches import check_rows, prices_of, shuffled, sizes_of
 from dpo_jax.lm.checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from dpo_jax.lm.evaluation import as_given
 from dpo_jax.lm.folder import LanguageModel
@@ -38,7 +38,7 @@ MakeOptimizer = Callable[..., optax.GradientTransformation]
 """Makes an optimizer of hyperparameters: `optimizer(learning_rate=1e-5)`."""
 
 SEEN_AFTER = 3
-"""After so many steps, each trained array must have had a gradient, and have changed."""
+"""After so many steps, each trained array must have had a gradient, and have changed; shorter runs are not checked."""
 
 
 class Step(NamedTuple):
@@ -121,18 +121,21 @@ def tune(
       folder: for checkpoints and `metrics.jsonl`. The same call goes on where it was stopped, with the same result.
       steps_per_checkpoint: how often the state is kept.
       about: further options on which the result depends, as JSON can hold them: a run only goes on from checkpoints
-        with the same ones. Data, model, batches and adapters are always compared.
+        with the same ones. Data, model, batches, adapters, points and `mean` are always compared; the objective and
+        the optimizer cannot be.
       preflight: stop if the first loss is not that of a policy that equals the reference, or if an array has no
-        gradient in the first steps, or does not change.
+        gradient in the first three steps, or does not change.
       report: called after every step.
 
     Raises:
       NonFiniteError: a loss or an update was NaN or infinite. With `points`, the other runs go on instead.
       UntrainedError: see `preflight`.
-      ValueError: an argument is out of range, or the folder belongs to another run.
+      ValueError: an argument is out of range, rows are longer than the model's context, or the folder belongs to
+        another run.
     """
     checks.key(key)
     checks.size("steps_per_checkpoint", steps_per_checkpoint)
+    check_rows(model.decoder.config, data)
     if points is not None and lora is None:
         raise ValueError("several runs in one program share the model: give lora, too")
     data = jax.tree.map(np.asarray, data)
@@ -158,7 +161,7 @@ def tune(
         clock, compiled_before = time.perf_counter(), runs.compiling
         found = runs.evaluate(state, rows, base, capacity)
         if preflight and done == 0:
-            runs.check_first_loss(found.loss, rows)
+            runs.check_first_loss(found.loss, rows, _tolerance(model))
         state, metrics = runs.advance(state, found)
         del found  # or its gradient would be kept until the next one is there
         metrics = {name: np.asarray(value) for name, value in metrics.items()}
@@ -167,12 +170,13 @@ def tune(
         log.add(metrics)
         if points is None and not state.finite:
             raise train.NonFiniteError(done, len(batches) // num_epochs, state.params, log.history())
-        if preflight and done + 1 == min(SEEN_AFTER, len(batches)):
+        if preflight and done + 1 == SEEN_AFTER:
             _check_training(state, initial)
         if folder and ((done + 1) % steps_per_checkpoint == 0 or done + 1 == len(batches)):
             log.save(state)
         if report:
-            report(Step(done + 1, len(batches), metrics, seconds, compiling, capacity.tokens, state.params))
+            tokens = capacity.tokens * -(-len(batches[done].rows) // (rows_at_once or batch_size))
+            report(Step(done + 1, len(batches), metrics, seconds, compiling, tokens, state.params))
     return Tuned(state.params, log.history())
 
 
@@ -242,7 +246,7 @@ class _Runs:
         arguments = state, found, self.points or {}
         return self._run("advance", over_runs, arguments, donate_argnums=0, out_shardings=(shardings(state), None))
 
-    def check_first_loss(self, found: Array, batch: Any) -> None:
+    def check_first_loss(self, found: Array, batch: Any, tolerance: float) -> None:
         """Compares the first loss with that of a policy that gives the reference's log-probabilities."""
         if getattr(batch, "reference_logps", None) is None:
             return
@@ -251,8 +255,8 @@ class _Runs:
             return self._objective(as_given, point)(batch.reference_logps, batch)[0]
 
         over_runs = one if self.points is None else jax.vmap(one, (0, None))
-        expected = jax.jit(over_runs)(self.points or {}, batch)
-        if not np.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        expected = np.asarray(jax.jit(over_runs)(self.points or {}, batch))
+        if np.any(np.abs(found - expected) > tolerance * (1 + np.abs(expected))):  # what is not finite shows later
             raise UntrainedError(
                 f"the first loss is {found}, but of a policy that equals the reference it is {expected}: the "
                 "reference's log-probabilities are of another model, of other data, or sums where means are needed"
@@ -304,7 +308,8 @@ class _Log:
                 f"{self._path} lacks steps before the last checkpoint: remove {self.folder} to start again"
             )
         self.lines = [
-            {k: np.asarray(v, np.float32) for k, v in json.loads(line).items() if k != "step"} for line in known
+            {k: np.asarray(v, jnp.result_type(float)) for k, v in json.loads(line).items() if k != "step"}
+            for line in known
         ]
         if is_first():
             partial = self._path.with_suffix(".partial")
@@ -354,10 +359,19 @@ def _watch() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
+def _tolerance(model: LanguageModel) -> float:
+    """How far a first loss may be from what theory says: in few bits, log-probabilities of long responses differ."""
+    dtype = model.decoder.dtype or jax.tree.leaves(model.params)[0].dtype
+    return 1e-3 if jnp.finfo(dtype).bits >= 32 else 0.25
+
+
 def _check_training(state: train.TrainState, initial: Params) -> None:
     """Whether each trained array has had a gradient and has changed."""
+    if not np.any(state.finite):
+        return
     where = jax.tree.flatten_with_path(state.params)[0]
-    seen = np.asarray(state.opt_state[0].seen).reshape(-1, len(where)).all(axis=0)
+    finite = np.asarray(state.finite).reshape(-1)
+    seen = np.asarray(state.opt_state[0].seen).reshape(-1, len(where))[finite].all(axis=0)
     moved = [jnp.any(a != b) for a, b in zip(jax.tree.leaves(initial), (x for _, x in where), strict=True)]
     tests: list[tuple[str, Any]] = [("had no gradient", seen), ("did not change", moved)]
     for what, fine in tests:
@@ -396,6 +410,7 @@ def _about(
     model: LanguageModel, data: Any, batches: Any, runs: _Runs, about: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """What results depend on."""
+    json.dumps(about or {})  # or the first checkpoint would fail
     return {
         **(about or {}),
         "model": fingerprint((repr(model.decoder), model.params)),
@@ -403,6 +418,7 @@ def _about(
         "batches": fingerprint([batch.rows for batch in batches]),
         "steps": len(batches),
         "lora": repr(runs.lora),
+        "mean": runs.mean,
         "points": {name: np.asarray(values).tolist() for name, values in (runs.points or {}).items()},
     }
 

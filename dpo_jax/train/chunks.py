@@ -36,6 +36,8 @@ def in_chunks(log_prob: LogProbFn, rows_per_chunk: int) -> LogProbFn:
 
     def chunked(params: Params, prompts: Array, responses: Any) -> Any:
         num_full = checks.rows("responses", (prompts, responses)) // rows_per_chunk * rows_per_chunk
+        if num_full == 0:
+            return jax.checkpoint(log_prob)(params, prompts, responses)
         rows = (prompts, responses)
         full = jax.tree.map(lambda leaf: leaf[:num_full].reshape(-1, rows_per_chunk, *leaf.shape[1:]), rows)
         scores = jax.lax.map(lambda chunk: again_in_scan(params, *chunk), full)

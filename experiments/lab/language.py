@@ -1,6 +1,7 @@
 """What commands that tune language models share: objectives, an optimizer, held-out pairs."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Key
 
-from dpo_jax import lm
+from dpo_jax import checks, lm
 from dpo_jax.types import LogProbFn, Objective, Pair
-from experiments.lab.methods import METHODS, OF_TOKENS, RANKED, UNPAIRED, Method, Setup
+from experiments.lab.methods import METHODS, OF_TOKENS, RANKED, UNPAIRED, Method, Setup, usual_hyperparameters
 
 OF_MEANS = ("simpo", "alphapo", "orpo")
 """Losses that take means over tokens."""
@@ -27,9 +28,29 @@ OF_LANGUAGE = {method.name: method for method in METHODS if method.name in {*OF_
 """Losses that tune language models: those that need nothing but log-probabilities of responses."""
 
 
+def is_kto(method: Method) -> bool:
+    """Whether a method is the library's KTO; a function of that name is not."""
+    return method is OF_LANGUAGE["kto"]
+
+
+def takes_means(method: Method, mean: bool | None) -> bool:
+    """Whether a method takes means over tokens: as asked, or as its paper does."""
+    return any(method is OF_LANGUAGE[name] for name in OF_MEANS) if mean is None else mean
+
+
+def hyperparameters_of(method: Method, fixed: Mapping[str, float], others: Collection[Method] = ()) -> dict[str, float]:
+    """The hyperparameters of a method: usual ones, and those of the user that it takes.
+
+    Those that none of the methods must have are given to all: a loss says itself what it does not know.
+    """
+    of_others = {name for other in others for name in other.ranges} - {*method.ranges}
+    known = {**usual_hyperparameters(method), **fixed}
+    return {name: value for name, value in known.items() if name in {*method.ranges, *fixed} - of_others}
+
+
 def kind_of_data(method: Method) -> str:
     """What a method learns from."""
-    if method.name == "kto":
+    if is_kto(method):
         return "labels with mismatched responses"
     return {RANKED: "rankings", UNPAIRED: "labels"}.get(method.family, "pairs")
 
@@ -42,7 +63,7 @@ def read(method: Method, path: Path, text: lm.Text, *, max_length: int, key: Key
     if kind == "rankings":
         return lm.read_rankings(path, text, max_length=max_length)
     labels, report = lm.read_labels(path, text, max_length=max_length)
-    return lm.with_mismatched(key, labels) if method.name == "kto" else labels, report
+    return lm.with_mismatched(key, labels) if is_kto(method) else labels, report
 
 
 def objective_of(method: Method, h: Mapping[str, float]) -> Callable[..., Objective]:
@@ -54,7 +75,7 @@ def objective_of(method: Method, h: Mapping[str, float]) -> Callable[..., Object
         return method.objective(setup, {**h, **varied})
 
     kto: Any = partial(lm.kto_objective, **h)  # type: ignore[arg-type]
-    return kto if method.name == "kto" else make
+    return kto if is_kto(method) else make
 
 
 def optimizer_of(learning_rate: Any, num_steps: int) -> optax.GradientTransformation:
@@ -68,11 +89,16 @@ def split(key: Key[Array, ""], data: Any, *, held_out: float, at_most: int | Non
     """Rows to train on, and a share of them that is held out. Rows of equal prompts stay together.
 
     Raises:
-      ValueError: too few would be left on a side.
+      ValueError: an argument is out of range, or too few rows would be left on a side.
     """
+    checks.interval("--held-out", held_out, "(0, 1)")
+    if at_most is not None:
+        checks.size("--max-rows", at_most)
     order = np.asarray(jax.random.permutation(key, len(data.prompts)))[:at_most]
     prompts = [np.asarray(data.prompts[row]).tobytes() for row in order]
-    chosen = {*prompts[: round(held_out * len(order))]}
+    counts = Counter(prompts)  # in the order of the rows
+    before = np.cumsum([0, *counts.values()])
+    chosen = {prompt for prompt, num in zip(counts, before, strict=False) if num < round(held_out * len(order))}
     is_out = np.array([prompt in chosen for prompt in prompts])
     if is_out.sum() < 2 or is_out.all():
         raise ValueError(f"--held-out: {held_out} of {len(order)} rows leaves too few to judge or to train on")
@@ -81,8 +107,14 @@ def split(key: Key[Array, ""], data: Any, *, held_out: float, at_most: int | Non
 
 
 def judged(make: Any, data: Any, logps: Any) -> dict[str, dict[str, float]]:
-    """Means over held-out rows, with their standard errors."""
+    """Means over held-out rows, with their standard errors.
+
+    Raises:
+      FloatingPointError: a loss is not finite.
+    """
     rows = lm.evaluate_rows(make, data, logps)
+    if wrong := int(np.sum(~np.isfinite(rows["loss"]))):
+        raise FloatingPointError(f"the loss of {wrong} of {len(rows['loss'])} held-out rows is NaN or infinite")
     lengths = {f"{name}_tokens": np.sum(tokens >= 0, axis=1) for name, tokens in _named(data.responses).items()}
     return {name: lm.mean_and_stderr(values) for name, values in {**rows, **lengths}.items()}
 

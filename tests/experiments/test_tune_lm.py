@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from dpo_jax import lm
+from dpo_jax.types import Labels
 from experiments import lm_beta_ablation, tune_lm
+from experiments.lab import language
+from experiments.lab.methods import method_of
 
 MODEL = Path(__file__).parent.parent / "golden" / "language_models" / "chat_model"
 
@@ -103,7 +106,11 @@ def test_adapters_of_several_betas_are_measured_each(pairs, tmp_path):
     ("options", "message"),
     [
         ({"loss": "dpoo"}, "there is no 'dpoo'; did you mean 'dpo'"),
-        ({"held_out": 0.0}, "leaves too few"),
+        ({"held_out": 0.0}, r"--held-out must be in \(0, 1\)"),
+        ({"held_out": 0.02}, "leaves too few"),
+        ({"max_rows": 0}, "--max-rows must be at least 1"),
+        ({"max_tokens": 0}, "--max-tokens must be at least 1"),
+        ({"fixed": {"gama": 0.5}}, "gama"),
         ({"max_length": 1}, "max_length must be at least 2"),
     ],
     ids=str,
@@ -111,6 +118,34 @@ def test_adapters_of_several_betas_are_measured_each(pairs, tmp_path):
 def test_bad_options_end_the_command_with_a_line(pairs, tmp_path, options, message):
     with pytest.raises(SystemExit, match=message):
         tune(pairs, tmp_path / "out", **options)
+
+
+def test_rows_of_a_prompt_are_held_out_together_and_no_more_than_asked(key):
+    prompts = np.random.default_rng(0).integers(0, 60, 500)[:, None]
+    train, out = language.split(key, Labels(prompts, prompts, np.ones(500, bool)), held_out=0.1, at_most=400)
+    assert len(train.prompts) + len(out.prompts) == 400 and 40 <= len(out.prompts) < 50
+    assert not {*train.prompts.ravel()} & {*out.prompts.ravel()}
+
+
+def test_what_a_run_without_a_checkpoint_left_is_forgotten(tmp_path):
+    (tmp_path / "held_out.json").write_text('{"2": {"loss": 1}, "5": {"loss": 2}}')
+    held_out = tune_lm.HeldOut(tmp_path / "held_out.json", lambda params: {"loss": params}, every=2)
+    for done in (3, 4):
+        held_out.report(lm.Step(done, 9, {}, 0.0, 0.0, 0, done))
+    assert held_out.found == {2: {"loss": 1}, 4: {"loss": 4}}
+
+
+def test_a_loss_of_ones_own_with_a_known_name_is_ones_own():
+    own = method_of("kto", lambda logps, reference, *, beta: 0.0)
+    assert not language.is_kto(own) and language.kind_of_data(language.OF_LANGUAGE["kto"]) != language.kind_of_data(own)
+    simpo = method_of("simpo", lambda logps, *, beta: 0.0)
+    assert [language.takes_means(simpo, mean) for mean in (None, True)] == [False, True]
+
+
+def test_hyperparameters_go_to_the_losses_that_have_them():
+    dpo, simpo = (language.OF_LANGUAGE[name] for name in ("dpo", "simpo"))
+    found = [language.hyperparameters_of(m, {"gamma": 0.7, "label_smoothing": 0.1}, (dpo, simpo)) for m in (dpo, simpo)]
+    assert ["gamma" in h for h in found] == [False, True] and all(h["label_smoothing"] == 0.1 for h in found)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(pairs, tmp_path):

@@ -52,6 +52,12 @@ def test_merging_leaves_the_model_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, MODEL.params, before)
 
 
+def test_several_adapters_are_not_merged_as_one():
+    several = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained())
+    with pytest.raises(ValueError, match=r"of several adapters, take one"):
+        lm.merge(MODEL.params, several, LORA)
+
+
 def test_only_chosen_layers_and_matrices_have_one():
     lora = lm.LoRA(rank=2, top_layers=1, matrices=("q", "down"))
     adapter = lm.init_adapter(jax.random.key(0), MODEL.decoder, lora)

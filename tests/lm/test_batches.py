@@ -68,12 +68,12 @@ def test_shapes_cost_little_more_than_the_best_there_are(prices):
     rng = np.random.default_rng(1)
 
     def cost(shape):
-        return shape[0] + prices.scored * shape[1] + prices.places * np.sum(shape[2:] ** 2)
+        return shape[0] + prices.scored * shape[1] + prices.places * shape[2:] ** 2 @ [3, 2]
 
     for _ in range(5):
         needs = np.stack([rng.integers(lowest, 4 * lowest, 7) for lowest in (50, 20, 30, 25)], axis=1)
         needs[:, 2:] = -np.sort(-needs[:, 2:])
-        found = batches._levels(needs, 3, prices)
+        found = batches._levels(needs, [3, 2], 3, prices)
         assert np.all(found >= needs) and len(np.unique(found, axis=0)) <= 3
         total = sum(map(cost, found)) + prices.shape * len(np.unique(found, axis=0))
         best = min(
@@ -85,14 +85,14 @@ def test_shapes_cost_little_more_than_the_best_there_are(prices):
 
 def test_many_different_batches_get_few_shapes_quickly():
     needs = -np.sort(-np.random.default_rng(2).integers(100, 1000, (5000, 5)))
-    found = batches._levels(needs, 6, batches.Prices(0.3, 0.001, 0.0))
+    found = batches._levels(needs, [2, 1, 1], 6, batches.Prices(0.3, 0.001, 0.0))
     assert np.all(found >= needs) and len(np.unique(found, axis=0)) == 6
 
 
 def test_groups_are_as_many_as_pay():
-    rooms = np.array([300, 300, 200, 190, 100])
-    found = [batches._in_fewer_groups(rooms, 1.0, price).tolist() for price in (0.0, 4e3, 6e4, 1e6)]
-    assert found == [[300, 300, 200, 190, 100], [300, 300, 200, 200, 100], [300, 300, 200, 200, 200], [300] * 5]
+    rooms = np.array([300, 200, 190, 100])  # of which the second costs 3,900 in place of the third
+    found = [batches._in_fewer_groups(rooms, [2, 1, 1, 1], 1.0, price).tolist() for price in (3e3, 4e3, 4e4, 2e5)]
+    assert found == [[300, 200, 190, 100], [300, 200, 200, 100], [300, 200, 200, 200], [300] * 4]
     assert len({*shuffled(batch_size=203, num_epochs=1, prices=batches.Prices(group=1e9))[0].capacity.rows}) == 1
     assert len({*shuffled(batch_size=203, num_epochs=1)[0].capacity.rows}) == 4
 

@@ -29,6 +29,16 @@ def test_each_row_gets_the_response_of_another_in_one_circle(key):
     assert sorted(seen) == [0, 1, 2, 3, 4, 5] and len({*rows}) == 6
 
 
+def test_rows_of_one_prompt_do_not_get_each_others_responses(key):
+    which = np.array([0, 1, 0, 2, 1, 0, 3])
+    rows = Labels(tiny.pairs(4).prompts[which], np.arange(7)[:, None], np.ones(7, bool))
+    other = lm.with_mismatched(key, rows).responses.other[:, 0]
+    assert np.all(which[other] != which) and {*other.tolist()} == {*range(7)}
+    few = jax.tree.map(lambda leaf: leaf[[0, 1, 2, 5]], rows)
+    with pytest.raises(ValueError, match="3 of 4 rows answer one prompt"):
+        lm.with_mismatched(key, few)
+
+
 def test_the_loss_is_that_of_the_library_with_the_point_of_the_batch(key):
     data = lm.with_reference(MODEL, lm.with_mismatched(key, LABELS))
     params = jax.tree.map(lambda leaf: 0.8 * leaf, MODEL.params)

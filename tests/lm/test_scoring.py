@@ -102,6 +102,20 @@ def test_what_does_not_fit_is_nan_and_the_rest_is_not(place):
     close(jax.tree.map(lambda x: x[~wrong], found), jax.tree.map(lambda x: x[~wrong], EXPECTED))
 
 
+def test_a_row_without_tokens_is_nan_and_needs_no_room():
+    empty = jax.tree.map(lambda leaf: leaf[:4].at[2].set(-1), (DATA.prompts, DATA.responses))
+    found = scorer(capacity=lm.capacity_of(*empty))(MODEL.params, *empty)
+    others = np.array([0, 1, 3])
+    assert np.isnan(found.chosen[2])
+    close(jax.tree.map(lambda x: x[others], found), jax.tree.map(lambda x: x[others], EXPECTED))
+
+
+def test_more_rows_than_there_is_room_for_are_refused():
+    few = lm.capacity_of(DATA.prompts[:3], DATA.responses.chosen[:3])
+    with pytest.raises(ValueError, match="room for 3 rows, got 10"):
+        lm.log_prob_fn(MODEL.decoder, capacity=few)(MODEL.params, DATA.prompts, DATA.responses)
+
+
 @pytest.mark.parametrize(
     "bad", [{"prompts": -1}, {"prompts": 48}, {"prompts": -2}, {"responses": 48}, {"responses": -7}], ids=str
 )

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from dpo_jax import lm, losses, train
+from dpo_jax.lm import checkpoints
 from tests.lm import tiny
 
 MODEL = tiny.model()
@@ -19,14 +20,14 @@ DPO = partial(train.preference_objective, loss=losses.dpo_loss)
 LORA = lm.LoRA(rank=2, top_layers=1)
 
 
-def tune(**options):
+def tune(data=DATA, **options):
     usual = {
         "objective": partial(DPO, beta=0.1),
         "optimizer": lambda: optax.adam(1e-2),
         "num_epochs": 2,
         "batch_size": 4,
     }
-    return lm.tune(jax.random.key(1), MODEL, DATA, **{**usual, **options})
+    return lm.tune(jax.random.key(1), MODEL, data, **{**usual, **options})
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,11 @@ def test_steps_are_those_of_update(usual):
 def test_parts_of_a_batch_add_up_to_the_batch(usual):
     parts = tune(rows_at_once=2)
     np.testing.assert_allclose(parts.history["loss"], usual.history["loss"], atol=1e-5)
+
+
+def test_a_last_batch_may_be_smaller_than_a_part():
+    some = {"data": jax.tree.map(lambda leaf: leaf[:7], DATA), "num_epochs": 1, "batch_size": 5}
+    np.testing.assert_allclose(tune(rows_at_once=3, **some).history["loss"], tune(**some).history["loss"], atol=1e-5)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -111,6 +117,18 @@ def test_a_damaged_checkpoint_is_named(finished, tmp_path):
         tune(folder=tmp_path)
 
 
+def test_keys_in_the_memory_of_a_run_are_kept(tmp_path):
+    state = {"key": jax.random.key(3), "mean": jnp.arange(2.0)}
+    checkpoints.save_checkpoint(tmp_path, 1, state, {})
+    _, found = checkpoints.load_checkpoint(tmp_path, {"key": jax.random.key(0), "mean": jnp.zeros(2)}, {})
+    assert found["key"] == state["key"] and np.array_equal(found["mean"], state["mean"])
+
+
+def test_what_a_file_cannot_hold_is_refused_before_training(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        tune(folder=tmp_path, about={"beta": np.float32(1)}, report=lambda step: pytest.fail("a step was made"))
+
+
 def test_adapters_trained_together_are_those_trained_alone():
     rates, betas, seeds = [1e-2, 1e-2, 3e-3], [0.1, 0.5, 0.1], [0, 0, 1]
     options = {"objective": DPO, "optimizer": lambda learning_rate: optax.sgd(learning_rate), "lora": LORA}
@@ -148,7 +166,7 @@ def test_a_reference_of_another_model_is_noticed():
 
 def test_training_that_does_nothing_is_noticed():
     with pytest.raises(lm.UntrainedError, match=r"did not change, such as .*learning rate is 0"):
-        tune(optimizer=lambda: optax.adam(0.0), batch_size=12)
+        tune(optimizer=lambda: optax.adam(0.0), batch_size=12, num_epochs=3)
 
     def blind(log_prob):
         return lambda params, batch: (
@@ -157,7 +175,18 @@ def test_training_that_does_nothing_is_noticed():
         )
 
     with pytest.raises(lm.UntrainedError, match="14 of 14 trained arrays had no gradient"):
-        tune(objective=blind, lora=LORA, batch_size=12)
+        tune(objective=blind, lora=LORA, batch_size=12, num_epochs=3)
+
+
+def test_a_run_that_diverges_does_not_stop_others():
+    points = {"learning_rate": [1e-2, np.inf]}
+    found = tune(optimizer=optax.sgd, points=points, lora=LORA, num_epochs=1)
+    finite = np.isfinite(found.history["loss"])
+    assert finite[0].all() and not finite[1].all()
+
+
+def test_a_run_of_one_step_is_fine():
+    assert tune(lora=LORA, batch_size=12, num_epochs=1).history["loss"] == pytest.approx([np.log(2)])
 
 
 def test_numbers_that_are_not_finite_stop_a_run():
@@ -173,6 +202,10 @@ def test_numbers_that_are_not_finite_stop_a_run():
         ({"points": {}, "lora": LORA}, "must be arrays"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"steps_per_checkpoint": 0}, "steps_per_checkpoint must be"),
+        ({"rows_at_once": 0}, "rows_at_once must be"),
+        ({"data": jax.tree.map(lambda leaf: leaf[:0], DATA)}, "has no rows"),
+        ({"data": DATA._replace(prompts=DATA.prompts[:3])}, "ragged"),
+        ({"data": DATA._replace(prompts=np.zeros((12, 2050), np.int32))}, "has 2056 tokens, the model's context 2048"),
     ],
     ids=str,
 )
