@@ -235,9 +235,13 @@ def main(options: Options) -> None:
 
 
 def page_table(summary: dict[str, Any]) -> str:
-    """The table of the page: sentiment and KL, with two standard errors."""
+    """The table of the page: sentiment and KL, with two standard errors; and how long it took."""
     rows = [[name, _shown(found["reward"]), _shown(found["kl"])] for name, found in summary["policies"].items()]
-    return page.table(["policy", "sentiment", "KL, nats"], rows)
+    num, minutes = len(summary["options"]["beta"]), {name: s / 60 for name, s in summary["seconds"].items()}
+    took = (
+        f"All took {minutes['total']:.0f} minutes on two cores, the {num} adapters {minutes['adapters']:.1f} of them."
+    )
+    return f"{page.table(['policy', 'sentiment', 'KL, nats'], rows)}\n\n{took}"
 
 
 def _shown(found: dict[str, float]) -> str:

@@ -60,6 +60,7 @@ def language_betas(entries: Sequence[Mapping[str, Any]]) -> Figure:
     names = [name for name in titles if any(name in entry for entry in entries)]
     figure, all_axes = panels(4.3 * len(names), 3.6, columns=len(names))
     several = len({entry["learning_rate"] for entry in entries}) > 1
+    betas = sorted({entry["beta"] for entry in entries})
     labels = [entry["loss_name"] + (f", rate {entry['learning_rate']:.2g}" if several else "") for entry in entries]
     for axes, name in zip(all_axes, names, strict=True):
         for colour, label in zip(PALETTE * len(labels), dict.fromkeys(labels), strict=False):
@@ -74,6 +75,8 @@ def language_betas(entries: Sequence[Mapping[str, Any]]) -> Figure:
                 label=named(label),
             )
         axes.set(xscale="log", xlabel="β", title=titles[name])
+        axes.set_xticks(betas, labels=[f"{beta:.3g}" for beta in betas])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     all_axes[0].legend(loc="best", fontsize=8)
     return as_written(figure)
@@ -128,8 +131,15 @@ def estimated_frontier(
         line = "-" if len(own) > 1 else "none"
         axes.errorbar(x, y, up, aside, marker=marker, linestyle=line, color=colour, capsize=2, label=named(name))
         for place, label in zip(zip(x, y, strict=True), labels.get(name, []), strict=False):
-            axes.annotate(label, place, xytext=(5, -11), textcoords="offset points", fontsize=8, color=colour)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
+            usual: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": colour}
+            axes.annotate(label, place, xytext=(5, -6), rotation=-50, va="top", rotation_mode="anchor", **usual)
+    roots = lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * x**2
+    axes.set_xscale("function", functions=roots)  # or many crowd at the left
+    axes.margins(x=0.1)
+    left, right = axes.get_xlim()
+    axes.set_xticks([tick for tick in (0, 0.25, 1, 2.5, 5, 10, 20, 40, 80) if tick <= right])
+    axes.set_xlim(left, right)
+    axes.set(xlabel=f"{xlabel}, drawn by its square root", ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=9)
     return as_written(figure)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import beta_ablation, dpo_vs_rlhf, length, lm_sentiment, loss_variants
+from experiments import beta_ablation, dpo_vs_rlhf, length, lm_beta_ablation, lm_sentiment, loss_variants
 from experiments.benchmark import report
 from experiments.lab import page
 from experiments.lm_benchmark import __main__ as lm_benchmark
@@ -44,7 +44,7 @@ def test_the_tables_of_speed_are_those_of_the_reported_benchmark():
         assert page.between(PAGE, name) == table
 
 
-@pytest.mark.parametrize("script", [lm_sentiment, lm_benchmark], ids=["lm_sentiment", "lm_benchmark"])
+@pytest.mark.parametrize("script", [lm_beta_ablation, lm_benchmark, lm_sentiment], ids=lambda script: script.__name__)
 def test_a_table_of_language_models_is_that_of_its_reported_results(script):
     name = script.page_table.__module__.removesuffix(".__main__").rpartition(".")[2]
     text = page.LANGUAGE_MODELS.read_text(encoding="utf-8")
