@@ -1,11 +1,17 @@
-"""Compiler options for many small runs."""
+"""Compiler options for many small runs, and for large products of matrices."""
 
 from __future__ import annotations
+
+from functools import cache
 
 import jax
 
 CPU_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
 """The widest vectors, and not the optimisations that only cost time here."""
+
+
+PRECISE_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+"""Without the kernels of YNNPACK."""
 
 
 def compile_fast(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -16,3 +22,19 @@ def compile_fast(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         return lowered.compile(compiler_options=CPU_OPTIONS)
     except jax.errors.JaxRuntimeError:  # another version of XLA
         return lowered.compile()
+
+
+@cache
+def precise_options() -> dict[str, str | bool]:
+    """Options for `jax.jit` where large matrices are multiplied: on a CPU whose XLA knows them, `PRECISE_OPTIONS`.
+
+    Without YNNPACK's kernels, products round less, as logits in
+    `tests/golden/scripts/written_in_transformers.py` show, and a program starts faster when it is first run.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0).lower().compile(compiler_options=PRECISE_OPTIONS)
+    except jax.errors.JaxRuntimeError:  # another version of XLA
+        return {}
+    return PRECISE_OPTIONS

@@ -1,5 +1,6 @@
 """Language models: a folder in, preferences in, a folder out; and adapters, many in one program."""
 
+from dpo_jax.fast.compiling import precise_options as precise_options
 from dpo_jax.lm.adapters import LoRA as LoRA
 from dpo_jax.lm.adapters import adapted as adapted
 from dpo_jax.lm.adapters import init_adapter as init_adapter

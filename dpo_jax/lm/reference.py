@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dpo_jax.fast.compiling import precise_options
 from dpo_jax.lm.batches import ONLY_TOKENS, Prices, check_rows, prices_of, sizes_of, sorted_by_length
 from dpo_jax.lm.checkpoints import fingerprint
 from dpo_jax.lm.folder import LanguageModel, write_folder
@@ -127,7 +128,8 @@ def with_reference(
 
 @functools.cache
 def _scorer(decoder: Decoder, capacity: Capacity, mean: bool, mesh: Mesh | None) -> Callable[[Params, Any, Any], Any]:
-    return jax.jit(log_prob_fn(decoder, capacity=capacity, mean=mean, mesh=mesh))
+    score = log_prob_fn(decoder, capacity=capacity, mean=mean, mesh=mesh)
+    return jax.jit(score, compiler_options=precise_options())
 
 
 def _finite(found: Any) -> Any:

@@ -140,10 +140,11 @@ def within_prompts(values: Float[np.ndarray, "prompts samples"]) -> dict[str, fl
 @cache
 def writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...], num: int = 1) -> Any:
     """`lm.generate_fn`, compiled once for all policies."""
-    return jax.jit(lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops, group_size=num))
+    write = lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops, group_size=num)
+    return jax.jit(write, compiler_options=lm.precise_options())
 
 
 @cache
 def kl_along(decoder: lm.Decoder) -> Any:
     """`lm.kl_fn`, compiled once for all policies."""
-    return jax.jit(lm.kl_fn(decoder))
+    return jax.jit(lm.kl_fn(decoder), compiler_options=lm.precise_options())

@@ -102,7 +102,8 @@ def step_seconds(
 def tokens_per_second(model: lm.LanguageModel, *, num_prompts: int, max_tokens: int) -> float:
     """How fast prompts are answered, without stopping early, and compiling apart."""
     prompts = jnp.asarray(workload.pairs(model.decoder.config.vocab_size, num_prompts).prompts)
-    write = jax.jit(lm.generate_fn(model.decoder, max_tokens=max_tokens, stops=()))
+    generate = lm.generate_fn(model.decoder, max_tokens=max_tokens, stops=())
+    write = jax.jit(generate, compiler_options=lm.precise_options())
     compiled = write.lower(jax.random.key(0), model.params, prompts).compile()
     best = np.inf
     for i in range(3):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import jax
@@ -265,10 +266,14 @@ def test_bad_options_are_told(tmp_path):
 
 # PyTorch does the same work
 
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
 
+
+@needs_torch
 @pytest.mark.parametrize("version", ["runs_by_autograd", "runs_first", "runs_last"])
 def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version, starts):
-    torch = pytest.importorskip("torch")
+    import torch
+
     from experiments.benchmark import rival
 
     options = {"compiled": False} if version == "runs_last" else {}
@@ -287,8 +292,8 @@ def test_a_stacked_step_in_pytorch_is_the_step_of_the_library(version, starts):
     np.testing.assert_allclose(margins, 0, atol=1e-4)
 
 
+@needs_torch
 def test_all_versions_in_pytorch_learn_as_the_library_does():
-    pytest.importorskip("torch")
     from experiments.benchmark import rival
 
     num = 16
@@ -306,13 +311,14 @@ def test_all_versions_in_pytorch_learn_as_the_library_does():
 
 @pytest.fixture(scope="module")
 def string_starts():
-    pytest.importorskip("torch")  # nothing else needs them
     return sweep.prepare(string_runs.prepare, jax.random.key(3), num_seeds=3)
 
 
+@needs_torch
 @pytest.mark.parametrize("version", ["by_autograd", "by_hand"])
 def test_a_stacked_step_on_strings_in_pytorch_is_the_step_of_the_library(version, string_starts):
-    torch = pytest.importorskip("torch")
+    import torch
+
     from experiments.benchmark import string_rival
 
     starts = string_starts.values
@@ -333,8 +339,8 @@ def test_a_stacked_step_on_strings_in_pytorch_is_the_step_of_the_library(version
     np.testing.assert_allclose(margins, 0, atol=1e-5)
 
 
+@needs_torch
 def test_runs_on_strings_in_pytorch_learn_as_the_library_does(string_starts):
-    pytest.importorskip("torch")
     from experiments.benchmark import rival, string_rival
 
     ours = string_runs.workload(string_starts, None).run(3).isel(again=0)
@@ -345,8 +351,8 @@ def test_runs_on_strings_in_pytorch_learn_as_the_library_does(string_starts):
         assert float(history["accuracy"][-1].mean()) == pytest.approx(float(ours.accuracy.mean()), abs=0.02)
 
 
+@needs_torch
 def test_a_compiler_that_takes_too_long_is_left_out():
-    pytest.importorskip("torch")
     from experiments.benchmark import rival
 
     assert rival.seconds_to_compile(SimpleNamespace(), 0.0) == (None, "not asked for")

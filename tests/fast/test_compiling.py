@@ -5,9 +5,10 @@ import inspect
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpo_jax.fast import compiling
-from dpo_jax.fast.compiling import compile_fast
+from dpo_jax.fast.compiling import compile_fast, precise_options
 
 
 def test_a_program_computes_the_same(key, monkeypatch):
@@ -25,3 +26,11 @@ def test_a_compiler_that_does_not_know_the_options_compiles_without_them(monkeyp
             return "compiled"
 
     assert inspect.unwrap(compile_fast)(Lowered()) == "compiled"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_precise_options_are_those_that_the_compiler_knows(monkeypatch, known):
+    monkeypatch.setattr(compiling, "PRECISE_OPTIONS", {"xla_cpu_use_acl" if known else "xla_of_another_time": False})
+    found = inspect.unwrap(precise_options)()
+    assert found == (compiling.PRECISE_OPTIONS if known else {})
+    assert jax.jit(lambda x: x @ x, compiler_options=found)(jnp.eye(2)).tolist() == [[1, 0], [0, 1]]

@@ -29,7 +29,7 @@ def main(folder: str, out: Path) -> None:
     adapter = jax.tree.unflatten(structure, [leaf + x for leaf, x in zip(leaves, noise, strict=True)])
     merged = lm.merge(model.params, adapter, LORA)
     tokens = jax.random.randint(jax.random.key(2), (NUM_ROWS, LENGTH), 0, model.decoder.config.vocab_size)
-    logits = jax.jit(lambda params: rows(model.decoder, params, tokens))
+    logits = jax.jit(lambda params: rows(model.decoder, params, tokens), compiler_options=lm.precise_options())
     lm.save(out / "model", model._replace(params=merged))
     lm.save_adapter(out / "adapter", adapter, LORA, base_name=str(Path(folder).resolve()))
     np.savez(out / "expected.npz", tokens=tokens, base=logits(model.params), merged=logits(merged))

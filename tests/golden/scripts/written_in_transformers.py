@@ -4,9 +4,8 @@
 
 needs torch, transformers and peft. It compares logits of three computations: this library's in float32, PyTorch's in
 float32, PyTorch's in float64. For each token the largest difference from float64 counts. It fails if the median over
-tokens is here more than twice that of PyTorch, for the model as it was, the merged one, and the one with the adapter.
-The largest of all is printed, too. For SmolLM2-135M it is about twice PyTorch's here, and more where a merged adapter
-made a token sensitive: all of that comes from products, which XLA's kernels for CPUs add up in another order.
+tokens is here more than twice that of PyTorch, for the model as it was, the merged one, and the one with the adapter; or
+the largest of all, for the model as it was. An adapter that moves logits by several nats makes a few tokens sensitive.
 """
 
 import sys
@@ -45,6 +44,7 @@ def main(folder: str, out: Path) -> None:
         for what, of_tokens in (("median", np.median), ("largest", np.max)):
             print(f"{name}, {what}: {of_tokens(ours):.2e} here, {of_tokens(theirs):.2e} in torch; moved by {moved:.1e}")
         assert np.median(ours) <= 2 * np.median(theirs), f"{name}: more than twice as far from float64 as torch"
+        assert key == "merged" or ours.max() <= 2 * theirs.max(), f"{name}: a token is more than twice as far"
         assert key == "base" or moved > 1e-2, f"{name}: the adapter changes nothing"
 
 
