@@ -4,8 +4,9 @@
 
 needs torch, transformers and peft. It compares logits of three computations: this library's in float32, PyTorch's in
 float32, PyTorch's in float64. For each token the largest difference from float64 counts. It fails if the median over
-tokens is here more than twice that of PyTorch, for the model as it was, the merged one, and the one with the adapter; or
-the largest of all, for the model as it was. An adapter that moves logits by several nats makes a few tokens sensitive.
+tokens is here more than twice that of PyTorch, for the model as it was, the merged one, and the one with the adapter;
+or the largest of all, for the model as it was. An adapter that moves logits by several nats makes a few tokens
+sensitive.
 """
 
 import sys
