@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key
 
 from dpo_jax import checks, train
-from dpo_jax.fast.compiling import precise_options
 from dpo_jax.lm.adapters import LoRA, adapted, init_adapter
 from dpo_jax.lm.batches import check_rows, prices_of, shuffled, sizes_of
 from dpo_jax.lm.checkpoints import fingerprint, load_checkpoint, save_checkpoint
@@ -267,8 +266,7 @@ class _Runs:
         """Runs a program, which is compiled when it is needed for the first time."""
         if name not in self._programs:
             clock = time.perf_counter()
-            program = jax.jit(function, compiler_options=precise_options(), **options)
-            self._programs[name] = program.lower(*arguments).compile()
+            self._programs[name] = jax.jit(function, **options).lower(*arguments).compile()
             self.compiling += time.perf_counter() - clock
         return self._programs[name](*arguments)
 
