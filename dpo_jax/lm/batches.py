@@ -20,7 +20,7 @@ MOST_NEEDS = 400
 """So many different batches are told apart when shapes are chosen; beyond that, like ones are taken together."""
 
 
-COMPILATION = {"cpu": 3e11, "gpu": 1e15}
+COMPILATION = {"cpu": 6e11, "gpu": 1e15}
 """What compiling one more shape costs, in multiplications that could be done meanwhile."""
 
 SLOWNESS_OF_ATTENTION = 2.5
