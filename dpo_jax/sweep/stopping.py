@@ -10,6 +10,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
+import jax
+
 USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 """Signals that stop a sweep, with the handlers that are there unless the caller has chosen others."""
 
@@ -90,6 +92,9 @@ def stopping() -> Iterator[Stop]:
         signal.signal(number, stop._handle)
     try:
         yield stop
+    except jax.errors.JaxRuntimeError:  # as JAX reports what was raised inside a callback
+        stop.check()
+        raise
     finally:
         stop.end()
         gc.callbacks.remove(stop._collector_begins)

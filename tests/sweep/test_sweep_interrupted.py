@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import sweep
-from dpo_jax.sweep import store
+from dpo_jax.sweep import stopping, store
 from tests.sweep import sweeps
 
 programs = importlib.import_module("dpo_jax.sweep.programs")
@@ -109,6 +109,15 @@ def test_a_signal_acts_at_once_whatever_is_done(key, monkeypatch, where, number)
     assert expected is KeyboardInterrupt or stopped.value.code == 143
     assert len(compiled) <= (os.cpu_count() or 1)
     assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_what_a_callback_raised_for_a_signal_is_that_of_the_signal():
+    """JAX may run a callback on the main thread, and reports what is raised there as an error of its own."""
+    with pytest.raises(SystemExit), stopping.stopping() as stop:
+        stop.why = lambda: SystemExit(143)
+        raise jax.errors.JaxRuntimeError("CpuCallback error")
+    with pytest.raises(jax.errors.JaxRuntimeError), stopping.stopping():
+        raise jax.errors.JaxRuntimeError("another")
 
 
 def test_a_handler_of_the_callers_is_left_alone(key, monkeypatch):
