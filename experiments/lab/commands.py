@@ -116,6 +116,6 @@ def _end_on_interrupt(kind: type[BaseException], problem: BaseException, trace: 
 
 def _interrupt_again(problem: "sys.UnraisableHookArgs") -> None:
     if problem.exc_type is KeyboardInterrupt:
-        Timer(0.05, os.kill, [os.getpid(), signal.SIGINT]).start()
+        Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()  # not before this has returned: it would be lost, too
     else:
         sys.__unraisablehook__(problem)
