@@ -231,9 +231,9 @@ def main(options: Options) -> None:
         num_samples=options.num_samples,
         max_tokens=options.max_tokens,
         max_length=options.max_length,
-        rows_at_once=1 if options.rows_at_once is None else options.rows_at_once,
+        rows_at_once=options.rows_at_once,
         steps_per_checkpoint=options.steps_per_checkpoint,
-        steps_per_evaluation=1 if options.steps_per_evaluation is None else options.steps_per_evaluation,
+        steps_per_evaluation=options.steps_per_evaluation,
     )
     clock, out = time.perf_counter(), files.output_folder(options.out)
     devices.enable_compilation_cache()
@@ -246,8 +246,8 @@ def main(options: Options) -> None:
     results = {"before": before, "after": later[max(later)]}
     num_held_out = len(job.held_out.prompts)
     print_results(results, num_held_out)
-    _save(out, options, job.policy(tuned.params), tuned, job.lora)
     model, after, prompts = job.model, job.policy(tuned.params), job.held_out.prompts[: options.num_samples]
+    _save(out, options, after, tuned, job.lora)
     written = answers(answer_key, {"before": model, "after": after}, prompts, options.max_tokens)
     kl = sampled_kl(model, prompts, written["after"])
     print_answers(model.text, prompts, written)  # type: ignore[arg-type]

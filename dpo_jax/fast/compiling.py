@@ -9,7 +9,6 @@ import jax
 CPU_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
 """The widest vectors, and not the optimisations that only cost time here."""
 
-
 PRECISE_OPTIONS: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 """Without the kernels of YNNPACK."""
 

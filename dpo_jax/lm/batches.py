@@ -19,7 +19,6 @@ MOST_SHAPES = 6
 MOST_NEEDS = 400
 """So many different batches are told apart when shapes are chosen; beyond that, like ones are taken together."""
 
-
 COMPILATION = {"cpu": 6e11, "gpu": 1e15}
 """What compiling one more shape costs, in multiplications that could be done meanwhile."""
 

@@ -49,11 +49,12 @@ def clear_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise
 
 
-def check_sizes(**sizes: int) -> None:
-    """Ends the command unless all sizes are 1 or more; `num_seeds=3` is the option `--num-seeds`."""
+def check_sizes(**sizes: int | None) -> None:
+    """Ends the command unless all sizes that are given are 1 or more; `num_seeds=3` is the option `--num-seeds`."""
     with clear_errors():
         for name, size in sizes.items():
-            checks.size(_option(name), size)
+            if size is not None:
+                checks.size(_option(name), size)
 
 
 def check_seed(seed: int) -> None:
