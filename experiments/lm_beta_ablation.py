@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -21,6 +20,7 @@ from experiments.lab import commands, console, devices, files, page
 from experiments.lab.language import (
     FAILURES,
     OF_LANGUAGE,
+    answers,
     hyperparameters_of,
     judged,
     kind_of_data,
@@ -30,7 +30,6 @@ from experiments.lab.language import (
     read,
     split,
     takes_means,
-    writer,
 )
 from experiments.lab.methods import Method, method_named
 
@@ -86,12 +85,10 @@ def measured(
     """Held-out metrics of a policy, and its KL along answers of its own: means and standard errors."""
     policy = model._replace(params=params)
     found = judged(make, held_out, lm.logps(policy, held_out, mean=mean))
-    prompts = jnp.asarray(held_out.prompts[: options.num_samples])
-    stops = model.text.stops  # type: ignore[union-attr]
-    written = writer(model.decoder, options.max_tokens, tuple(sorted(stops)))(key, params, prompts)
-    along = kl_along(model.decoder)(params, model.params, prompts, written.tokens)
-    tokens = np.sum(np.asarray(written.tokens) >= 0, axis=1)
-    return {**found, "kl": lm.mean_and_stderr(np.asarray(along)), "answer_tokens": lm.mean_and_stderr(tokens)}
+    prompts = held_out.prompts[: options.num_samples]
+    written = answers(key, model, params, prompts, max_tokens=options.max_tokens).tokens
+    kl, lengths = kl_along(model, params, prompts, written), np.sum(np.asarray(written) >= 0, axis=1)
+    return {**found, "kl": lm.mean_and_stderr(kl), "answer_tokens": lm.mean_and_stderr(lengths)}
 
 
 def ablate(
@@ -196,4 +193,5 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    devices.restart_with_huge_pages()
     main(commands.parse(Options))

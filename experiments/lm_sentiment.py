@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Float, Int
@@ -25,7 +24,7 @@ from dpo_jax import checks, figures, lm, losses, train
 from dpo_jax.lm.preferences import padded
 from dpo_jax.types import Demonstrations, Pair, Params, Preferences
 from experiments.lab import commands, console, devices, files, page
-from experiments.lab.language import FAILURES, kl_along, optimizer_of, within_prompts, writer
+from experiments.lab.language import FAILURES, answers, kl_along, optimizer_of, within_prompts
 
 SUBJECTS = (
     "The film", "The movie", "This picture", "The first half", "The second half", "The story", "The plot", "The script",
@@ -101,8 +100,7 @@ class Study:
     def write(self, key: Any, params: Params, num: int) -> tuple[lm.Generated, Float[np.ndarray, "openings num"]]:
         """Continuations of each opening, and their rewards."""
         text: Any = self.model.text
-        write = writer(self.model.decoder, self.max_tokens, tuple(sorted(text.stops)), num)
-        written = write(key, params, jnp.asarray(self.prompts))
+        written = answers(key, self.model, params, self.prompts, max_tokens=self.max_tokens, num=num)
         tokens = np.asarray(written.tokens)
         scores = [self.score(text.decode([t for t in row if t >= 0], skip_special=True)) for row in tokens.tolist()]
         return written, np.array(scores).reshape(len(self.prompts), num)
@@ -110,10 +108,7 @@ class Study:
     def measure(self, key: Any, params: Params, num: int) -> dict[str, Any]:
         """Reward and KL of a policy on fresh continuations, with standard errors; openings count equally."""
         written, rewards = self.write(key, params, num)
-        asked = jnp.repeat(jnp.asarray(self.prompts), num, axis=0)
-        kl = np.asarray(kl_along(self.model.decoder)(params, self.model.params, asked, written.tokens)).reshape(
-            rewards.shape
-        )
+        kl = kl_along(self.model, params, np.repeat(self.prompts, num, axis=0), written.tokens).reshape(rewards.shape)
         example = self.model.text.decode([int(t) for t in written.tokens[0] if t >= 0])  # type: ignore[union-attr]
         return {"reward": within_prompts(rewards), "kl": within_prompts(kl), "example": example}
 
@@ -264,4 +259,5 @@ def _figure(results: dict[str, Any], betas: Sequence[float]) -> Any:
 
 
 if __name__ == "__main__":
+    devices.restart_with_huge_pages()
     main(commands.parse(Options))

@@ -24,6 +24,7 @@ from experiments.lab import commands, console, devices, files
 from experiments.lab.language import (
     FAILURES,
     OF_LANGUAGE,
+    answers,
     hyperparameters_of,
     judged,
     objective_of,
@@ -185,14 +186,6 @@ class HeldOut:
             files.save(self.path, lambda path: path.write_text(json.dumps(self.found)))
 
 
-def answers(key: Any, models: Mapping[str, lm.LanguageModel], prompts: Any, max_tokens: int) -> dict[str, lm.Generated]:
-    """What each model writes to the same prompts, from the same key."""
-    first = next(iter(models.values()))
-    write = jax.jit(lm.generate_fn(first.decoder, max_tokens=max_tokens, stops=first.text.stops))  # type: ignore[union-attr]
-    # same key: differences between the models are not those of the draws
-    return {name: write(key, model.params, jnp.asarray(prompts)) for name, model in models.items()}
-
-
 def sampled_kl(model: lm.LanguageModel, prompts: Any, written: lm.Generated) -> dict[str, float]:
     """KL to a model (nats per answer), from the answers of another: the mean log-ratio, and its standard error."""
     data: Any = Preferences(prompts, np.asarray(written.tokens))
@@ -248,7 +241,11 @@ def main(options: Options) -> None:
     print_results(results, num_held_out)
     model, after, prompts = job.model, job.policy(tuned.params), job.held_out.prompts[: options.num_samples]
     _save(out, options, after, tuned, job.lora)
-    written = answers(answer_key, {"before": model, "after": after}, prompts, options.max_tokens)
+    written = {
+        # same key: differences between the models are not those of the draws
+        name: answers(answer_key, model, policy.params, prompts, max_tokens=options.max_tokens)
+        for name, policy in {"before": model, "after": after}.items()
+    }
     kl = sampled_kl(model, prompts, written["after"])
     print_answers(model.text, prompts, written)  # type: ignore[arg-type]
     console.say(
@@ -285,4 +282,5 @@ def _save(out: Path, options: Options, model: lm.LanguageModel, tuned: lm.Tuned,
 
 
 if __name__ == "__main__":
+    devices.restart_with_huge_pages()
     main(commands.parse(Options))

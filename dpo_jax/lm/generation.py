@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
 from dpo_jax.lm.model import Decoder, attention
-from dpo_jax.lm.stream import PADDING
+from dpo_jax.lm.stream import PADDING, entries_at, inverse
 from dpo_jax.types import Params, RespondFn, Responses
 
 ChooseFn = Callable[[Key[Array, ""], Float[Array, " vocabulary"]], Int[Array, ""]]
@@ -68,12 +68,19 @@ def sampler(*, temperature: Any = 1.0, top_k: int | None = None, top_p: Any = No
 
 
 def generate_fn(
-    decoder: Decoder, *, max_tokens: int, stops: Collection[int], choose: ChooseFn | None = None, group_size: int = 1
+    decoder: Decoder,
+    *,
+    max_tokens: int,
+    stops: Collection[int],
+    choose: ChooseFn | None = None,
+    group_size: int = 1,
+    prompt_tokens: int | None = None,
 ) -> Callable[[Key[Array, ""], Params, Int[Array, "prompts length"]], Generated]:
     """The function `(key, params, prompts) -> Generated` that writes responses to prompts.
 
     Prompts are tokens `[prompts, length]`, -1 where there is none; they may have different lengths. The responses to
     one prompt are neighbours: `[prompts * group_size, max_tokens]`. What a row gets does not depend on other rows.
+    A prompt that is empty or does not fit gets no response.
 
     Args:
       decoder: the network.
@@ -81,15 +88,19 @@ def generate_fn(
       stops: ids that end a response (`Text.stops`).
       choose: `None` means `sampler()`: draws from the model.
       group_size: responses to each prompt.
+      prompt_tokens: room for the tokens of all prompts together, so that none are computed for padding; static.
+        `None` means as many as the array can hold.
     """
     checks.size("max_tokens", max_tokens)
     checks.size("group_size", group_size)
+    if prompt_tokens is not None:
+        checks.size("prompt_tokens", prompt_tokens)
     choose = choose or sampler()
     ends = jnp.array(sorted(stops), jnp.int32)
 
     def generate(key: Key[Array, ""], params: Params, prompts: Int[Array, "prompts length"]) -> Generated:
         checks.key(key)
-        hidden, cache, length = _read(decoder, params, prompts, max_tokens)
+        hidden, cache, length = _read(decoder, params, prompts, prompt_tokens or prompts.size, max_tokens)
         hidden, length = (jnp.repeat(x, group_size, axis=0) for x in (hidden, length))
         cache = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=x.ndim - 4), cache)
         keys = jax.random.split(key, len(hidden))
@@ -143,22 +154,33 @@ class _State(NamedTuple):
 
 
 def _read(
-    decoder: Decoder, params: Params, prompts: Int[Array, "n length"], room: int
+    decoder: Decoder, params: Params, prompts: Int[Array, "n length"], num_tokens: int, room: int
 ) -> tuple[Float[Array, "n hidden"], Any, Int[Array, " n"]]:
-    """Runs prompts, and keeps keys and values, with room for more; the stream at the last token of each prompt."""
-    num, width = prompts.shape
+    """Runs prompts as one stream, and keeps keys and values in rows, with room for more.
+
+    Returns the stream at the last token of each prompt, keys and values, and lengths: 0 for a prompt that does not fit.
+    """
+    (num, width), columns = prompts.shape, jnp.arange(prompts.shape[1])[None]
     length = jnp.sum(prompts >= 0, axis=1)
-    tokens = jnp.take_along_axis(prompts, jnp.argsort(prompts < 0, axis=1, stable=True), axis=1)
-    inside = jnp.arange(width)[None] < length[:, None]
+    end = jnp.cumsum(length)
+    length = jnp.where(end <= num_tokens, length, 0)
+    start = end - length
+    inside = columns < length[:, None]
+    compact = jnp.take_along_axis(prompts, jnp.argsort(prompts < 0, axis=1, stable=True), axis=1)
+    place_in_stream = jnp.where(inside, start[:, None] + columns, num_tokens)
+    place_in_rows = inverse(place_in_stream, num_tokens)
+    tokens = entries_at(compact, place_in_rows, 0)
+    positions = entries_at(jnp.broadcast_to(columns, prompts.shape), place_in_rows, 0)
     visible = jnp.tril(jnp.ones((width, width), bool))[None] & inside[:, None]
-    positions = jnp.broadcast_to(jnp.arange(width)[None], prompts.shape)
 
     def attend(queries: Array, keys: Array, values: Array, _: Any) -> tuple[Array, Any]:
-        kept = [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))) for x in (keys, values)]
-        return attention(queries, keys, values, visible), tuple(kept)
+        q, k, v = (x.at[place_in_stream].get(mode="fill", fill_value=0) for x in (queries, keys, values))
+        outputs = attention(q, k, v, visible).reshape(num * width, *queries.shape[1:])
+        kept = [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))) for x in (k, v)]
+        return outputs.at[place_in_rows].get(mode="fill", fill_value=0), tuple(kept)
 
-    hidden, cache = decoder.apply(params, jnp.maximum(tokens, 0), positions, attend)
-    return hidden[jnp.arange(num), jnp.maximum(length - 1, 0)], cache, length
+    hidden, cache = decoder.apply(params, tokens, positions, attend)
+    return hidden[jnp.maximum(start + length - 1, 0)], cache, length
 
 
 def _go_on(

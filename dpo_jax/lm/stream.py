@@ -125,37 +125,37 @@ def make_stream(
     start = jnp.cumsum(length) - length
     slot = jnp.cumsum(real, axis=1) - 1
     place = start[:, None] + slot
-    cell = _inverse(jnp.where(real, place, size.tokens), size.tokens)
+    cell = inverse(jnp.where(real, place, size.tokens), size.tokens)
     position = within + jnp.where(owner == 0, 0, prompt_length[:, None])
 
     longest_first = jnp.argsort(length, descending=True)
     rooms, places = np.array(size.rows[:num]), sum(size.rows[:num])
     room, first = (jnp.zeros(num, int).at[longest_first].set(x) for x in (rooms, np.cumsum(rooms) - rooms))
     where_in_rows = jnp.where(slot < room[:, None], first[:, None] + slot, places)
-    owners = _at(jnp.broadcast_to(owner, grid.shape), cell, -1)
+    owners = entries_at(jnp.broadcast_to(owner, grid.shape), cell, -1)
     to_rows, visible = [], []
     for width, rows in _grouped(longest_first, rooms):
         columns = jnp.arange(width)[None]
         to_rows.append(jnp.where(columns < length[rows, None], start[rows, None] + columns, size.tokens))
-        owner_in_rows = _at(owners, to_rows[-1], -1)
+        owner_in_rows = entries_at(owners, to_rows[-1], -1)
         query, key = owner_in_rows[:, :, None], owner_in_rows[:, None, :]
         visible.append(jnp.tril(jnp.ones((width, width), bool))[None] & (key >= 0) & ((key == 0) | (key == query)))
 
     present = real[:, inputs:]
     found = (jnp.cumsum(present) - 1).reshape(present.shape)
-    entry = _inverse(jnp.where(present, found, size.scored), size.scored)
+    entry = inverse(jnp.where(present, found, size.scored), size.scored)
     before = jnp.where(within == 0, (start + prompt_length)[:, None], place)[:, inputs:] - 1
     fits = (start + length <= size.tokens) & (length <= room) & (prompt_length > 0)
     fits &= jnp.cumsum(jnp.sum(present, axis=1)) <= size.scored
     fits &= jnp.all((grid < vocab_size) & (grid >= PADDING), axis=1)
     return Stream(
-        tokens=_at(jnp.where(grid < vocab_size, grid, 0), cell, 0),
-        positions=_at(position, cell, 0),
+        tokens=entries_at(jnp.where(grid < vocab_size, grid, 0), cell, 0),
+        positions=entries_at(position, cell, 0),
         to_rows=tuple(to_rows),
-        to_stream=_at(where_in_rows, cell, places),
+        to_stream=entries_at(where_in_rows, cell, places),
         visible=tuple(visible),
-        predictors=jnp.clip(_at(before, entry, 0), 0, size.tokens - 1),
-        targets=_at(grid[:, inputs:], entry, 0),
+        predictors=jnp.clip(entries_at(before, entry, 0), 0, size.tokens - 1),
+        targets=entries_at(grid[:, inputs:], entry, 0),
         found=found,
         present=present,
         fits=fits,
@@ -206,12 +206,12 @@ def _moved_backward(indices: tuple[Array, Array], gradient: Array) -> tuple[Arra
 _moved.defvjp(_moved_forward, _moved_backward)
 
 
-def _inverse(index: Int[Array, "rows entries"], size: int) -> Int[Array, " size"]:
+def inverse(index: Int[Array, "rows entries"], size: int) -> Int[Array, " size"]:
     """For each number below `size`, the entry that has it; out of range if there is none."""
     entries = jnp.arange(index.size)
     return jnp.full(size, index.size, entries.dtype).at[index.ravel()].set(entries, mode="drop")
 
 
-def _at(values: Array, index: Array, fill: int) -> Array:
+def entries_at(values: Array, index: Array, fill: int) -> Array:
     """Entries by number, and `fill` where that is out of range."""
     return values.ravel().at[index].get(mode="fill", fill_value=fill)

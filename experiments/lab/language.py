@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks, lm
-from dpo_jax.types import LogProbFn, Objective, Pair
+from dpo_jax.types import LogProbFn, Objective, Pair, Params
 from experiments.lab.methods import METHODS, OF_TOKENS, RANKED, UNPAIRED, Method, Setup, usual_hyperparameters
 
 OF_MEANS = ("simpo", "alphapo", "orpo")
@@ -137,14 +138,37 @@ def within_prompts(values: Float[np.ndarray, "prompts samples"]) -> dict[str, fl
     return {"mean": float(values.mean()), "stderr": float(error)}
 
 
+def answers(
+    key: Key[Array, ""],
+    model: lm.LanguageModel,
+    params: Params,
+    prompts: Int[np.ndarray, "prompts length"],
+    *,
+    max_tokens: int,
+    num: int = 1,
+) -> lm.Generated:
+    """What a policy writes to each prompt (`lm.generate_fn`), by one program for all policies of a model."""
+    stops = tuple(sorted(model.text.stops))  # type: ignore[union-attr]
+    return _writer(model.decoder, max_tokens, stops, num, int(np.sum(prompts >= 0)))(key, params, jnp.asarray(prompts))
+
+
+def kl_along(
+    model: lm.LanguageModel,
+    params: Params,
+    prompts: Int[np.ndarray, "n length"],
+    tokens: Int[Array, "n max_tokens"],
+) -> Float[np.ndarray, " n"]:
+    """KL of a policy to a model (nats) along answers, by one program for all policies. See `lm.kl_fn`."""
+    longest = lm.capacity_of(prompts, np.zeros(tokens.shape, np.int32))
+    return np.asarray(_kl(model.decoder, longest)(params, model.params, jnp.asarray(prompts), tokens))
+
+
 @cache
-def writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...], num: int = 1) -> Any:
-    """`lm.generate_fn`, compiled once for all policies."""
-    write = lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops, group_size=num)
+def _writer(decoder: lm.Decoder, max_tokens: int, stops: tuple[int, ...], num: int, prompt_tokens: int) -> Any:
+    write = lm.generate_fn(decoder, max_tokens=max_tokens, stops=stops, group_size=num, prompt_tokens=prompt_tokens)
     return jax.jit(write, compiler_options=lm.precise_options())
 
 
 @cache
-def kl_along(decoder: lm.Decoder) -> Any:
-    """`lm.kl_fn`, compiled once for all policies."""
-    return jax.jit(lm.kl_fn(decoder), compiler_options=lm.precise_options())
+def _kl(decoder: lm.Decoder, capacity: lm.Capacity) -> Any:
+    return jax.jit(lm.kl_fn(decoder, capacity=capacity), compiler_options=lm.precise_options())

@@ -6,6 +6,7 @@ down slows all of them. Where PyTorch, Transformers and TRL are installed, and a
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.lab import commands, console, files, page
+from experiments.lab import commands, console, devices, files, page
 from experiments.lm_benchmark import workload
 
 OURS = {
@@ -30,6 +31,7 @@ RIVALS = {
     "TRL, reference before": "trl_before",
     "TRL": "trl",
 }
+SMALL_PAGES = "all parameters, memory in small pages"
 EPOCH = "an epoch of random batches"
 COLUMNS = ("side", "seconds", "beside ours", "per adapter", "GB")
 
@@ -66,6 +68,7 @@ def sides(options: Options, folder: Path) -> dict[str, list[str]]:
     for num in options.num_adapters:
         flags = {"rank": 16, "top_layers": 8, "adapters": num}
         found[f"{num} adapters at once, top 8 layers"] = [*ours, *_flags(flags)]
+    found[SMALL_PAGES] = ours
     found[EPOCH] = [*ours, "--epoch"]
     found["answers to 16 prompts"] = [*ours, "--generate", "16"]
     rivals = [
@@ -85,13 +88,18 @@ def sides(options: Options, folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def timed(command: list[str]) -> dict[str, Any]:
+def pages_of(name: str) -> dict[str, str]:
+    """The environment of a side: all but one have their memory in huge pages, as the commands that tune have it."""
+    return dict.fromkeys(devices.HUGE_PAGES, "") if name == SMALL_PAGES else devices.HUGE_PAGES
+
+
+def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """What a side says of itself.
 
     Raises:
       RuntimeError: it failed.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -148,7 +156,7 @@ def main(options: Options) -> None:
     for i in range(options.num_rounds):
         for name, command in commands_of_sides.items():
             with console.waiting(f"Round {i + 1} of {options.num_rounds}, {name}"), commands.clear_errors(RuntimeError):
-                rounds[name].append(timed(command))
+                rounds[name].append(timed(command, pages_of(name)))
     summary = summarise(rounds)
     console.print_table(f"Seconds per step of {options.num_pairs} pairs", COLUMNS, rows_of(summary))
     if "share_of_peak" in summary["all parameters"]:

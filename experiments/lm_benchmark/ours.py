@@ -53,7 +53,8 @@ def step_seconds(
 
     Args:
       model: of any weights.
-      num_steps: how many, or, if batches differ, how many epochs; the first warms up and is not among them.
+      num_steps: how many, or, if batches differ, how many epochs; the first warms up and is not among them, and steps
+        that run a program for the first time are not, either.
       num_pairs: pairs to train on.
       batch_size: pairs per step; by default all, the same in each step.
       lora: trains adapters of this kind; `None` trains all parameters.
@@ -89,10 +90,10 @@ def step_seconds(
     with suppress(_EnoughError):
         tune()
     capacity = lm.capacity_of(data.prompts, data.responses)
-    seconds = [step.seconds for step in steps[per_epoch:]]
     return {
-        "seconds": seconds,
+        "seconds": [step.seconds for step in steps[per_epoch:] if not step.compiling],
         "compiling": [step.compiling for step in steps if step.compiling],
+        "first_runs": [step.seconds for step in steps if step.compiling],
         "tokens": capacity.tokens,
         "least_flop": workload.least_work(model.decoder.config, capacity, num_pairs),
         "peak_bytes": peak_bytes(),
@@ -102,7 +103,8 @@ def step_seconds(
 def tokens_per_second(model: lm.LanguageModel, *, num_prompts: int, max_tokens: int) -> float:
     """How fast prompts are answered, without stopping early, and compiling apart."""
     prompts = jnp.asarray(workload.pairs(model.decoder.config.vocab_size, num_prompts).prompts)
-    generate = lm.generate_fn(model.decoder, max_tokens=max_tokens, stops=())
+    room = int(jnp.sum(prompts >= 0))
+    generate = lm.generate_fn(model.decoder, max_tokens=max_tokens, stops=(), prompt_tokens=room)
     write = jax.jit(generate, compiler_options=lm.precise_options())
     compiled = write.lower(jax.random.key(0), model.params, prompts).compile()
     best = np.inf

@@ -38,7 +38,9 @@ def main() -> None:
     before = ours.peak_flops(dtype or jnp.float32)
     if asked.epoch:
         num, planned = len(workload.LENGTHS), ours.PLANNED_STEPS
-        found = ours.step_seconds(model, num_steps=1, num_pairs=num, batch_size=asked.pairs, planned_steps=planned)
+        found = ours.step_seconds(
+            model, num_steps=asked.steps, num_pairs=num, batch_size=asked.pairs, planned_steps=planned
+        )
     else:
         found = ours.step_seconds(
             model, num_steps=asked.steps, num_pairs=asked.pairs, lora=lora, num_adapters=asked.adapters

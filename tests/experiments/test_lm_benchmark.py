@@ -80,3 +80,11 @@ def test_a_side_says_what_it_took(tmp_path):
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["tokens"] == 564
+
+
+def test_one_side_has_its_memory_in_small_pages(tmp_path):
+    pages = {name: script.pages_of(name)["GLIBC_TUNABLES"] for name in script.sides(script.Options(), tmp_path)}
+    assert [name for name, tunables in pages.items() if not tunables] == [script.SMALL_PAGES]
+    say = "import json, os; print(json.dumps({'seen': os.environ['GLIBC_TUNABLES']}))"
+    for tunables in {*pages.values()}:
+        assert script.timed([sys.executable, "-c", say], {"GLIBC_TUNABLES": tunables}) == {"seen": tunables}

@@ -108,6 +108,15 @@ def test_a_prompt_without_tokens_gets_no_response(key):
     np.testing.assert_array_equal(tokens[2], GREEDY(key, MODEL.params, PROMPTS).tokens[2])
 
 
+def test_prompts_need_no_room_for_padding(key):
+    room = int(jnp.sum(PROMPTS >= 0))
+    all_fit = writer(choose=lm.greedy, prompt_tokens=room)(key, MODEL.params, PROMPTS)
+    np.testing.assert_array_equal(all_fit.tokens, GREEDY(key, MODEL.params, PROMPTS).tokens)
+    one_less = writer(choose=lm.greedy, prompt_tokens=room - 1)(key, MODEL.params, PROMPTS).tokens
+    assert np.all(one_less[-1] == -1)
+    np.testing.assert_array_equal(one_less[:-1], all_fit.tokens[:-1])
+
+
 def test_the_best_of_a_group_is_chosen(key):
     respond = jax.jit(lm.respond_fn(MODEL.decoder, max_tokens=3, stops={STOP}, group_size=8))
     groups = respond(key, MODEL.params, PROMPTS).responses
