@@ -19,8 +19,9 @@ MOST_SHAPES = 6
 MOST_NEEDS = 400
 """So many different batches are told apart when shapes are chosen; beyond that, like ones are taken together."""
 
-COMPILATION = {"cpu": 6e11, "gpu": 1e15}
-"""What compiling one more shape costs, in multiplications that could be done meanwhile."""
+COMPILATION = {"cpu": 2e11, "gpu": 3e14}
+"""What compiling one more shape for scoring costs, in multiplications that could be done meanwhile. For training it is
+three times as much, as is its work."""
 
 SLOWNESS_OF_ATTENTION = 2.5
 """How much longer a multiplication in attention takes than one in a large product of matrices."""
@@ -87,13 +88,25 @@ def shuffled(
     return shaped(batches, sizes, rows_at_once, prices, multiple)
 
 
-def sorted_by_length(
+def alike(
     sizes: Sequence[Capacity], *, batch_size: int, prices: Prices = ONLY_TOKENS, multiple: int = 1
 ) -> list[Batch]:
-    """All rows once, rows of like length together, for scoring."""
+    """All rows once, for scoring: each batch has long and short rows, so that one shape serves all with little waste.
+
+    Args:
+      sizes: what each row needs (`sizes_of`).
+      batch_size: rows per batch at most. All have equally many: a row of -1 is none.
+      prices, multiple: see `shaped`.
+    """
     checks.size("batch_size", batch_size)
-    batches = _cut(np.argsort([-size.tokens for size in sizes], kind="stable"), batch_size)
-    return shaped(batches, sizes, prices=prices, multiple=multiple)
+    num_batches = -(-len(sizes) // batch_size)
+    num_rows = -(-len(sizes) // num_batches)
+    longest_first = np.argsort([-size.tokens for size in sizes], kind="stable")
+    dealt = np.append(longest_first, np.full(num_batches * num_rows - len(sizes), -1)).reshape(num_rows, num_batches)
+    dealt[1::2] = dealt[1::2, ::-1]  # who gets the longest row of one round gets the shortest of the next
+    groups = _groups(num_rows, multiple)
+    needs = np.array([_need([rows], sizes, groups) for rows in dealt.T])
+    return [Batch(*both) for both in zip(dealt.T, _capacities(needs, groups, 1, prices, multiple), strict=True)]
 
 
 def check_rows(config: Config, data: Any) -> None:
@@ -148,29 +161,24 @@ def shaped(
     for count in different:
         own = [i for i, other in enumerate(counts) if other == count]
         num_rows = min(count, rows_at_once or count)
-        groups = group_sizes(num_rows, MOST_GROUPS if multiple == 1 else 1)  # devices share the rows of a group
+        groups = _groups(num_rows, multiple)
         needs = np.array([_need(_cut(batches[i], num_rows), sizes, groups) for i in own])
         most = MOST_SHAPES - len(different) + 1 if count == different[0] else 1
-        for i, (tokens, scored, *rooms) in zip(own, _levels(needs, groups, max(1, most), prices).tolist(), strict=True):
-            tokens, scored = (-(-size // multiple) * multiple for size in (tokens, scored))
-            capacities[i] = Capacity(tokens, tuple(np.repeat(rooms, groups).tolist()), scored)
+        for i, capacity in zip(own, _capacities(needs, groups, max(1, most), prices, multiple), strict=True):
+            capacities[i] = capacity
     return [Batch(*both) for both in zip(batches, capacities, strict=True)]
 
 
-def prices_of(config: Config, *, passes: int) -> Prices:
+def prices_of(config: Config) -> Prices:
     """Prices for a model of these sizes.
 
-    What attention and compilation cost was measured on a CPU with SmolLM2-135M.
-
-    Args:
-      config: sizes of the model.
-      passes: 1 for scoring, 3 for training.
+    What attention and compilation cost was measured with SmolLM2-135M on a CPU.
     """
     c = config
     heads = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim
     token = c.num_layers * c.hidden_size * (heads + 3 * c.intermediate_size)
     places = SLOWNESS_OF_ATTENTION * 2 * c.num_layers * c.num_heads * c.head_dim
-    shape = COMPILATION.get(jax.default_backend(), COMPILATION["gpu"]) / passes
+    shape = COMPILATION.get(jax.default_backend(), COMPILATION["gpu"])
     return Prices(c.vocab_size * c.hidden_size / token, places / token, shape / token, shape / token / 3)
 
 
@@ -178,10 +186,26 @@ def _need(parts: Sequence[Int[np.ndarray, " _"]], sizes: Sequence[Capacity], gro
     """Tokens, scored tokens and room for a row of each group that suffice for each of several parts of a batch."""
     needs = []
     for part in parts:
-        own = [sizes[row] for row in part]
-        lengths = [size.tokens for size in own] + [0] * (len(parts[0]) - len(part))
+        own = [sizes[row] for row in part if row >= 0]
+        lengths = [size.tokens for size in own] + [0] * (len(parts[0]) - len(own))
         needs.append([sum(lengths), sum(size.scored for size in own), *rooms_of(lengths, groups)])
     return np.max(needs, axis=0).tolist()
+
+
+def _groups(num_rows: int, multiple: int) -> list[int]:
+    """How many rows are attended together, if numbers of tokens are multiples: devices share the rows of a group."""
+    return group_sizes(num_rows, MOST_GROUPS if multiple == 1 else 1)
+
+
+def _capacities(
+    needs: Int[np.ndarray, "batches sizes"], groups: Sequence[int], most: int, prices: Prices, multiple: int
+) -> list[Capacity]:
+    """The shape of each batch. See `_levels`."""
+    found = []
+    for tokens, scored, *rooms in _levels(needs, groups, most, prices).tolist():
+        tokens, scored = (-(-size // multiple) * multiple for size in (tokens, scored))
+        found.append(Capacity(tokens, tuple(np.repeat(rooms, groups).tolist()), scored))
+    return found
 
 
 def _cut(order: Int[np.ndarray, " rows"], batch_size: int) -> list[Int[np.ndarray, " _"]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
-from dpo_jax.lm.model import Decoder, attention
+from dpo_jax.lm.model import Decoder, attention, causal_attention
 from dpo_jax.lm.stream import PADDING, entries_at, inverse
 from dpo_jax.types import Params, RespondFn, Responses
 
@@ -175,7 +175,7 @@ def _read(
 
     def attend(queries: Array, keys: Array, values: Array, _: Any) -> tuple[Array, Any]:
         q, k, v = (x.at[place_in_stream].get(mode="fill", fill_value=0) for x in (queries, keys, values))
-        outputs = attention(q, k, v, visible).reshape(num * width, *queries.shape[1:])
+        outputs = causal_attention(q, k, v, visible).reshape(num * width, *queries.shape[1:])
         kept = [jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0))) for x in (k, v)]
         return outputs.at[place_in_rows].get(mode="fill", fill_value=0), tuple(kept)
 

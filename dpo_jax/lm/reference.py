@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from dpo_jax.fast.compiling import precise_options
-from dpo_jax.lm.batches import ONLY_TOKENS, Prices, check_rows, prices_of, sizes_of, sorted_by_length
+from dpo_jax.lm.batches import ONLY_TOKENS, Prices, alike, check_rows, prices_of, sizes_of
 from dpo_jax.lm.checkpoints import fingerprint
 from dpo_jax.lm.folder import LanguageModel, write_folder
 from dpo_jax.lm.model import Decoder
 from dpo_jax.lm.processes import agreed
 from dpo_jax.lm.scoring import log_prob_fn
 from dpo_jax.lm.sharding import mesh_of, to_host
-from dpo_jax.lm.stream import Capacity
+from dpo_jax.lm.stream import PADDING, Capacity
 from dpo_jax.types import Params
 
 VERSION = 1
@@ -50,11 +51,8 @@ def logps(
     def score(capacity: Capacity, prompts: Any, responses: Any) -> Any:
         return _scorer(model.decoder, capacity, mean, mesh)(model.params, prompts, responses)
 
-    options: dict[str, Any] = {
-        "prices": prices_of(model.decoder.config, passes=1),
-        "multiple": mesh.size if mesh else 1,
-    }
-    return score_rows(score, data, batch_size, report, **options)
+    prices, multiple = prices_of(model.decoder.config), mesh.size if mesh else 1
+    return score_rows(score, data, batch_size, report, prices=prices, multiple=multiple)
 
 
 def score_rows(
@@ -66,7 +64,7 @@ def score_rows(
     prices: Prices = ONLY_TOKENS,
     multiple: int = 1,
 ) -> Any:
-    """Scores all rows, those of like length together.
+    """Scores all rows.
 
     Args:
       score: `score(capacity, prompts, responses)`, one number for each response; or more, on axes before that of rows.
@@ -76,14 +74,14 @@ def score_rows(
       prices, multiple: see `batches.shaped`.
     """
     sizes = sizes_of(data.prompts, data.responses)
-    batches = sorted_by_length(sizes, batch_size=batch_size, prices=prices, multiple=multiple)
+    batches = alike(sizes, batch_size=batch_size, prices=prices, multiple=multiple)
     parts = []
     for i, batch in enumerate(batches):
-        rows = jax.tree.map(lambda leaf, rows=batch.rows: np.asarray(leaf)[rows], (data.prompts, data.responses))
+        rows = jax.tree.map(lambda leaf, rows=batch.rows: _rows(leaf, rows), (data.prompts, data.responses))
         parts.append(jax.tree.map(to_host, score(batch.capacity, *rows)))
         if report:
             report(i + 1, len(batches))
-    back = np.argsort(np.concatenate([batch.rows for batch in batches]))
+    back = np.argsort(np.concatenate([batch.rows for batch in batches]))[-len(sizes) :]  # before them, rows of -1
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1)[..., back], *parts)
 
 
@@ -124,6 +122,11 @@ def with_reference(
     structure: Any = jax.tree.structure(data.responses)
     leaves = [_read(place / f"{i}.npy", len(data.prompts)) for i in range(structure.num_leaves)]
     return data._replace(reference_logps=jax.tree.unflatten(structure, leaves))
+
+
+def _rows(tokens: Any, rows: Int[np.ndarray, " rows"]) -> Int[np.ndarray, "rows length"]:
+    """Rows of tokens; a row of -1 has none."""
+    return np.where(rows[:, None] >= 0, np.asarray(tokens)[rows], PADDING)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dpo_jax.lm.model import Decoder, attention
+from dpo_jax.lm.model import Decoder, causal_attention
 from dpo_jax.lm.sharding import spread
 from dpo_jax.lm.stream import Capacity, Stream, into_rows, into_stream, make_stream
 from dpo_jax.types import LogProbFn, Params, TokenLogProbFn, TokenLogps
@@ -92,7 +92,7 @@ def hidden_of(decoder: Decoder, params: Params, stream: Stream) -> Float[Array, 
 
     def attend(queries: Array, keys: Array, values: Array, cache: Any) -> tuple[Array, Any]:
         groups = zip(*(into_rows(x, stream) for x in (queries, keys, values)), stream.visible, strict=True)
-        return into_stream([attention(*group) for group in groups], stream), cache
+        return into_stream([causal_attention(*group) for group in groups], stream), cache
 
     return decoder.apply(params, stream.tokens, stream.positions, attend)[0]
 

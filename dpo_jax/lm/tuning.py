@@ -148,7 +148,7 @@ def tune(
         num_epochs=num_epochs,
         batch_size=batch_size,
         rows_at_once=rows_at_once,
-        prices=prices_of(model.decoder.config, passes=3),
+        prices=prices_of(model.decoder.config),
         multiple=mesh.size if mesh else 1,
     )
     runs = _Runs(model.decoder, lora, objective, optimizer, _arrays(points), mean, rows_at_once, mesh)

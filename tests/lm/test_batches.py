@@ -105,10 +105,15 @@ def test_parts_of_a_batch_need_less():
     assert max(b.capacity.tokens for b in found) < max(b.capacity.tokens for b in shuffled(num_epochs=1))
 
 
-def test_rows_of_like_length_are_scored_together():
-    found = batches.sorted_by_length(SIZES, batch_size=8)
-    assert sorted(np.concatenate([batch.rows for batch in found])) == list(range(203))
-    assert sum(b.capacity.tokens for b in found) < 1.2 * sum(need(b.rows)[0] for b in found)
+@pytest.mark.parametrize("batch_size", [7, 8, 203, 500])
+def test_batches_for_scoring_are_so_alike_that_one_shape_serves_all(batch_size):
+    found = batches.alike(SIZES, batch_size=batch_size)
+    rows = np.concatenate([batch.rows for batch in found])
+    assert sorted(rows[rows >= 0]) == list(range(203))
+    assert len({len(batch.rows) for batch in found}) == 1 and len(found[0].rows) <= batch_size
+    assert len({batch.capacity for batch in found}) == 1
+    assert all(has_room(batch.capacity, batch.rows[batch.rows >= 0]) for batch in found)
+    assert sum(b.capacity.tokens for b in found) < 1.1 * sum(size.tokens for size in SIZES)
 
 
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_epochs": 0}, {"num_epochs": 1.5}], ids=str)

@@ -2,13 +2,14 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax import lm, losses, train
-from dpo_jax.lm.model import rows
+from dpo_jax.lm.model import WORTH_HALVING, attention, causal_attention, rows
 from dpo_jax.types import Demonstrations, Labels, Pair, Preferences
 from tests.lm import tiny
 
@@ -205,6 +206,22 @@ def test_arrays_that_are_no_tokens_are_refused(as_users_have_it, wrong):
     prompts = {"a row too few": DATA.prompts[:-1], "floats": DATA.prompts + 0.5, "one axis": DATA.prompts[:, 0]}[wrong]
     with pytest.raises((TypeError, ValueError), match=r"must (be an array of tokens|have as many rows)"):
         lm.log_prob_fn(MODEL.decoder)(MODEL.params, prompts, DATA.responses)
+
+
+def test_long_rows_are_attended_in_halves_with_the_same_result():
+    rng, length = np.random.default_rng(0), WORTH_HALVING + 1
+    queries, keys, values = (jnp.asarray(rng.normal(size=(2, length, num, 4)), jnp.float32) for num in (4, 2, 2))
+    visible = jnp.asarray(rng.random((2, length, length)) < 0.3) | jnp.eye(length, dtype=bool)[None]
+    visible &= jnp.tril(jnp.ones((length, length), bool))[None]
+
+    def value_and_gradient(attend):
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(attend(*x, visible) ** 2), (0, 1, 2)))
+
+    in_halves, whole = (value_and_gradient(attend) for attend in (causal_attention, attention))
+    chex.assert_trees_all_close(in_halves(queries, keys, values), whole(queries, keys, values), rtol=2e-5, atol=2e-6)
+    later = keys.at[:, -1].add(100.0)  # of the second half: only the last query sees it
+    attended = causal_attention(queries, later, values, visible)
+    np.testing.assert_array_equal(attended[:, :-1], causal_attention(queries, keys, values, visible)[:, :-1])
 
 
 def test_kl_along_responses_sums_over_the_vocabulary():
