@@ -159,6 +159,8 @@ class Decoder(nn.Module):
             )
             x, cache = block(self.config, attend, self.dtype, self.param_dtype, name="layers")(x, turns, cache)
             return self.norm(x), cache
+        if not self.is_initializing():
+            block = nn.jit(block)  # traced once for all layers
         caches = [None] * self.config.num_layers if cache is None else list(cache)
         for i in range(self.config.num_layers):
             layer = block(self.config, attend, self.dtype, self.param_dtype, name=f"layers_{i}")
