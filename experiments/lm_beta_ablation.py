@@ -193,5 +193,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+    chosen = commands.parse(Options)
     devices.restart_with_huge_pages()
-    main(commands.parse(Options))
+    main(chosen)

@@ -259,5 +259,6 @@ def _figure(results: dict[str, Any], betas: Sequence[float]) -> Any:
 
 
 if __name__ == "__main__":
+    chosen = commands.parse(Options)
     devices.restart_with_huge_pages()
-    main(commands.parse(Options))
+    main(chosen)

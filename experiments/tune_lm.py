@@ -282,5 +282,6 @@ def _save(out: Path, options: Options, model: lm.LanguageModel, tuned: lm.Tuned,
 
 
 if __name__ == "__main__":
+    chosen = commands.parse(Options)
     devices.restart_with_huge_pages()
-    main(commands.parse(Options))
+    main(chosen)
