@@ -23,7 +23,7 @@ from dpo_jax.lm.folder import shapes
 from dpo_jax.lm.sharding import spec_of
 from dpo_jax.types import Pair
 from experiments.described_devices import DEVICES, NO_TPU_HERE, Device, memory
-from experiments.lab import commands, console, files
+from experiments.lab import commands, console, files, page
 from experiments.lm_benchmark import workload
 
 LORA = lm.LoRA(rank=16)
@@ -116,22 +116,34 @@ def main(options: Options) -> None:
         start = time.perf_counter()
         program = step_program(device, mesh, options.num_pairs, num)
         steps[name] = {"compile_seconds": time.perf_counter() - start, "memory": memory(program)}
-    console.print_table(
-        f"{options.num_pairs} pairs a step on {mesh.size} described {device.name}: for each device",
-        ("step", "arguments, MB", "temporaries, MB", "compiled in, s"),
-        (
-            (
-                name,
-                f"{step['memory']['argument'] / 1e6:,.0f}",
-                f"{step['memory']['temp'] / 1e6:,.0f}",
-                f"{step['compile_seconds']:.0f}",
-            )
-            for name, step in steps.items()
-        ),
-    )
     versions = files.provenance()["versions"]
     summary = {"device": device.name, "num_devices": mesh.size, "num_pairs": options.num_pairs, "steps": steps}
+    title = f"{options.num_pairs} pairs a step on {mesh.size} described {device.name}: for each device"
+    console.print_table(title, columns_of(summary), rows_of(summary))
     files.save_summary({**summary, "versions": versions}, out)
+    page.update({out.name: page_table(summary)}, out, path=page.LANGUAGE_MODELS)
+
+
+def columns_of(summary: dict[str, Any]) -> tuple[str, ...]:
+    """The heads of a table of memory."""
+    return (f"{summary['num_devices']} x {summary['device']}", "arguments, MB", "temporaries, MB", "compiled in, s")
+
+
+def rows_of(summary: dict[str, Any]) -> list[list[str]]:
+    """Memory of each device, and the time that compiling takes, for each step."""
+    return [
+        [
+            name,
+            *(f"{step['memory'][kind] / 1e6:,.0f}" for kind in ("argument", "temp")),
+            f"{step['compile_seconds']:.0f}",
+        ]
+        for name, step in summary["steps"].items()
+    ]
+
+
+def page_table(summary: dict[str, Any]) -> str:
+    """The table of the page."""
+    return page.table(columns_of(summary), rows_of(summary), numbers=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from experiments import beta_ablation, dpo_vs_rlhf, length, lm_beta_ablation, lm
 from experiments.benchmark import report
 from experiments.lab import page
 from experiments.lm_benchmark import __main__ as lm_benchmark
+from experiments.lm_benchmark import described
 
 PAGE = page.PAGE.read_text(encoding="utf-8")
 
@@ -49,6 +50,12 @@ def test_a_table_of_language_models_is_that_of_its_reported_results(script):
     name = script.page_table.__module__.removesuffix(".__main__").rpartition(".")[2]
     text = page.LANGUAGE_MODELS.read_text(encoding="utf-8")
     assert page.between(text, name) == script.page_table(reported(name))
+
+
+@pytest.mark.parametrize("device", ["h200", "v5e"])
+def test_the_memory_of_language_models_on_described_devices_is_that_of_the_report(device):
+    text, name = page.LANGUAGE_MODELS.read_text(encoding="utf-8"), f"lm_described_{device}"
+    assert page.between(text, name) == described.page_table(reported(name))
 
 
 def test_a_table_is_written_between_its_markers_and_only_for_reported_results(tmp_path, monkeypatch):

@@ -42,8 +42,18 @@ def change(path, **entries):
     path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
 
 
-@pytest.mark.parametrize("options", [{}, {"scan": True}, {"param_dtype": jnp.bfloat16}], ids=str)
-@pytest.mark.parametrize("config", [tiny.CONFIG, QWEN3], ids=lambda config: config.family)
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (tiny.CONFIG, {}),
+        (tiny.CONFIG, {"scan": True}),
+        (QWEN3, {"param_dtype": jnp.bfloat16}),
+        pytest.param(QWEN3, {}, marks=pytest.mark.slow),
+        pytest.param(QWEN3, {"scan": True}, marks=pytest.mark.slow),
+        pytest.param(tiny.CONFIG, {"param_dtype": jnp.bfloat16}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_what_is_saved_is_loaded(tmp_path, config, options):
     model = tiny.model(**options) if config is tiny.CONFIG else lm.init(jax.random.key(1), config, **options)
     lm.save(tmp_path / "model", model)

@@ -129,6 +129,7 @@ def test_the_best_of_a_group_is_chosen(key):
     np.testing.assert_array_equal(jnp.sum(best, axis=-1), jnp.max(jnp.sum(groups, axis=-1), axis=1))
 
 
+@pytest.mark.slow
 def test_scanned_layers_write_the_same(key):
     scanned = tiny.model(scan=True)
     params = {"params": {**MODEL.params["params"]}}

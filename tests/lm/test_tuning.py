@@ -69,12 +69,13 @@ def test_parts_of_a_batch_add_up_to_the_batch(usual):
     np.testing.assert_allclose(parts.history["loss"], usual.history["loss"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_last_batch_may_be_smaller_than_a_part():
     some = {"data": jax.tree.map(lambda leaf: leaf[:7], DATA), "num_epochs": 1, "batch_size": 5}
     np.testing.assert_allclose(tune(rows_at_once=3, **some).history["loss"], tune(**some).history["loss"], atol=1e-5)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_that_was_stopped_goes_on_with_the_same_bits(tmp_path, usual, stop_after):
     class StoppedError(Exception):
         pass
@@ -129,6 +130,7 @@ def test_what_a_file_cannot_hold_is_refused_before_training(tmp_path):
         tune(folder=tmp_path, about={"beta": np.float32(1)}, report=lambda step: pytest.fail("a step was made"))
 
 
+@pytest.mark.slow
 def test_adapters_trained_together_are_those_trained_alone():
     rates, betas, seeds = [1e-2, 1e-2, 3e-3], [0.1, 0.5, 0.1], [0, 0, 1]
     options = {"objective": DPO, "optimizer": lambda learning_rate: optax.sgd(learning_rate), "lora": LORA}

@@ -84,7 +84,7 @@ def sigmoid(x):
 
 def nls(x):
     """Minus the log-sigmoid."""
-    return np.log1p(np.exp(-x))
+    return np.logaddexp(np.longdouble(0), -x)
 
 
 def smoothed(z, e):

@@ -567,6 +567,7 @@ def test_true_values_take_variance_away():
 # Of one token each
 
 
+@pytest.mark.slow
 def test_with_one_token_each_they_are_ppo_and_grpo():
     """Losses, metrics and gradients: GRPO of samples, PPO of all responses."""
     space = strings.Strings(4, 1, fixed_length=True)

@@ -87,6 +87,7 @@ def test_weighted_votes_count_by_their_weights(draw):
             np.testing.assert_allclose(*covariances, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_redrawn_votes_keep_their_weights():
     """100 votes for a weigh 3 each, 100 for b weigh 1: the odds are 3, and not 1.
 
