@@ -89,8 +89,9 @@ def sides(options: Options, folder: Path) -> dict[str, list[str]]:
 
 
 def pages_of(name: str) -> dict[str, str]:
-    """The environment of a side: all but one have their memory in huge pages, as the commands that tune have it."""
-    return dict.fromkeys(devices.HUGE_PAGES, "") if name == SMALL_PAGES else devices.HUGE_PAGES
+    """The environment of a side: ours have their memory in huge pages, as commands that tune do, except for one."""
+    others = (SMALL_PAGES, *RIVALS, f"TRL, {EPOCH}")
+    return dict.fromkeys(devices.HUGE_PAGES, "") if name in others else devices.HUGE_PAGES
 
 
 def timed(command: list[str], environment: dict[str, str]) -> dict[str, Any]:

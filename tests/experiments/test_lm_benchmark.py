@@ -82,9 +82,12 @@ def test_a_side_says_what_it_took(tmp_path):
         assert len(found["seconds"]) == 2 and min(found["seconds"]) > 0 and found["tokens"] == 564
 
 
-def test_one_side_has_its_memory_in_small_pages(tmp_path):
-    pages = {name: script.pages_of(name)["GLIBC_TUNABLES"] for name in script.sides(script.Options(), tmp_path)}
-    assert [name for name, tunables in pages.items() if not tunables] == [script.SMALL_PAGES]
+def test_our_sides_have_their_memory_in_huge_pages_except_for_one(tmp_path):
+    model = Path(__file__).parent.parent / "golden" / "language_models" / "chat_model"
+    names = script.sides(script.Options(model=model, rivals=Path("python")), tmp_path)
+    small = {name for name in names if not script.pages_of(name)["GLIBC_TUNABLES"]}
+    assert small == {script.SMALL_PAGES, *(name for name in names if name.startswith(("TRL", "PyTorch")))}
     say = "import json, os; print(json.dumps({'seen': os.environ['GLIBC_TUNABLES']}))"
-    for tunables in {*pages.values()}:
-        assert script.timed([sys.executable, "-c", say], {"GLIBC_TUNABLES": tunables}) == {"seen": tunables}
+    for name in (script.SMALL_PAGES, "all parameters"):
+        environment = script.pages_of(name)
+        assert script.timed([sys.executable, "-c", say], environment) == {"seen": environment["GLIBC_TUNABLES"]}
