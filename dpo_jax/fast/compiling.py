@@ -1,10 +1,13 @@
-"""Compiler options for many small runs, and for large products of matrices."""
+"""Compiler options for many small runs, and for large products of matrices; functions that are called as one."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import jax
+
+as_one = partial(jax.jit, inline=True)
+"""Compiles a function of many operations into one call outside of `jax.jit`; no effect inside."""
 
 CPU_OPTIONS: dict[str, str | bool] = {"xla_backend_optimization_level": "1", "xla_cpu_prefer_vector_width": "512"}
 """The widest vectors, and not the optimisations that only cost time here."""

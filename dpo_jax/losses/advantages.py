@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.losses.ratios import fitted
 from dpo_jax.types import Numeric
 
@@ -96,6 +97,11 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
     if weights is not None:
         checks.same_shape(advantages=advantages, weights=weights)
         checks.interval("weights", weights, "[0, inf)")
+    return _white(advantages, weights)
+
+
+@as_one
+def _white(advantages: Float[Array, "*batch"], weights: Float[Array, "*batch"] | None) -> Float[Array, "*batch"]:
     flat = advantages.ravel()
     weights = None if weights is None else weights.ravel()
     ignored = False if weights is None else (weights == 0) & ~jnp.isfinite(flat)
@@ -105,6 +111,7 @@ def whitened(advantages: Float[Array, "*n"], weights: Float[Array, "*n"] | None 
     return white.reshape(advantages.shape).astype(advantages.dtype)
 
 
+@as_one
 def _centred(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n group"]:
     """Subtracts the mean twice: the residual of a rounded mean is small, so its mean is accurate."""
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
@@ -113,6 +120,7 @@ def _centred(values: Float[Array, "*n group"], weights: Float[Array, "*n group"]
     return centred if weights is None else jnp.where(jnp.any(weights > 0, axis=-1, keepdims=True), centred, 0)
 
 
+@as_one
 def _mean(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None) -> Float[Array, "*n 1"]:
     """The result is clipped to the range of the values; values of weight 0 have no effect, even infinite ones."""
     if weights is None:
@@ -127,6 +135,7 @@ def _mean(values: Float[Array, "*n group"], weights: Float[Array, "*n group"] | 
     return jnp.where(largest > 0, jnp.clip(mean, low, high), 0)
 
 
+@as_one
 def _spread(
     centred: Float[Array, "*n group"], weights: Float[Array, "*n group"] | None
 ) -> tuple[Float[Array, "*n 1"], Float[Array, "*n 1"]]:

@@ -6,6 +6,7 @@ comparisons. State that persists between batches is passed explicitly: `state = 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.losses.ratios import checked_log_ratios, checked_margin, difference, smoothed_logistic, times
 from dpo_jax.types import Numeric, PairLike
 
@@ -289,6 +291,7 @@ def beta_dpo_loss(
     return jnp.where(kept, -jax.nn.log_sigmoid(logits), 0) / jnp.mean(kept, dtype=margin.dtype)
 
 
+@as_one
 def _mean_of_finite(values: Float[Array, "*batch"]) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The mean of the values that are not infinite, 0 if all are; and their number. NaN propagates."""
     finite = ~jnp.isinf(values)
@@ -296,6 +299,7 @@ def _mean_of_finite(values: Float[Array, "*batch"]) -> tuple[Float[Array, ""], I
     return jnp.where(num > 0, jnp.mean(values, where=finite | (num == 0)), 0), num
 
 
+@partial(as_one, static_argnames="num")
 def _keep_likely(key: Key[Array, ""], distances: Float[Array, " batch"], num: int) -> Bool[Array, " batch"]:
     """Which `num` comparisons are kept, drawn without replacement by the normal density at their distances."""
     score = jax.random.gumbel(key, distances.shape, distances.dtype) - jnp.square(distances) / 2

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.losses.ratios import difference, fitted, times
 from dpo_jax.types import Numeric
 
@@ -130,6 +131,7 @@ def generalized_advantages(
     return advantages.astype(dtype), (advantages + values).astype(dtype)
 
 
+@as_one
 def _is_last(counts: Bool[Array, "*batch tokens"]) -> Bool[Array, "*batch tokens"]:
     """Which tokens are the last ones of their responses."""
     place = jax.lax.broadcasted_iota(jnp.int32, counts.shape, counts.ndim - 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.losses.ratios import difference, fitted, times
 from dpo_jax.types import Numeric
 
@@ -53,6 +54,7 @@ def plackett_luce_loss(
     return sum(choices, jnp.zeros_like(rewards[0]))
 
 
+@as_one
 def _choice(rewards: Sequence[Float[Array, "*batch"]]) -> Float[Array, "*batch"]:
     """The negative log-probability that the first is chosen; it has a gradient even if it is infinite."""
     leads = jnp.stack([difference(reward, rewards[0]) for reward in rewards])

@@ -8,7 +8,6 @@ has a margin of 0. Neither affects training.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,10 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.types import Numeric, Pair, PairLike
-
-_as_one = partial(jax.jit, inline=True)
-"""Compiles a function of many operations into one call outside of `jax.jit`; no effect inside."""
 
 
 def log_ratios(policy: PairLike[Float[Array, "*batch"]], reference: PairLike[Float[Array, "*batch"]]) -> Pair:
@@ -77,14 +74,14 @@ def fitted(like: Float[Array, "*batch"], **hyperparameters: Any) -> tuple[Any, .
     return tuple(value.astype(like.dtype) if hasattr(value, "dtype") else value for value in hyperparameters.values())
 
 
-@_as_one
+@as_one
 def difference(first: Float[Array, "*batch"], second: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`first - second`; where the two are the same infinity it is 0, without a gradient."""
     same = jnp.isinf(first) & (first == second)
     return jnp.where(same, 0, first) - jnp.where(same, 0, second)
 
 
-@_as_one
+@as_one
 def times(factor: Numeric, value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`factor * value`, in the dtype of the value, where 0 times infinity is 0.
 
@@ -95,7 +92,7 @@ def times(factor: Numeric, value: Float[Array, "*batch"]) -> Float[Array, "*batc
     return factor * jnp.where(infinite & (factor == 0), 0, value)
 
 
-@_as_one
+@as_one
 def square(value: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The square; its slope is clipped to the largest finite number, so that a weight of 0 makes it 0."""
     return _square(value)
@@ -113,7 +110,7 @@ def _square_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
     return _square(value), 2 * jnp.clip(value, -limit, limit) * tangent
 
 
-@_as_one
+@as_one
 def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Numeric) -> Float[Array, "*batch"]:
     r"""Minus the log-likelihood (nats) of a label that is flipped with a given probability.
 
@@ -126,7 +123,7 @@ def smoothed_logistic(logits: Float[Array, "*batch"], label_smoothing: Numeric) 
     return times(label_smoothing, jnp.where(lost, 0, logits)) - kept * jax.nn.log_sigmoid(logits)
 
 
-@_as_one
+@as_one
 def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The exponential, continued along its tangent beyond a quarter of the exponents that the dtype can hold.
 
@@ -139,7 +136,7 @@ def bounded_exp(exponent: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     return jnp.exp(jnp.where(beyond, limit, exponent)) * (1 + jnp.where(beyond, exponent - limit, 0))
 
 
-@_as_one
+@as_one
 def power_score(logp: Float[Array, "*batch"], power: Numeric) -> Float[Array, "*batch"]:
     r""":math:`(e^{a x} - 1) / a`, accurate near its limit :math:`x` at :math:`a = 0`, in value and in slope.
 
@@ -156,7 +153,7 @@ def power_score(logp: Float[Array, "*batch"], power: Numeric) -> Float[Array, "*
     return jnp.where(near_limit, series, change / jnp.where(near_limit, 1, power))
 
 
-@_as_one
+@as_one
 def log1mexp(logp: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """`log(1 - exp(logp))` for log-probabilities, accurate at both ends; clamped just below 0, so that it stays finite.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 
 
 def sequence_logps(
@@ -63,6 +66,11 @@ def sequence_logps(
         )
     if not checks.is_traced((tokens, mask)):
         checks.ids("tokens", np.where(np.asarray(mask) > 0, tokens, 0), logits.shape[-1])
+    return _of_marked(logits, tokens, mask, mean)
+
+
+@partial(as_one, static_argnames="mean")
+def _of_marked(logits: Array, tokens: Array, mask: Array, mean: bool) -> Float[Array, "*batch"]:
     targets, counts = tokens[..., 1:], mask[..., 1:] > 0
     known = (targets >= 0) & (targets < logits.shape[-1])
     dtype = jnp.promote_types(logits.dtype, jnp.float32)

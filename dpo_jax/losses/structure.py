@@ -64,11 +64,12 @@ def mixes_rows(loss: Callable[..., Array], *args: Any, **hyperparameters: Any) -
     if not shape or num_rows == 1:
         return num_rows > 1
     num_bits = (num_rows - 1).bit_length()
+    run = jax.jit(partial(_run, program.jaxpr))
     with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
         for draw in range(max(num_bits, _MIN_DRAWS)):
             generator = np.random.default_rng(draw)
             consts = [_stand_in(generator, const) for const in program.consts]
-            evaluate = partial(_evaluate, program.jaxpr, consts)
+            evaluate = partial(_evaluate, run, consts)
             half = (np.arange(num_rows).reshape(shape) >> draw % num_bits) % 2 == 1
             first, second = ([_random_rows(generator, leaf, draw) for leaf in leaves] for _ in range(2))
             mixed = evaluate([_chosen(half, *rows) for rows in zip(second, first, strict=True)])
@@ -77,8 +78,8 @@ def mixes_rows(loss: Callable[..., Array], *args: Any, **hyperparameters: Any) -
     return False
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], rows: Sequence[np.ndarray]) -> np.ndarray:
-    (losses,) = _run(jaxpr, consts, [jnp.asarray(leaf) for leaf in rows])
+def _evaluate(run: Callable[..., Any], consts: Sequence[Any], rows: Sequence[np.ndarray]) -> np.ndarray:
+    (losses,) = run(consts, rows)
     return np.asarray(losses.astype(jnp.promote_types(losses.dtype, jnp.float32)))
 
 

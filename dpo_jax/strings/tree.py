@@ -9,6 +9,7 @@ Rewards belong to whole strings. How a reward is spread over the tokens changes 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.strings.space import Strings, checked
 from dpo_jax.toy.exact import IMPOSSIBLE, log_partition
 from dpo_jax.types import Numeric
@@ -39,6 +41,12 @@ def string_log_probs(
             f"next_tokens must have {strings.num_prefixes} prefixes and {strings.num_choices} choices, got shape "
             f"{next_tokens.shape}"
         )
+    return _sums(next_tokens, strings)
+
+
+@partial(as_one, static_argnames="strings")
+def _sums(next_tokens: Float[Array, "*n prefixes choices"], strings: Strings) -> Float[Array, "*n responses"]:
+    """The sum along each string."""
     ended, reached = [], jnp.zeros((*next_tokens.shape[:-2], 1), next_tokens.dtype)
     for first, last in _levels(strings):
         here = reached[..., None] + next_tokens[..., first:last, :]
@@ -198,6 +206,7 @@ def _from_the_end(
     return jnp.concatenate(levels[::-1], axis=-2)
 
 
+@partial(as_one, static_argnames="strings")
 def _totals(log_probs: Float[Array, "*n responses"], strings: Strings) -> Float[Array, "*n prefixes choices"]:
     """The log-probability that a string begins with each prefix and then has each token."""
     return _from_the_end(log_probs, strings, lambda choices, *_: jax.nn.logsumexp(choices, axis=-1))

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.toy.policy import at_least_float32
 from dpo_jax.toy.world import preference_probability
 from dpo_jax.types import Metrics, Numeric
@@ -180,6 +181,7 @@ def recovered_reward(
     return implicit_reward(log_probs, reference_log_probs, beta=beta) + beta * log_partition[..., None]
 
 
+@as_one
 def expected_reward(
     log_probs: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]
 ) -> Float[Array, "*n"]:
@@ -192,6 +194,7 @@ def expected_reward(
     return jnp.sum(probs * jnp.where((probs == 0) & jnp.isinf(rewards), 0, rewards), axis=-1)
 
 
+@as_one
 def kl_to_reference(
     log_probs: Float[Array, "*n responses"], reference_log_probs: Float[Array, "*n responses"]
 ) -> Float[Array, "*n"]:
@@ -270,6 +273,7 @@ def bayes_prediction(
     }
 
 
+@as_one
 def ranking_accuracy(scores: Float[Array, "*n responses"], rewards: Float[Array, "*n responses"]) -> Float[Array, "*n"]:
     """The share of pairs of distinct responses that a score orders as the true rewards do; ties of either count half.
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.fast.layers import DenseByRows, dense
 from dpo_jax.fast.rows import take
 from dpo_jax.types import LogProbFn, Params, ValueFn
@@ -101,15 +102,17 @@ def lookup(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], 
         name = f"responses{jax.tree_util.keystr(path)}"
         checks.ids(name, leaf, num_responses)
         checks.same_shape(**{"prompts": prompts, name: leaf})
-    rows, entries = jnp.asarray(prompts, jnp.int32), table.ravel()
-    in_a_row = (rows >= 0) & (rows < num_prompts)
+    return jax.tree.map(lambda ids: _entries(table, prompts, ids), responses)
 
-    def entry(ids: Any) -> Array:
-        columns = jnp.asarray(ids, jnp.int32)
-        inside = in_a_row & (columns >= 0) & (columns < num_responses)
-        return jnp.where(inside, take(entries, jnp.where(inside, rows * num_responses + columns, 0)), jnp.nan)
 
-    return jax.tree.map(entry, responses)
+@as_one
+def _entries(table: Float[Array, "prompts responses"], prompts: Int[Array, "*n"], responses: Int[Array, "*n"]) -> Array:
+    """Entries of a table; NaN for ids outside of it."""
+    num_prompts, num_responses = table.shape
+    rows, columns = jnp.asarray(prompts, jnp.int32), jnp.asarray(responses, jnp.int32)
+    inside = (rows >= 0) & (rows < num_prompts) & (columns >= 0) & (columns < num_responses)
+    place = jnp.where(inside, rows * num_responses + columns, 0)
+    return jnp.where(inside, take(table.ravel(), place), jnp.nan)
 
 
 def generate(
@@ -146,6 +149,7 @@ def greedy(log_probs: Float[Array, "prompts responses"]) -> Int[Array, " prompts
     return jnp.where(jnp.max(log_probs, axis=-1) > -jnp.inf, jnp.argmax(log_probs, axis=-1), -1)
 
 
+@as_one
 def invert_cumulative(uniform: Float[Array, "*n"], weights: Float[Array, "*n responses"]) -> Int[Array, "*n"]:
     """Draws an index with probability proportional to the weights, given uniform numbers in [0, 1).
 

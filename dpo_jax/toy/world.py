@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dpo_jax import checks
+from dpo_jax.fast.compiling import as_one
 from dpo_jax.toy.policy import at_least_float32, generate, invert_cumulative, lookup
 from dpo_jax.types import Demonstrations, Numeric, Pair, Preferences
 
@@ -162,6 +163,13 @@ def preference_probability(
     """
     checks.interval("temperature", temperature, "[0, inf)")
     checks.interval("flip_probability", flip_probability, "[0, 1]")
+    return _preferred(reward, other_reward, temperature, flip_probability)
+
+
+@as_one
+def _preferred(
+    reward: Float[Array, "*#n"], other_reward: Float[Array, "*#n"], temperature: Numeric, flip_probability: Numeric
+) -> Float[Array, "*#n"]:
     both_infinite = (reward == other_reward) & jnp.isinf(reward)
     difference = jnp.where(both_infinite, 0, reward) - jnp.where(both_infinite, 0, other_reward)
     rational = jnp.asarray(temperature) == 0
