@@ -23,7 +23,7 @@ from dpo_jax.sweep.store import check_place
 from dpo_jax.types import Metrics, Numeric
 from experiments.lab import commands, console, devices, files
 from experiments.lab.feedback import Setting
-from experiments.lab.methods import OF_PAIRS, Method, method_named, usual_hyperparameters
+from experiments.lab.methods import OF_PAIRS, Method, method_named
 from experiments.lab.pipeline import BETAS, TUTORIAL, Pipeline, Start
 from experiments.lab.runs import standard_run
 
@@ -95,7 +95,7 @@ def runner(methods: Mapping[str, Method], fixed: Mapping[str, float], pipeline: 
 
 def hyperparameters(method: Method, chosen: Mapping[str, Numeric]) -> dict[str, Numeric]:
     """Those of a method: what was chosen, and the standard values of what the method needs besides."""
-    known = {**usual_hyperparameters(method), **chosen}
+    known = {**method.usual, **chosen}
     return {name: known[name] for name in (*method.ranges, *method.optional) if name in known}
 
 
@@ -236,7 +236,7 @@ def _arguments(options: Options, pipeline: Pipeline) -> dict[str, Any]:
             if name not in known:
                 raise ValueError(f"{option}: no loss has {name!r}; there are: {', '.join(sorted(known)) or 'none'}")
     for method in methods.values():
-        if missing := sorted({*method.ranges} - {"beta", *usual_hyperparameters(method), *options.fixed, *varied}):
+        if missing := sorted({*method.ranges} - {"beta", *method.usual, *options.fixed, *varied}):
             name = missing[0]
             raise ValueError(f"{method.name} also needs {name}: --fixed {name} 0.5, or --vary {name}=0.5,1")
     if options.log_every is not None:

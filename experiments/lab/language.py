@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from dpo_jax import checks, lm
 from dpo_jax.types import LogProbFn, Objective, Pair, Params
-from experiments.lab.methods import METHODS, OF_TOKENS, RANKED, UNPAIRED, Method, Setup, usual_hyperparameters
+from experiments.lab.methods import METHODS, OF_TOKENS, RANKED, UNPAIRED, Method, Setup
 
 OF_MEANS = ("simpo", "alphapo", "orpo")
 """Losses that take means over tokens."""
@@ -45,7 +45,7 @@ def hyperparameters_of(method: Method, fixed: Mapping[str, float], others: Colle
     Those that none of the methods must have are given to all: a loss says itself what it does not know.
     """
     of_others = {name for other in others for name in other.ranges} - {*method.ranges}
-    known = {**usual_hyperparameters(method), **fixed}
+    known = {**method.usual, **fixed}
     return {name: value for name, value in known.items() if name in {*method.ranges, *fixed} - of_others}
 
 

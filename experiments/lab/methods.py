@@ -62,6 +62,11 @@ class Method:
     initial: Callable[[Key[Array, ""], Start], Params] = lambda _, start: start.params
     optional: tuple[str, ...] = ()
 
+    @property
+    def usual(self) -> dict[str, float]:
+        """Values of hyperparameters where nobody chose; none for a loss of your own."""
+        return {name: own.usual for name, own in self.ranges.items() if own.usual is not None}
+
 
 MARGIN, BOTH_RATIOS, BATCH, RANKED = "margin", "both log-ratios", "batch statistics", "rankings"
 REFERENCE_FREE, UNPAIRED, ADDITION = "reference-free", "single responses", "with an addition"
@@ -69,8 +74,9 @@ REFERENCE_FREE, UNPAIRED, ADDITION = "reference-free", "single responses", "with
 BETA = Range(0.003, 30.0)
 UNKNOWN = Range(0.01, 10.0)
 """For hyperparameters of which nothing is known."""
-SMOOTHING = Range(0.003, 0.45)
-SFT_WEIGHT = Range(1e-5, 3.0)
+SMOOTHING = Range(0.003, 0.45, usual=0.1)
+SFT_WEIGHT = Range(1e-5, 3.0, usual=1.0)
+TARGET_MARGIN = Range(0.01, 3.0, usual=0.1)
 
 
 def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
@@ -230,8 +236,8 @@ METHODS = (
     pairwise("exponential", losses.exponential_loss),
     pairwise("savage", losses.savage_loss),
     pairwise("exo", losses.exo_loss, label_smoothing=SMOOTHING),
-    pairwise("discopop", losses.discopop_loss, temperature=Range(0.05, 1.0)),
-    pairwise("offset dpo", losses.offset_dpo_loss, offset=Range(-1.0, 1.0, linear=True)),
+    pairwise("discopop", losses.discopop_loss, temperature=Range(0.05, 1.0, usual=0.05)),
+    pairwise("offset dpo", losses.offset_dpo_loss, offset=Range(-1.0, 1.0, linear=True, usual=0.0)),
     divergence("forward KL", losses.forward_kl),
     divergence("Jensen-Shannon", losses.jensen_shannon),
     divergence("alpha 0.5", losses.alpha_divergence(0.5)),
@@ -240,11 +246,11 @@ METHODS = (
     pairwise("sppo", losses.sppo_loss, BOTH_RATIOS),
     pairwise("apo-zero", losses.apo_zero_loss, BOTH_RATIOS),
     pairwise("apo-down", losses.apo_down_loss, BOTH_RATIOS),
-    pairwise("dpo-positive", losses.dpo_positive_loss, BOTH_RATIOS, penalty=Range(0.01, 10.0)),
+    pairwise("dpo-positive", losses.dpo_positive_loss, BOTH_RATIOS, penalty=Range(0.01, 10.0, usual=1.0)),
     Method("bco on pairs", BATCH, bco_pair, {"beta": BETA}),
     pairwise("aot", losses.aot_loss, BATCH),
     pairwise("unpaired aot", losses.aot_unpaired_loss, BATCH),
-    Method("beta-dpo", BATCH, beta_dpo, {"beta": BETA, "alpha": Range(0.1, 2.0)}),
+    Method("beta-dpo", BATCH, beta_dpo, {"beta": BETA, "alpha": Range(0.1, 2.0, usual=0.5)}),
     Method(
         "plackett-luce of 4",
         RANKED,
@@ -252,13 +258,13 @@ METHODS = (
         {"beta": BETA},
         Feedback.rankings,
     ),
-    reference_free("simpo", losses.simpo_loss, beta=BETA, gamma=Range(0.01, 3.0)),
+    reference_free("simpo", losses.simpo_loss, beta=BETA, gamma=TARGET_MARGIN),
     reference_free(
-        "alphapo", losses.alphapo_loss, beta=BETA, gamma=Range(0.01, 3.0), alpha=Range(-1.0, 1.0, linear=True)
+        "alphapo", losses.alphapo_loss, beta=BETA, gamma=TARGET_MARGIN, alpha=Range(-1.0, 1.0, linear=True, usual=0.5)
     ),
     reference_free("cpo", losses.cpo_loss, beta=BETA, sft_weight=SFT_WEIGHT),
-    reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 100.0)),
-    reference_free("unlikelihood", losses.unlikelihood_loss, alpha=Range(0.0, 1.0, linear=True)),
+    reference_free("orpo", losses.orpo_loss, odds_weight=Range(0.03, 100.0, usual=0.1)),
+    reference_free("unlikelihood", losses.unlikelihood_loss, alpha=Range(0.0, 1.0, linear=True, usual=0.5)),
     reference_free("preferred fine-tuning", losses.sft_loss),
     Method("kto", UNPAIRED, kto, {"beta": BETA}, Feedback.split_pairs),
     Method("kto with exact KL", UNPAIRED, kto_exact, {"beta": BETA}, Feedback.split_pairs),
@@ -275,7 +281,7 @@ METHODS = (
     Method("rpo", ADDITION, rpo, {"beta": BETA, "sft_weight": SFT_WEIGHT}),
     Method("mpo", ADDITION, mpo, {"beta": BETA}),
     Method("wpo", ADDITION, wpo, {"beta": BETA}),
-    Method("tr-dpo", ADDITION, tr_dpo, {"beta": BETA, "mix": Range(0.0003, 0.3)}),
+    Method("tr-dpo", ADDITION, tr_dpo, {"beta": BETA, "mix": Range(0.0003, 0.3, usual=0.001)}),
 )
 """All of them. Not here: what differs from DPO only where responses have more than one token (length-normalised and
 length-regularised DPO, LD-DPO)."""
@@ -287,25 +293,6 @@ OF_TOKENS = {
     method.name: method for method in METHODS if method.data is Feedback.pairs and method.name not in ("wpo", "tr-dpo")
 }
 """Those that need nothing but log-probabilities of the two responses, so that responses may be of any kind."""
-
-USUAL = {
-    "label_smoothing": 0.1,
-    "temperature": 0.05,
-    "offset": 0.0,
-    "penalty": 1.0,
-    "gamma": 0.1,
-    "alpha": 0.5,
-    "sft_weight": 1.0,
-    "odds_weight": 0.1,
-    "mix": 0.001,
-}
-"""Hyperparameters of the library's losses that nobody chose."""
-
-
-def usual_hyperparameters(method: Method) -> Mapping[str, float]:
-    """Values of the hyperparameters that a method needs, where nobody chose; none for a loss of your own."""
-    in_library = any(method is known for known in METHODS)
-    return {name: USUAL[name] for name in method.ranges if in_library and name in USUAL}
 
 
 def method_named(name: str, known: Mapping[str, Method]) -> tuple[str, Method]:

@@ -26,11 +26,15 @@ SettingType = TypeVar("SettingType", bound=tuple[Any, ...])
 
 
 class Range(NamedTuple):
-    """Where to look for a hyperparameter: from `low` to `high`, evenly in its logarithm unless `linear`."""
+    """Where to look for a hyperparameter: from `low` to `high`, evenly in its logarithm unless `linear`.
+
+    `usual` is its value where nobody chose one.
+    """
 
     low: float
     high: float
     linear: bool = False
+    usual: float | None = None
 
     def at(self, share: Any) -> Any:
         """The number a given share of the way from the low to the high end."""

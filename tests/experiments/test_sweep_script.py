@@ -186,7 +186,7 @@ def test_values_that_nobody_chose_are_those_of_the_losses():
     dpo, simpo = methods.OF_PAIRS["dpo"], methods.OF_PAIRS["simpo"]
     assert script.hyperparameters(dpo, {"beta": 0.1}) == {"beta": 0.1}, "its smoothing stays at its default"
     assert script.hyperparameters(dpo, {"beta": 0.1, "label_smoothing": 0.2, "gamma": 1})["label_smoothing"] == 0.2
-    assert script.hyperparameters(simpo, {"beta": 2.0}) == {"beta": 2.0, "gamma": methods.USUAL["gamma"]}
+    assert script.hyperparameters(simpo, {"beta": 2.0}) == {"beta": 2.0, "gamma": 0.1}
     assert script.hyperparameters(simpo, {"beta": 2.0, "gamma": 0.7})["gamma"] == 0.7
 
 
