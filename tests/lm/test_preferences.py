@@ -58,8 +58,10 @@ def test_pairs_are_read_as_labels_too(tmp_path):
 
 
 def test_text_is_scored_as_it_stands(tmp_path):
-    found, _ = read(write_lines(tmp_path / "a.jsonl", [{"prompt": "Q:", "chosen": " yes", "rejected": " no"}]))
-    assert found == [["Q:"], [" yes<|im_end|>"], [" no<|im_end|>"]]
+    path = write_lines(tmp_path / "a.jsonl", [EXPLICIT, {"prompt": "Q:", "chosen": " yes", "rejected": " no"}])
+    found, report = read(path)
+    assert [rows[1] for rows in found] == ["Q:", " yes<|im_end|>", " no<|im_end|>"]
+    assert f"text, not chats, so the chat template is not used: 1 (the first: {path}, line 2)" in str(report)
 
 
 def test_kinds_of_files_hold_the_same(tmp_path):
