@@ -5,12 +5,10 @@ what each reads and writes; the device's bandwidth then gives a lower bound on t
 is measured: caches can save traffic, starting a kernel takes time, padding is not counted, and a few kernels read less
 than is counted here.
 
-The GPU needs JAX's CUDA plugin (`pip install "jax[cuda12]"`), the TPU libtpu (`pip install "jax[tpu]"`); no device is
-needed.
+What has to be installed is in `experiments/lab/described.py`.
 """
 
 import math
-import os
 import re
 import time
 from collections.abc import Iterator
@@ -25,63 +23,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.benchmark.workloads import DPO, EXPERIMENT_STEPS, EXPERIMENT_WORK, SFT, run_experiment
 from experiments.lab import commands, console, files
+from experiments.lab.described import DEVICES, Device, described, memory
 
-H200 = """
-    gpu_device_info {
-      cuda_compute_capability { major: 9 minor: 0 }
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-      shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      memory_bandwidth: 4800000000000 l2_cache_size: 62914560 device_memory_size: 150000000000
-    }
-    platform_name: "CUDA" device_description_str: "NVIDIA H200"
-    dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 8 }
-"""
-"""An H200, as XLA's GpuTargetConfigProto describes it."""
-
-
-class Device(NamedTuple):
-    """A device that XLA can compile for without having it.
-
-    Attributes:
-      name: of the product.
-      needs: what to install.
-      topology: arguments of JAX's `get_topology_desc`.
-      num: how many experiments at once, unless the user says.
-      bandwidth: bytes per second that its memory can copy, unless the user says.
-      compiler_options: of XLA.
-    """
-
-    name: str
-    needs: str
-    topology: dict[str, Any]
-    num: int
-    bandwidth: float
-    compiler_options: dict[str, str | bool]
-
-
-DEVICES = {
-    "h200": Device(
-        "NVIDIA H200",
-        "jax[cuda12]",
-        {"topology_name": "", "platform": "cuda", "target_config": H200, "topology": "1x1x1"},
-        num=131072,
-        bandwidth=4.3e12,
-        compiler_options={"xla_gpu_autotune_level": "0"},  # tuning needs the card
-    ),
-    "v5e": Device(
-        "TPU v5e",
-        "jax[tpu]",
-        {"topology_name": "v5e:2x2", "platform": "tpu"},
-        num=64,  # XLA compiles slowly for it, the more experiments the more slowly
-        bandwidth=8.19e11,  # of Google's data sheet
-        compiler_options={},
-    ),
-}
-NO_TPU_HERE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-"""Environment variables with which libtpu neither looks for a TPU nor complains that there is none."""
+NUM = {"h200": 131072, "v5e": 64}
+"""How many experiments at once; XLA compiles slowly for the TPU, the more experiments the more slowly."""
 
 
 @dataclass(frozen=True)
@@ -264,19 +209,8 @@ def _called(instruction: Instruction, role: str) -> str:
 
 
 def compiled_for(device: Device, num: int) -> jax.stages.Compiled:
-    """The program that makes experiments on a described device.
-
-    Raises:
-      ValueError: JAX cannot describe the device; something is not installed.
-    """
-    from jax.experimental import topologies
-
-    os.environ.update(NO_TPU_HERE | dict(os.environ))
-    try:
-        described = topologies.get_topology_desc(**device.topology).devices[:1]
-    except RuntimeError as problem:
-        raise ValueError(f'JAX cannot compile for {device.name}: pip install "{device.needs}" ({problem})') from problem
-    sharding = NamedSharding(Mesh(np.array(described), ("devices",)), PartitionSpec("devices"))
+    """The program that makes experiments on a described device. Errors are those of `described`."""
+    sharding = NamedSharding(Mesh(np.array(described(device)[:1]), ("devices",)), PartitionSpec("devices"))
     lowered = jax.jit(jax.vmap(run_experiment), in_shardings=sharding, out_shardings=sharding).lower(
         jax.ShapeDtypeStruct((num,), jnp.uint32)
     )
@@ -300,19 +234,11 @@ def estimate(text: str, num: int, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def memory(program: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes that a program takes on its device, as XLA has planned them."""
-    sizes = program.memory_analysis()
-    return {
-        kind: int(getattr(sizes, f"{kind}_size_in_bytes")) for kind in ("argument", "output", "temp", "generated_code")
-    }
-
-
 def main() -> None:
     """Compiles, estimates, and writes the summary."""
     options = commands.parse(Options)
     device = DEVICES[options.device]
-    num, bandwidth = options.num or device.num, options.bandwidth or device.bandwidth
+    num, bandwidth = options.num or NUM[options.device], options.bandwidth or device.bandwidth
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so there is no need to look for a device
     folder = files.output_folder(options.out)
     start = time.perf_counter()

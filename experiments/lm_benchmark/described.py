@@ -2,11 +2,9 @@
 
 The model has the sizes of SmolLM2-135M, computes in bfloat16 and keeps parameters in float32. Parameters are spread
 over the axis `fsdp` of the described devices, and tokens over all of them; activations are computed again for the
-gradient. Nothing runs, so nothing is measured; see
-`experiments.described_devices` for what has to be installed.
+gradient. Nothing runs, so nothing is measured. What has to be installed is in `experiments/lab/described.py`.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,8 @@ from dpo_jax import lm, losses, train
 from dpo_jax.lm.folder import shapes
 from dpo_jax.lm.sharding import spec_of
 from dpo_jax.types import Pair
-from experiments.described_devices import DEVICES, NO_TPU_HERE, Device, memory
 from experiments.lab import commands, console, files, page
+from experiments.lab.described import DEVICES, Device, described, memory
 from experiments.lm_benchmark import workload
 
 LORA = lm.LoRA(rank=16)
@@ -41,22 +39,6 @@ class Options:
     """How many adapters in one program, beside the step of all parameters."""
     out: Path = Path("results/lm_described")
     """Folder for summary.json."""
-
-
-def described_mesh(device: Device) -> Mesh:
-    """All devices of a description, along the axis `fsdp`.
-
-    Raises:
-      ValueError: JAX cannot describe them; something is not installed.
-    """
-    from jax.experimental import topologies
-
-    os.environ.update(NO_TPU_HERE | dict(os.environ))
-    try:
-        devices = topologies.get_topology_desc(**device.topology).devices
-    except RuntimeError as problem:
-        raise ValueError(f'JAX cannot compile for {device.name}: pip install "{device.needs}" ({problem})') from problem
-    return Mesh(np.array(devices), ("fsdp",), axis_types=(AxisType.Auto,))
 
 
 def step_program(device: Device, mesh: Mesh, num_pairs: int, num_adapters: int | None = None) -> jax.stages.Compiled:
@@ -110,7 +92,7 @@ def main(options: Options) -> None:
     device, out = DEVICES[options.device], files.output_folder(options.out)
     jax.config.update("jax_platforms", "cpu")  # nothing runs, so there is no need to look for a device
     with commands.clear_errors():
-        mesh = described_mesh(device)
+        mesh = Mesh(np.array(described(device)), ("fsdp",), axis_types=(AxisType.Auto,))
     steps: dict[str, Any] = {}
     for name, num in {"all parameters": None, f"{options.num_adapters} adapters": options.num_adapters}.items():
         start = time.perf_counter()

@@ -6,7 +6,8 @@ import pytest
 
 from experiments import described_devices
 from experiments.benchmark.workloads import EXPERIMENT_STEPS
-from experiments.described_devices import DEVICES, Kernel
+from experiments.described_devices import Kernel
+from experiments.lab.described import DEVICES
 
 PROGRAM = """HloModule jit_run, is_scheduled=true
 
@@ -177,7 +178,7 @@ def test_the_script_writes_its_summary(tmp_path, monkeypatch, capsys, device):
     described_devices.main()
     assert "100,000 experiments take" in " ".join(capsys.readouterr().out.split())
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["num"] == DEVICES[device].num
+    assert summary["num"] == described_devices.NUM[device]
     assert summary["memory"]["argument"] == 28
 
 
