@@ -9,7 +9,7 @@ from dpo_jax import votes
 from dpo_jax.types import Pair
 from experiments import example_comparisons
 from experiments.fit_comparisons import __main__ as command
-from experiments.fit_comparisons.held_out import Split, evaluate
+from experiments.fit_comparisons.held_out import Split, evaluate, predict
 from experiments.fit_comparisons.ranking import Model, with_effective_weights
 from experiments.fit_comparisons.report import sureness
 from experiments.lab import devices
@@ -178,6 +178,14 @@ def test_accuracy_and_majority_by_hand():
     assert test["majority_accuracy"]["mean"] == (0 + 1 + 0 + 0.5) / 6
     tied = contest._replace(votes=contest.votes._replace(ties=np.arange(8) > 5))
     assert evaluate(tied, parts, model)[0]["accuracy"]["mean"] == (0 + 1 + 0.5 + 0.5) / 4
+
+
+def test_being_shown_first_counts_in_predictions():
+    ballots = votes.Votes(Pair(np.array([0, 0, 0]), np.array([1, 1, 1])), first=np.array([1, -1, 0]))
+    fitted = votes.Fit(np.array([0.1, -0.1]), 0.0, first=0.5, ties=0.0, steps=1, last_step=0.0)
+    predicted = predict(fitted, ballots, Model())
+    np.testing.assert_allclose(predicted.margins, [0.7, -0.3, 0.2])
+    assert predicted.right.tolist() == [1, 0, 1]
 
 
 def test_a_vote_is_tied_whatever_rounding_errors_its_weights_have():

@@ -6,6 +6,8 @@ import pytest
 
 from dpo_jax.lm import batches
 from dpo_jax.lm.stream import Capacity
+from dpo_jax.types import Demonstrations
+from tests.lm import tiny
 
 SIZES = [Capacity(int(t), (int(t),), int(t) // 3) for t in np.random.default_rng(0).integers(40, 300, 203)]
 
@@ -24,6 +26,14 @@ def has_room(capacity, rows):
 
 def shuffled(**options):
     return batches.shuffled(jax.random.key(0), SIZES, **{"num_epochs": 3, "batch_size": 4, **options})
+
+
+def test_a_row_may_fill_the_context():
+    prompts, responses = np.zeros((2, tiny.CONFIG.max_length - 3), np.int32), np.zeros((2, 3), np.int32)
+    batches.check_rows(tiny.CONFIG, Demonstrations(prompts, responses))
+    longer = Demonstrations(prompts, np.zeros((2, 4), np.int32))
+    with pytest.raises(ValueError, match=f"has {tiny.CONFIG.max_length + 1} tokens, the model's context"):
+        batches.check_rows(tiny.CONFIG, longer)
 
 
 def test_every_epoch_has_every_row_once_in_an_order_of_its_own():

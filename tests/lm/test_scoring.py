@@ -10,6 +10,7 @@ import pytest
 
 from dpo_jax import lm, losses, train
 from dpo_jax.lm.model import WORTH_HALVING, attention, causal_attention, rows
+from dpo_jax.lm.scoring import target_logps
 from dpo_jax.types import Demonstrations, Labels, Pair, Preferences
 from tests.lm import tiny
 
@@ -222,6 +223,26 @@ def test_long_rows_are_attended_in_halves_with_the_same_result():
     later = keys.at[:, -1].add(100.0)  # of the second half: only the last query sees it
     attended = causal_attention(queries, later, values, visible)
     np.testing.assert_array_equal(attended[:, :-1], causal_attention(queries, keys, values, visible)[:, :-1])
+
+
+def test_logits_in_parts_need_less_memory():
+    hidden, targets = jnp.zeros((4096, 16)), jnp.zeros(4096, jnp.int32)
+
+    def memory(at_once):
+        total = lambda params, x: jnp.sum(target_logps(MODEL.decoder, params, x, targets, at_once=at_once))  # noqa: E731
+        program = jax.jit(jax.grad(total)).lower(MODEL.params, hidden).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert memory(64) < memory(4096) / 4
+
+
+def test_in_bfloat16_rotary_positions_are_exact():
+    """Beyond 256, neighbouring positions are one number in bfloat16."""
+    decoder = tiny.model(dtype=jnp.bfloat16).decoder
+    tokens, positions = jnp.zeros(2, jnp.int32), jnp.array([256, 257])
+    _, queries = decoder.apply(MODEL.params, tokens, positions, lambda queries, *_: (queries, queries))
+    first, second = np.float32(queries[0])
+    assert np.abs(first - second).max() > 0.1
 
 
 def test_kl_along_responses_sums_over_the_vocabulary():

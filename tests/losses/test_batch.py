@@ -155,10 +155,13 @@ def test_no_gradient_flows_through_statistics():
 def test_margin_moments_are_moving_averages():
     state, batches = MarginMoments(jax.random.key(0)), np.random.default_rng(2).normal(1, 2, size=(5, 8))
     mean = std = 0.0
+    keys = [state.key]
     for margins in batches:
         state = update_margin_moments(state, jnp.asarray(margins, jnp.float32), momentum=0.7)
         mean, std = 0.7 * mean + 0.3 * margins.mean(), 0.7 * std + 0.3 * margins.std(ddof=1)
+        keys.append(state.key)
     np.testing.assert_allclose([state.mean, state.std], [mean, std], rtol=1e-5)
+    assert len(np.unique(jax.random.key_data(jnp.stack(keys)), axis=0)) == 6  # each batch has a filter of its own
     with pytest.raises(ValueError, match="momentum must be in .0, 1."):
         update_margin_moments(state, jnp.ones(2), momentum=1.0)
 

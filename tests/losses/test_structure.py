@@ -50,11 +50,12 @@ def test_rows_that_keep_to_themselves(of_margin):
         lambda m: jnp.where(m > jnp.median(m), m, 0.0),
         lambda m: m / jnp.sum(m > 0),
         lambda m: jax.lax.scan(lambda last, x: (x, x - last), 0.0, m)[1],
+        lambda m: m * jnp.sum(m[:, None] == m[None], axis=1),
         jnp.mean,
     ],
     ids=[
         *("mean", "std", "max", "sort", "cumsum", "roll", "neighbours"),
-        *("share", "cond", "median", "count", "scan", "scalar"),
+        *("share", "cond", "median", "count", "scan", "ties", "scalar"),
     ],
 )
 def test_rows_that_depend_on_others(of_margin):

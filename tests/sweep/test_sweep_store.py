@@ -149,6 +149,12 @@ def test_another_sweep_is_refused_before_anything_is_compiled(whole, expected, m
     assert sweeps.contents(whole) == expected
 
 
+def test_numbers_and_truth_values_are_told_apart(tmp_path):
+    store.refuse_other(tmp_path, {"a": {"b": 1}}, {"a": {"b": 1}})
+    with pytest.raises(ValueError, match="another sweep: a.b was 1 and is now true"):
+        store.refuse_other(tmp_path, {"a": {"b": 1}}, {"a": {"b": True}})
+
+
 def test_zeros_of_both_signs_are_told_apart(tmp_path, key):
     run = lambda key, *, a: 1 / a  # noqa: E731
     sweep.grid(run, key, num_seeds=1, out=tmp_path, a=[0.0, 1.0])

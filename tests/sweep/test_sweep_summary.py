@@ -51,6 +51,13 @@ def test_runs_without_a_number_do_not_count(results):
     assert summary.finished.sel(loss="i_po").min() == 1
 
 
+def test_a_run_with_a_nan_anywhere_is_not_finished(results):
+    history = xarray.DataArray(np.ones((2, 3, 9, 4)), AXES, dims=(*AXES, "epoch"))
+    history[0, 0, 0, 2] = np.nan
+    finished = summarise(results.assign(history=history)).finished
+    assert finished.sel(loss="dpo", beta=0.1) == 8 / 9 and finished.sel(loss="i_po").min() == 1
+
+
 def test_one_run_has_no_interval(results):
     summary = summarise(results.isel(seed=[0]))
     assert np.isnan(summary.reward.sel(statistic="high")).all()

@@ -174,6 +174,11 @@ def test_nan_stops_with_the_last_good_state(key):
     assert np.isnan(caught.value.history["loss"]).tolist() == [False, False, True]
 
 
+def test_the_last_batch_of_a_pass_counts_as_a_step(key):
+    with pytest.raises(train.NonFiniteError, match=r"step 4 \(epoch 2, batch 0"):
+        fit(key, learner=breaks_in_round(2), batch_size=3)  # of four rows
+
+
 def test_under_jit_it_freezes(key):
     params, history = jax.jit(lambda key: fit(key, learner=breaks_in_round(1), num_epochs=4))(key)
     assert jnp.all(jnp.isfinite(params["x"]))

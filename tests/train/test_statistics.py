@@ -159,6 +159,17 @@ def test_a_shift_of_weighted_labels_is_weighted(start, labels):
     np.testing.assert_allclose(value, sum(means) / 2, rtol=1e-4)
 
 
+def test_a_shift_of_weighted_pairs_gives_both_sides_the_weight_of_their_pair(start):
+    _, log_prob, params, _, preferences = start
+    weights = jnp.linspace(0.1, 2.0, len(preferences.prompts))
+    logps = jax.jit(log_prob)(params, preferences.prompts, preferences.responses)
+    reference = jax.tree.map(jnp.zeros_like, logps)
+    weighted = preferences._replace(weights=weights, reference_logps=reference)
+    value, _ = jax.jit(train.running_shift(beta=2.0).update)(losses.Shift(), params, weighted, logps)
+    means = [np.average(2 * np.float64(side), weights=weights) for side in logps]
+    np.testing.assert_allclose(value, sum(means) / 2, rtol=1e-4)
+
+
 def test_a_bad_beta_of_the_shift_is_refused():
     with pytest.raises(ValueError, match="beta must be in .0, inf., got -3"):
         train.running_shift(beta=-3)

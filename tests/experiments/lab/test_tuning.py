@@ -26,6 +26,10 @@ def test_values_at_the_end_of_a_range_are_reported():
     assert at_edge(RANGES, np.array([0.99, 0.5, 0.04])) == ["learning_rate", "offset"]
 
 
+def test_the_first_round_is_a_quarter_of_the_tuning_worlds_and_never_none():
+    assert [len(Seeds.of(3, num).first_round) for num in (1, 4, 5, 8)] == [1, 1, 2, 2]
+
+
 def test_trials_are_all_settings_with_all_their_candidates():
     points = np.arange(12, dtype=np.float32).reshape(2, 3, 2)
     tried = tuning.trials([Setting(), Setting(on_policy=1.0)], points)
