@@ -51,6 +51,7 @@ def test_what_is_no_number_is_refused(value):
     ("check", "message"),
     [
         (lambda: checks.boolean("x", jnp.ones(2)), "x must hold Booleans, got an array of shape"),
+        (lambda: checks.size("x", True), "x must be a whole number known before tracing, got True"),
         (lambda: checks.lengths(jnp.ones(2), (2,)), "lengths must be a pair"),
         (
             lambda: checks.rankings(jnp.ones((2, 3)), None),
@@ -78,6 +79,7 @@ def test_good_values_pass():
     checks.interval("x", 0, "[0, inf)")
     checks.interval("x", [1, 2.5], "[1, inf)")
     checks.choices("x", jnp.array([[0.0, 1.0]]))
+    checks.log_probabilities(x=jnp.array([jnp.nan, -1.0]))  # NaN shows in the loss, and stops training
     checks.broadcasts("x", 1.0, (3,))
     checks.distinct("x", [1, 2], [2, 1])
     assert checks.rows("x", (jnp.zeros((3, 2)), None, jnp.zeros(3))) == 3

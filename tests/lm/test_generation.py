@@ -40,6 +40,12 @@ def test_a_response_ends_with_its_first_stop_or_at_the_limit(key):
         assert length == 6 or row[length - 1] == STOP
 
 
+def test_neighbouring_tokens_are_drawn_independently(key):
+    uniform = jax.tree.map(jnp.zeros_like, MODEL.params)
+    tokens = np.asarray(MANY(key, uniform, PROMPTS).tokens)
+    assert np.mean(tokens[:, 0] == tokens[:, 1]) < 0.1  # 1 in 48
+
+
 def test_greedy_takes_the_most_probable_token_each_time(key):
     tokens = np.asarray(GREEDY(key, MODEL.params, PROMPTS).tokens)
     for prompt, row in zip(PROMPTS, tokens, strict=True):

@@ -166,6 +166,22 @@ def test_margin_moments_are_moving_averages():
         update_margin_moments(state, jnp.ones(2), momentum=1.0)
 
 
+@pytest.mark.parametrize("loss", [losses.aot_loss, losses.aot_unpaired_loss])
+def test_the_last_axis_is_the_batch(loss):
+    sides = jnp.asarray(-np.random.default_rng(0).exponential(size=(4, 3, 5)), jnp.float32)
+    several = loss(Pair(*sides[:2]), Pair(*sides[2:]), beta=0.5)
+    for row in range(3):
+        alone = loss(Pair(*sides[:2, row]), Pair(*sides[2:, row]), beta=0.5)
+        np.testing.assert_allclose(several[row], alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("keep", "num", "kept"), [(0.29, 100, 29), (0.7, 90, 63), (0.5, 5, 2), (0.1, 3, 1)])
+def test_beta_dpo_keeps_a_share_that_is_rounded_down(keep, num, kept):
+    moments, zeros = MarginMoments(jax.random.key(3), mean=0.0, std=1.0), Pair(jnp.zeros(num), jnp.zeros(num))
+    loss = beta_dpo_loss(zeros, zeros, beta=0.5, alpha=0.0, moments=moments, keep=keep)
+    assert np.sum(np.asarray(loss) > 0) == kept
+
+
 def test_beta_dpo_keeps_its_share_and_the_mean_of_the_kept():
     margins = jnp.linspace(-2, 2, 50)
     moments = MarginMoments(jax.random.key(3), mean=0.0, std=1.0)

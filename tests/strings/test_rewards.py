@@ -270,3 +270,8 @@ def test_expected_lengths_are_checked(as_users_have_it):
             strings.reference_log_probs(SPACES[0], expected_length=length)
     with pytest.raises(ValueError, match="strings of a fixed length have no expected length to choose"):
         strings.reference_log_probs(SPACES[1], expected_length=2.0)
+
+
+@spaces
+def test_every_space_has_a_world(key, space):
+    assert np.all(np.isfinite(make_world(key, space).rewards))

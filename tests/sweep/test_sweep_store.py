@@ -231,6 +231,7 @@ def test_the_same_axes_in_another_order_are_another_sweep(whole, expected):
 
 
 def test_another_version_makes_another_sweep(whole, expected, monkeypatch):
+    assert {*json.loads((whole / "sweep.json").read_text())["versions"]} == {"dpo_jax", "jax", "jaxlib"}
     monkeypatch.setattr(planning, "version", lambda package: "0.0.7")
     with pytest.raises(ValueError, match='versions.dpo_jax was .* and is now "0.0.7"'):
         sweeps.make(whole)

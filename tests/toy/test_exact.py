@@ -378,6 +378,16 @@ def test_expected_reward_by_hand():
     assert toy.expected_reward(log_probs, rewards).tolist() == [2.5, 5.0]
 
 
+def test_an_infinite_reward_counts_where_it_is_possible():
+    rewards = jnp.array([[1.0, jnp.inf]])
+    found = [toy.expected_reward(jnp.log(jnp.array([probs])), rewards).item() for probs in ([1.0, 0.0], [0.5, 0.5])]
+    assert found == [1.0, np.inf]
+
+
+def test_what_underflows_adds_nothing_to_the_kl():
+    assert toy.kl_to_reference(jnp.array([0.0, -200.0]), jnp.array([0.0, -jnp.inf])) == 0
+
+
 def test_kl_by_hand():
     policy, reference = jnp.log(jnp.array([[0.5, 0.5], [1.0, 0.0]])), jnp.log(jnp.array([[0.25, 0.75], [0.5, 0.5]]))
     expected = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), np.log(2)]

@@ -107,6 +107,18 @@ def test_hyperparameters_may_be_functions_without_gradient():
     assert seen[0] == (MASK.shape, TokenRollouts)
 
 
+def test_no_gradient_flows_into_what_is_worked_out_from_the_policy():
+    def loss(logps, old_logps, advantages, *, price):
+        return price * logps + 0.0 * (old_logps + advantages)
+
+    price = lambda params, batch, logps: jnp.sum(params**2) * jnp.ones_like(logps)  # noqa: E731
+    batch, fixed = make_batch(), float(jnp.sum(PARAMS**2))
+    (_, found), (_, expected) = (
+        run(train.token_policy_gradient_objective(token_log_prob, loss, price=p), batch) for p in (price, fixed)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_the_reference_of_grpo_comes_from_the_batch():
     batch, beta = make_batch(), 0.4
     objective = train.token_policy_gradient_objective(

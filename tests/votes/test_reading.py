@@ -103,6 +103,7 @@ HEADER = "prompt,chosen,rejected\n"
         ("a.csv", HEADER.encode() + b"a,b,c\na,b,\xff\n", "line 3: not UTF-8 text .byte 0xff"),
         ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,2\na,b,c,-1\n", "line 3: weight must be positive.* '-1'"),
         ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,nan\n", "line 2: weight must be positive.* 'nan'"),
+        ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,0\n", "line 2: weight must be positive.* '0'"),
         ("a.csv", b"prompt,chosen,rejected,weight\na,b,c,much\n", "line 2: weight must be positive.* 'much'"),
         ("a.jsonl", b'{"prompt": "a", "chosen": "b"}', "line 1: no column rejected"),
         ("a.jsonl", b'\n{"prompt"', "line 2: not JSON"),

@@ -208,3 +208,23 @@ def test_many_stacked_fits_with_random_priors_end():
     fits = refit(jax.random.split(jax.random.key(0), 300))
     assert fits.steps.max() <= 50
     assert jnp.isfinite(fits.strengths).all()
+
+
+@pytest.mark.parametrize("start", [(0.0, 0.0), (3.0, -3.0)])
+def test_steps_that_go_too_far_are_halved(start):
+    """Nine wins to one, and half a win each of the prior against an average response."""
+    ballots = votes.Votes(Pair(np.array([0] * 9 + [1]), np.array([1] * 9 + [0])))
+    strengths, zero = jnp.asarray(start), jnp.zeros(())
+    found = votes.fit(ballots, 2, start=votes.Fit(strengths, zero, zero, zero, zero, zero))
+
+    def minus_slope(s):  # of the likelihood in half the difference, by hand
+        return 9 * special.expit(-2 * s) - special.expit(2 * s) + (special.expit(-s) - special.expit(s)) / 2
+
+    np.testing.assert_allclose(found.strengths[0], optimize.brentq(minus_slope, 0, 5), rtol=1e-4)
+
+
+def test_being_shown_first_has_a_prior_of_its_own():
+    """Whoever is shown first wins, four times: exp(advantage) = 1 + 2 * 4 / prior, if strengths are equal."""
+    ballots = votes.Votes(Pair(np.array([0, 1, 0, 1]), np.array([1, 0, 1, 0])), first=np.ones(4, int))
+    for prior in (1.0, 4.0):
+        np.testing.assert_allclose(votes.fit(ballots, 2, prior=prior).first, np.log(1 + 8 / prior), rtol=1e-4)

@@ -1,5 +1,7 @@
 """The numbers of the tutorial notebook, and the same steps with fewer data."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,11 @@ def test_runs_have_the_notebooks_length():
     assert history["loss"].shape == (50,)
     assert (TUTORIAL.num_demonstrations, TUTORIAL.sft_batch_size) == (500, 32)
     assert (TUTORIAL.steps_per_epoch, TUTORIAL.num_steps) == (29, 1450)
+
+
+def test_imitation_has_a_learning_rate_of_its_own():
+    start = jax.jit(replace(PIPELINE, sft_learning_rate=0.0, sft_batch_size=PIPELINE.num_demonstrations).start)
+    np.testing.assert_allclose(np.ptp(start(jax.random.key(0)).history["loss"]), 0, atol=1e-6)
 
 
 @pytest.mark.slow
