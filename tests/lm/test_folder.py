@@ -68,6 +68,9 @@ def test_several_files_of_weights_have_an_index(tmp_path):
     assert len(names) > 4
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     assert {*index["weight_map"].values()} == {name for name in names if name.endswith(".safetensors")}
+    shards = [load_file(tmp_path / "model" / name) for name in names if name.endswith(".safetensors")]
+    sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in shards]
+    assert len(sizes) <= 2 * sum(sizes) / 4000 + 1  # two neighbours have more than the limit together
     same(lm.load(tmp_path / "model").params, tiny.model().params)
 
 

@@ -64,6 +64,7 @@ SWEEPS = {
         scale=[1.0, 2.0, 3.0],
         shift=[0.0, 0.5],
     ),
+    "uneven": functools.partial(sweep.grid, noisy, num_seeds=5, scale=[1.0, 2.0]),
     "training": functools.partial(
         sweep.grid,
         training,

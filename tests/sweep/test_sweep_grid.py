@@ -70,6 +70,12 @@ def test_seeds_that_devices_cannot_share_evenly_are_no_problem(tmp_path, num_dev
     assert sweeps.contents(tmp_path / "many") == sweeps.contents(tmp_path / "one")
 
 
+def test_the_last_seeds_may_be_too_few_for_their_device(tmp_path):
+    assert sweeps.exit_code(sweeps.make_on_devices, tmp_path, "uneven", 2) == 0
+    looped = sweeps.loop(sweeps.noisy, sweeps.base_key(), num_seeds=5, scale=[1.0, 2.0])
+    close(sweep.open_results(tmp_path)["total"], looped["total"])
+
+
 def test_a_sweep_in_memory_has_the_bits_of_one_in_a_folder(tmp_path):
     sweeps.assert_same(sweeps.make(None), sweeps.make(tmp_path / "out"))
 
