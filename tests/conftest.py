@@ -6,6 +6,7 @@ the time is spent on compiling them: they are compiled with little optimisation,
 
 import gc
 import os
+import signal
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +20,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # nobody reads where an operation came from
 gc.set_threshold(10_000)  # JAX clears a cache of its own at every collection
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -51,7 +51,7 @@ class Report:
       used: how many are trained on.
       dropped: the places of others, by reason.
       shortened: the places of rows whose prompt or responses were cut.
-      plain: the places of prompts that are text, though there is a chat template.
+      without_template: the places of prompts that are text, though there is a chat template.
       lengths: numbers of tokens `[used]`, of prompts and of each response.
       shown: the first rows, as they are scored.
     """
@@ -61,7 +61,7 @@ class Report:
     used: int = 0
     dropped: dict[str, list[str]] = field(default_factory=dict)
     shortened: dict[str, list[str]] = field(default_factory=dict)
-    plain: list[str] = field(default_factory=list)
+    without_template: list[str] = field(default_factory=list)
     lengths: dict[str, Int[np.ndarray, " used"]] = field(default_factory=dict)
     shown: list[str] = field(default_factory=list)
 
@@ -69,7 +69,8 @@ class Report:
         lines = [f"{self.source}: {self.used:,} of {self.rows:,} rows are used"]
         lines += [f"  dropped, {reason}: {_some(places)}" for reason, places in self.dropped.items()]
         lines += [f"  shortened, {what}: {_some(places)}" for what, places in self.shortened.items()]
-        lines += [f"  text, not chats, so the chat template is not used: {_some(self.plain)}"] if self.plain else []
+        if self.without_template:
+            lines.append(f"  text, not chats, so the chat template is not used: {_some(self.without_template)}")
         lines.append("tokens (median, 90 %, longest):")
         for name, lengths in self.lengths.items():
             middle, most, longest = np.percentile(lengths, [50, 90, 100]).astype(int)
@@ -160,7 +161,7 @@ def _read(
         if data and len(tokens.responses) != len(data[0].responses):
             raise ValueError(f"{example.place}: {len(tokens.responses)} responses, but {len(data[0].responses)} before")
         if isinstance(example.prompt, str) and text.template is not None:
-            report.plain.append(example.place)
+            report.without_template.append(example.place)
         data.append(tokens)
         examples.append(example)
     if not data:
