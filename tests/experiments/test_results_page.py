@@ -1,10 +1,12 @@
 """The tables on the page of results are those of the reported results."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dpo_jax import fast
 from experiments import beta_ablation, dpo_vs_rlhf, length, lm_beta_ablation, lm_sentiment, loss_variants
 from experiments.benchmark import report
 from experiments.lab import page
@@ -56,6 +58,14 @@ def test_a_table_of_language_models_is_that_of_its_reported_results(script):
 def test_the_memory_of_language_models_on_described_devices_is_that_of_the_report(device):
     text, name = page.LANGUAGE_MODELS.read_text(encoding="utf-8"), f"lm_described_{device}"
     assert page.between(text, name) == described.page_table(reported(name))
+
+
+@pytest.mark.parametrize("device", ["h200", "v5e"])
+def test_what_described_devices_would_do_is_that_of_the_report(device):
+    text = " ".join((Path(fast.__file__).parent / "README.md").read_text(encoding="utf-8").split())
+    summary = reported(f"described_devices/{device}")
+    assert f"{summary['kernels_per_step']:.0f} kernels a step" in text
+    assert f"{summary['bytes_per_step_and_run']:,.0f} bytes per step and run" in text
 
 
 def test_a_table_is_written_between_its_markers_and_only_for_reported_results(tmp_path, monkeypatch):
