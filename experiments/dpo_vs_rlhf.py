@@ -7,7 +7,6 @@ Every policy is measured exactly.
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from dpo_jax import checks, figures, losses, rlhf, sweep, toy
+from dpo_jax import figures, losses, rlhf, sweep, toy
 from dpo_jax.types import Metrics, Numeric
-from experiments.lab import commands, console, contenders, devices, files, page
+from experiments.lab import commands, console, contenders, files, page, studies
 from experiments.lab.contenders import CONTENDERS, STRENGTHS, Contender, Scene, contender
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
@@ -53,15 +52,9 @@ PANELS = {
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(studies.Options):
     """DPO beside RLHF: cost, exact reward, KL, and sensitivity, with confidence intervals."""
 
-    seed: int = 0
-    """Decides everything random."""
-    num_seeds: int = 64
-    """How many worlds to report, each with its own data, network and training."""
-    num_tuning_seeds: int = 32
-    """How many other worlds to choose learning rates in."""
     out: Path = Path("results/dpo_vs_rlhf")
     """Folder for summary.json and the figures."""
 
@@ -480,41 +473,18 @@ def points(entry: Any) -> figures.Points:
 
 def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Compares the methods and writes the results."""
-    commands.check_seed(options.seed)
-    commands.check_sizes(num_tuning_seeds=options.num_tuning_seeds)
-    with commands.clear_errors():
-        checks.size("--num-seeds", options.num_seeds, at_least=2)
-    out, clock = files.output_folder(options.out), time.perf_counter()
-    devices.use_all_cores()
-    devices.enable_compilation_cache()
-    seeds = Seeds.of(options.num_seeds, options.num_tuning_seeds)
-    console.say(
-        f"{len(CONTENDERS)} methods: {num_runs(seeds):,} runs in {options.num_seeds:,} worlds, and "
-        f"{options.num_tuning_seeds:,} more for tuning. The first start also compiles, for some minutes."
-    )
-    with console.waiting("Preparing worlds, SFT policies and reward models"):
-        scenes = sweep.prepare(partial(contenders.scene, pipeline), jax.random.key(options.seed), seeds=seeds.all)
-    seconds = Seconds()
-    learned = compare(scenes, seeds, pipeline, seconds)
-    summary = summarise(
-        {
-            "contenders": learned,
-            "seconds": _timed(scenes, pipeline),
-            **untrained(scenes.sel(seeds.reported), pipeline),
-        },
-        pipeline,
-    )
-    took = {"total": time.perf_counter() - clock, **vars(seconds)}
-    sizes = {name: getattr(options, name) for name in ("seed", "num_seeds", "num_tuning_seeds")}
-    files.save_summary({**sizes, "betas": STRENGTHS, **summary, **files.provenance(**took)}, out)
-    save_figures(summary, out)
-    page.update({"dpo_vs_rlhf": page_table(summary)}, out)
-    page.update({"gradient_estimators": estimators_table(summary)}, out, path=RLHF_PAGE)
+    study = studies.begin(options, at_least=2)
+    study.announce(f"{len(CONTENDERS)} methods: {num_runs(study.seeds):,} runs")
+    scenes = study.prepare(partial(contenders.scene, pipeline), "worlds, SFT policies and reward models")
+    learned = compare(scenes, study.seeds, pipeline, study.seconds)
+    rest = untrained(scenes.sel(study.seeds.reported), pipeline)
+    results = summarise({"contenders": learned, "seconds": _timed(scenes, pipeline), **rest}, pipeline)
+    summary = study.save({"betas": STRENGTHS, **results})
+    save_figures(summary, study.out)
+    page.update({"dpo_vs_rlhf": page_table(summary)}, study.out)
+    page.update({"gradient_estimators": estimators_table(summary)}, study.out, path=RLHF_PAGE)
     print_results(summary)
-    console.say(
-        f"{took['total']:.0f} s in all; of the comparison, {took['compile']:.0f} s compiling and {took['run']:.0f} s "
-        f"running. Figures and summary.json are in {out}."
-    )
+    study.end()
 
 
 def _timed(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, dict[str, float]]:

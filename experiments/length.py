@@ -7,25 +7,24 @@ strings is compared with that of the policy of highest reward that is as far fro
 that is not worth its KL.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from dpo_jax import figures, sweep
+from dpo_jax import figures
 from dpo_jax.intervals import half_width
-from dpo_jax.types import Metrics
-from experiments.lab import commands, console, devices, files, page, tuning
+from dpo_jax.types import Metrics, Numeric
+from experiments.lab import commands, comparison, console, files, page, studies, tuning
 from experiments.lab.methods import Method
 from experiments.lab.pipeline import Pipeline, Start
 from experiments.lab.runs import trained
-from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
-from experiments.lab.string_worlds import BETA, JUDGES, PIPELINE, STRING_METHODS, heard, measured
-from experiments.lab.tuning import Range, Seeds, Trials
+from experiments.lab.statistics import mean_and_stderr, over_seeds
+from experiments.lab.string_worlds import BETA, JUDGES, PIPELINE, STRING_METHODS, Judge, heard, measured
+from experiments.lab.tuning import Range
 
 LEARNING_RATE = Range(1e-4, 3e-2)
 SHOWN = (
@@ -50,80 +49,40 @@ MEASURES = ("expected_reward", "kl_to_reference", "regret", "merit", "expected_l
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(studies.Options):
     """What every loss does to length: exact reward, KL, regret, and letters beyond the best policy at the same KL."""
 
-    seed: int = 0
-    """Decides everything random."""
-    num_seeds: int = 64
-    """How many worlds to report, each with its own data, network and training."""
-    num_tuning_seeds: int = 32
-    """How many other worlds to choose hyperparameters in: all candidates in a quarter of them, the best four in all."""
     num_candidates: int = 16
-    """How many sets of hyperparameters to try for each loss and judge."""
+    """How many sets of hyperparameters to try for each loss and judge, in a quarter of the tuning worlds; the best four
+    in all of them."""
     losses: tuple[str, ...] = ()
     """Names of the losses (see `experiments/lab/string_worlds.py`); all if none are given."""
     out: Path = Path("results/length")
     """Folder for summary.json and the figure."""
 
 
-def ranges_of(method: Method) -> tuning.Ranges:
-    """What to tune: the learning rate first and beta second, so that all methods try the same of these."""
-    return {"learning_rate": LEARNING_RATE, **method.ranges}
+def run(pipeline: Pipeline, method: Method, start: Start, judge: Judge, chosen: Mapping[str, Numeric]) -> Metrics:
+    """Trains a method on what a judge says, and measures it."""
+    return measured(start, trained(pipeline, method, start, heard(pipeline, start, judge), chosen))
 
 
-def runner(pipeline: Pipeline, methods: Sequence[Method]) -> Any:
-    """`run(start, method=..., trial=...)`: trains a method with a candidate on what a judge says, and measures it."""
-    known = {method.name: method for method in methods}
-
-    def run(start: Start, *, method: str, trial: Trials) -> Metrics:
-        chosen = tuning.hyperparameters(ranges_of(known[method]), trial.candidate)
-        feedback = heard(pipeline, start, trial.setting)
-        return measured(start, trained(pipeline, known[method], start, feedback, chosen))
-
-    return run
-
-
-def compare(
-    methods: Sequence[Method],
-    starts: sweep.Starts,
-    seeds: Seeds,
-    num_candidates: int,
-    pipeline: Pipeline,
-    seconds: Seconds,
-) -> list[dict[str, Any]]:
-    """Tunes and runs all methods for all judges: for each its hyperparameters, and results `[num_seeds]`."""
-    judges = list(JUDGES.values())
-    num_dimensions = max(len(ranges_of(method)) for method in methods)
-    with console.progress("Runs") as report:
-        sweep_of = tuning.sweep_of(runner(pipeline, methods), starts, seconds=seconds, report=report)
-        points = tuning.candidates(num_candidates, num_dimensions)
-        chosen = tuning.tune(sweep_of, [m.name for m in methods], judges, seeds, points=points, score="merit")
-        entries = []
-        for method, candidate in zip(methods, chosen, strict=True):
-            results = sweep_of([method.name], tuning.trials(judges, candidate[:, None]), seeds.reported).isel(method=0)
-            for i, judge in enumerate(JUDGES):
-                entries.append(
-                    {
-                        "name": method.name,
-                        "family": method.family,
-                        "judge": judge,
-                        "hyperparameters": tuning.hyperparameters(ranges_of(method), candidate[i]),
-                        "at_edge": tuning.at_edge(ranges_of(method), candidate[i]),
-                        **by_name(results.isel(trial=i)),
-                    }
-                )
-    return entries
-
-
-def summarise(entries: list[dict[str, Any]], sft: dict[str, Any]) -> dict[str, Any]:
+def summarise(found: dict[str, list[dict[str, Any]]], methods: list[Method], sft: dict[str, Any]) -> dict[str, Any]:
     """Mean and standard error over worlds; the gain in merit over SFT is paired by world."""
     losses = []
-    for entry in entries:
-        numbers = {name: entry[name] for name in MEASURES}
-        numbers["gain"] = entry["merit"] - sft["merit"]
-        told = {name: entry[name] for name in ("name", "family", "judge", "hyperparameters", "at_edge")}
-        losses.append({**told, **{name: mean_and_stderr(values) for name, values in numbers.items()}})
+    for i, method in enumerate(methods):
+        for judge in found:
+            entry = found[judge][i]
+            numbers = {name: entry["results"][name] for name in MEASURES}
+            numbers["gain"] = numbers["merit"] - sft["merit"]
+            losses.append(
+                {
+                    "name": method.name,
+                    "family": method.family,
+                    "judge": judge,
+                    **{name: entry[name] for name in ("hyperparameters", "at_edge")},
+                    **{name: mean_and_stderr(values) for name, values in numbers.items()},
+                }
+            )
     return {"losses": losses, "sft": {name: mean_and_stderr(sft[name]) for name in MEASURES}}
 
 
@@ -177,44 +136,31 @@ def page_table(summary: dict[str, Any]) -> str:
     return page.table(["loss", *(f"letters, {judge}" for judge in JUDGES), "gain, indifferent"], rows)
 
 
-def chosen_methods(names: Sequence[str]) -> list[Method]:
-    """The methods of these names, or all of them."""
-    known = {method.name: method for method in STRING_METHODS}
-    commands.check_names("--losses", names, known)
-    return [known[name] for name in names] if names else list(STRING_METHODS)
-
-
 def main(options: Options, pipeline: Pipeline = PIPELINE) -> None:
     """Compares the losses and writes the results."""
-    commands.check_seed(options.seed)
-    sizes = {name: getattr(options, name) for name in ("num_seeds", "num_tuning_seeds", "num_candidates")}
-    commands.check_sizes(**sizes)
-    methods = chosen_methods(options.losses)
-    out, clock = files.output_folder(options.out), time.perf_counter()
-    devices.use_all_cores()
-    devices.enable_compilation_cache()
-    seeds = Seeds.of(options.num_seeds, options.num_tuning_seeds)
-    num_runs = tuning.num_runs(seeds, len(methods), len(JUDGES), options.num_candidates)
-    console.say(
-        f"{len(methods)} losses, {len(JUDGES)} judges: {num_runs:,} runs in {options.num_seeds:,} worlds, and "
-        f"{options.num_tuning_seeds:,} more for tuning. The first start also compiles, for some minutes."
+    methods = comparison.chosen_methods(options.losses, STRING_METHODS)
+    study = studies.begin(options)
+    num_runs = tuning.num_runs(study.seeds, len(methods), len(JUDGES), options.num_candidates)
+    study.announce(f"{len(methods)} losses, {len(JUDGES)} judges: {num_runs:,} runs")
+    starts = study.prepare(pipeline.start, "worlds and SFT policies")
+    found = comparison.compare(
+        partial(run, pipeline),
+        methods,
+        JUDGES,
+        starts,
+        study.seeds,
+        learning_rate=LEARNING_RATE,
+        num_candidates=options.num_candidates,
+        seconds=study.seconds,
+        score="merit",
     )
-    with console.waiting("Preparing worlds and SFT policies"):
-        starts = sweep.prepare(pipeline.start, jax.random.key(options.seed), seeds=seeds.all)
-    seconds = Seconds()
-    entries = compare(methods, starts, seeds, options.num_candidates, pipeline, seconds)
-    sft = over_seeds(lambda start: measured(start, start.log_probs), starts.sel(seeds.reported))
-    summary = {"seed": options.seed, **sizes, "beta": BETA, **summarise(entries, sft)}
-    took = {"total": time.perf_counter() - clock, **vars(seconds)}
-    save_figure(summary, out)
+    sft = over_seeds(lambda start: measured(start, start.log_probs), starts.sel(study.seeds.reported))
     judges = {name: judge._asdict() for name, judge in JUDGES.items()}
-    files.save_summary({**summary, "judges": judges, **files.provenance(**took)}, out)
-    page.update({"length": page_table(summary)}, out)
+    summary = study.save({"beta": BETA, **summarise(found, methods, sft), "judges": judges})
+    save_figure(summary, study.out)
+    page.update({"length": page_table(summary)}, study.out)
     print_results(summary)
-    console.say(
-        f"{took['total']:.0f} s in all: {took['compile']:.0f} s compiling and {took['run']:.0f} s running. The figure "
-        f"and summary.json are in {out}."
-    )
+    study.end()
 
 
 if __name__ == "__main__":

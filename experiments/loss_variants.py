@@ -10,7 +10,6 @@ loss can gain by sharpening it without looking at a label. Two controls show how
 and the SFT policy sharpened by hand.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +22,13 @@ import numpy as np
 
 from dpo_jax import figures, sweep, toy
 from dpo_jax.intervals import half_width
-from dpo_jax.types import Metrics
-from experiments.lab import commands, console, devices, files, page, tuning
+from experiments.lab import commands, comparison, console, files, page, studies, tuning
 from experiments.lab.feedback import SETTINGS, Setting, coin_tosses
 from experiments.lab.methods import METHODS, Method
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline, Start
 from experiments.lab.runs import feedback_of, measured, standard_run
-from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
-from experiments.lab.tuning import Range, Seeds, Trials
+from experiments.lab.statistics import Seconds, mean_and_stderr, over_seeds
+from experiments.lab.tuning import Range, Seeds
 
 LEARNING_RATE = Range(1e-5, 1e-2)
 LABELLED = ("dpo", "ipo", "simpo", "kto", "orpo", "cpo", "nca", "apo-down", "preferred fine-tuning")
@@ -57,13 +55,9 @@ GAINS = {"Gain over the SFT policy": "gain", "Gain from labels, over random labe
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(studies.Options):
     """Every preference loss, tuned, in the same worlds: exact reward, KL and regret with confidence intervals."""
 
-    seed: int = 0
-    """Decides everything random."""
-    num_seeds: int = 64
-    """How many worlds to report, each with its own data, network and training."""
     num_tuning_seeds: int = 64
     """How many other worlds to choose hyperparameters in: all candidates in a quarter of them, the best four in all."""
     num_candidates: int = 32
@@ -74,22 +68,6 @@ class Options:
     """Folder for summary.json and the figures."""
 
 
-def ranges_of(method: Method) -> tuning.Ranges:
-    """What to tune: the learning rate first and beta second, so that all methods try the same of these."""
-    return {"learning_rate": LEARNING_RATE, **method.ranges}
-
-
-def runner(pipeline: Pipeline, methods: Sequence[Method]) -> Any:
-    """`run(start, method=..., trial=...)`: the standard run of a method with a candidate, in a setting."""
-    known = {method.name: method for method in methods}
-
-    def run(start: Start, *, method: str, trial: Trials) -> Metrics:
-        chosen = tuning.hyperparameters(ranges_of(known[method]), trial.candidate)
-        return standard_run(pipeline, known[method], start, trial.setting, chosen)
-
-    return run
-
-
 def compare(
     methods: Sequence[Method],
     starts: sweep.Starts,
@@ -98,35 +76,18 @@ def compare(
     pipeline: Pipeline,
     seconds: Seconds,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Tunes and runs all methods in all settings.
-
-    Returns:
-      For each setting and method its `hyperparameters`, those `at_edge`, and its results, arrays `[num_seeds]`;
-      `reward_of_random_labels` is the expected reward of the same run with random labels.
-    """
-    names, settings = [method.name for method in methods], list(SETTINGS.values())
-    num_dimensions = max(len(ranges_of(method)) for method in methods)
-    with console.progress("Runs") as report:
-        sweep_of = tuning.sweep_of(runner(pipeline, methods), starts, seconds=seconds, report=report)
-        points = tuning.candidates(num_candidates, num_dimensions)
-        chosen = tuning.tune(sweep_of, names, settings, seeds, points=points)
-        found: dict[str, list[dict[str, Any]]] = {setting: [] for setting in SETTINGS}
-        for method, candidate in zip(methods, chosen, strict=True):
-            everywhere = tuning.trials(
-                [*settings, *map(coin_tosses, settings)], np.concatenate([candidate, candidate])[:, None]
-            )
-            results = sweep_of([method.name], everywhere, seeds.reported).isel(method=0)
-            for i, setting in enumerate(SETTINGS):
-                tossed = results.expected_reward.isel(trial=len(settings) + i)
-                found[setting].append(
-                    {
-                        "hyperparameters": tuning.hyperparameters(ranges_of(method), candidate[i]),
-                        "at_edge": tuning.at_edge(ranges_of(method), candidate[i]),
-                        **by_name(results.isel(trial=i)),
-                        "reward_of_random_labels": tossed.values,
-                    }
-                )
-    return found
+    """Tunes and runs all methods in all settings, and again with random labels; see `comparison.compare`."""
+    return comparison.compare(
+        partial(standard_run, pipeline),
+        methods,
+        SETTINGS,
+        starts,
+        seeds,
+        learning_rate=LEARNING_RATE,
+        num_candidates=num_candidates,
+        seconds=seconds,
+        control=coin_tosses,
+    )
 
 
 def baseline(pipeline: Pipeline, start: Start, *, setting: Setting) -> dict[str, Any]:
@@ -160,14 +121,13 @@ def baselines(pipeline: Pipeline, starts: sweep.Starts) -> dict[str, Any]:
 def summarise(found: dict[str, Any], known: dict[str, Any], methods: Sequence[Method]) -> dict[str, Any]:
     """Mean and standard error over seeds; gains (over SFT, from labels, over DPO) are paired by seed."""
     entries = []
-    for setting, results in found.items():
-        dpo = next((r for r, m in zip(results, methods, strict=True) if m.name == "dpo"), None)
-        for method, result in zip(methods, results, strict=True):
-            tuned = {name: result[name] for name in ("hyperparameters", "at_edge")}
-            numbers = {name: values for name, values in result.items() if name not in (*tuned, "sft_reward")}
-            reward = numbers["expected_reward"]
-            numbers["gain"] = reward - result["sft_reward"]
-            numbers["gain_from_labels"] = reward - numbers.pop("reward_of_random_labels")
+    for setting, tuned in found.items():
+        dpo = next((t["results"] for t, m in zip(tuned, methods, strict=True) if m.name == "dpo"), None)
+        for method, entry in zip(methods, tuned, strict=True):
+            numbers = dict(entry["results"])
+            reward, sft_reward = numbers["expected_reward"], numbers.pop("sft_reward")
+            numbers["gain"] = reward - sft_reward
+            numbers["gain_from_labels"] = reward - entry["control"]["expected_reward"]
             if dpo is not None:
                 numbers["gain_over_dpo"] = reward - dpo["expected_reward"]
             entries.append(
@@ -175,7 +135,7 @@ def summarise(found: dict[str, Any], known: dict[str, Any], methods: Sequence[Me
                     "name": method.name,
                     "family": method.family,
                     "setting": setting,
-                    **tuned,
+                    **{name: entry[name] for name in ("hyperparameters", "at_edge")},
                     **{name: mean_and_stderr(values) for name, values in numbers.items()},
                     "diverged": float(np.mean(np.isnan(reward))),
                 }
@@ -253,44 +213,21 @@ def page_table(summary: dict[str, Any]) -> str:
     return page.table(["loss", *settings, "clean, over random labels"], rows)
 
 
-def chosen_methods(names: Sequence[str]) -> list[Method]:
-    """The methods of these names, or all of them."""
-    known = {method.name: method for method in METHODS}
-    commands.check_names("--losses", names, known)
-    return [known[name] for name in names] if names else list(METHODS)
-
-
 def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Compares the losses and writes the results."""
-    commands.check_seed(options.seed)
-    sizes = {name: getattr(options, name) for name in ("num_seeds", "num_tuning_seeds", "num_candidates")}
-    commands.check_sizes(**sizes)
-    methods = chosen_methods(options.losses)
-    out, clock = files.output_folder(options.out), time.perf_counter()
-    devices.use_all_cores()
-    devices.enable_compilation_cache()
-    seeds = Seeds.of(options.num_seeds, options.num_tuning_seeds)
-    num_runs = tuning.num_runs(seeds, len(methods), len(SETTINGS), options.num_candidates, reports=2)
-    console.say(
-        f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs in {options.num_seeds:,} "
-        f"worlds, and {options.num_tuning_seeds:,} more for tuning. The first start also compiles, for some minutes."
-    )
-    with console.waiting("Preparing worlds and SFT policies"):
-        starts = sweep.prepare(pipeline.start, jax.random.key(options.seed), seeds=seeds.all)
-    seconds = Seconds()
-    found = compare(methods, starts, seeds, options.num_candidates, pipeline, seconds)
-    summary = summarise(found, baselines(pipeline, starts.sel(seeds.reported)), methods)
-    took = {"total": time.perf_counter() - clock, **vars(seconds)}
-    save_figures(summary, out)
+    methods = comparison.chosen_methods(options.losses, METHODS)
+    study = studies.begin(options)
+    num_runs = tuning.num_runs(study.seeds, len(methods), len(SETTINGS), options.num_candidates, reports=2)
+    study.announce(f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs")
+    starts = study.prepare(pipeline.start, "worlds and SFT policies")
+    found = compare(methods, starts, study.seeds, options.num_candidates, pipeline, study.seconds)
     settings = {name: setting._asdict() for name, setting in SETTINGS.items()}
-    options_used = {"seed": options.seed, **sizes, "settings": settings}
-    files.save_summary({**options_used, **summary, **files.provenance(**took)}, out)
-    page.update({"loss_variants": page_table({**options_used, **summary})}, out)
+    results = summarise(found, baselines(pipeline, starts.sel(study.seeds.reported)), methods)
+    summary = study.save({"settings": settings, **results})
+    save_figures(summary, study.out)
+    page.update({"loss_variants": page_table(summary)}, study.out)
     print_results(summary)
-    console.say(
-        f"{took['total']:.0f} s in all: {took['compile']:.0f} s compiling and {took['run']:.0f} s running. Figures and "
-        f"summary.json are in {out}."
-    )
+    study.end()
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Times to compile and times to run are kept apart; each time to run is the median
 PyTorch is installed, and JAX runs on the CPU, the same DPO runs are made in PyTorch in turn (`rival.py`).
 """
 
+import importlib
 import importlib.util
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -130,8 +131,8 @@ def measure(options: Options) -> dict[str, Any]:
         "strings": of_strings,
         "losses": of_losses,
         "scaling": of_devices,
-        "torch": beside_torch(options, sizes, starts, runs),
-        "string_torch": strings_beside_torch(options, sizes, string_starts, on_strings),
+        "torch": beside_torch("rival", options, starts, runs, sizes.torch_runs),
+        "string_torch": beside_torch("string_rival", options, string_starts, on_strings, sizes.string_runs),
     }
 
 
@@ -147,37 +148,20 @@ def can_compare(options: Options) -> bool:
 
 
 def beside_torch(
-    options: Options, sizes: Sizes, starts: sweep.Starts, runs: workloads.Workload
+    rival: str, options: Options, starts: sweep.Starts, runs: workloads.Workload, numbers: Iterable[int]
 ) -> dict[str, Any] | None:
-    """The same DPO runs in PyTorch; `None` if that cannot be compared."""
+    """The same runs in PyTorch, by the module of that name; `None` if that cannot be compared."""
     if not can_compare(options):
         return None
-    from experiments.benchmark import rival
-
+    found: dict[str, Any]
     with console.waiting("PyTorch"):
-        return rival.compare(
+        found = importlib.import_module(f"experiments.benchmark.{rival}").compare(
             without_keys(starts.values),
-            {num: partial(runs.run, num) for num in sizes.torch_runs},
+            {num: partial(runs.run, num) for num in numbers},
             repeats=options.repeats,
             compile_seconds=0.0 if options.quick else 60.0,
         )
-
-
-def strings_beside_torch(
-    options: Options, sizes: Sizes, starts: sweep.Starts, runs: workloads.Workload
-) -> dict[str, Any] | None:
-    """The same DPO runs on strings in PyTorch; `None` if that cannot be compared."""
-    if not can_compare(options):
-        return None
-    from experiments.benchmark import string_rival
-
-    with console.waiting("PyTorch on strings"):
-        return string_rival.compare(
-            without_keys(starts.values),
-            {num: partial(runs.run, num) for num in sizes.string_runs},
-            repeats=options.repeats,
-            compile_seconds=0.0 if options.quick else 60.0,
-        )
+    return found
 
 
 def without_keys(starts: Any) -> Any:

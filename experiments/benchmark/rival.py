@@ -33,13 +33,15 @@ from torch import nn  # type: ignore[import-not-found, unused-ignore]
 from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
 
 from experiments.benchmark.measuring import seconds_in_turn
-from experiments.benchmark.workloads import Experiment
+from experiments.benchmark.workloads import DPO, Experiment
 from experiments.lab.pipeline import BETA, TUTORIAL
 
 NUM_EPOCHS, BATCH_SIZE, LEARNING_RATE = TUTORIAL.num_epochs, TUTORIAL.batch_size, TUTORIAL.learning_rate
 DECAY, SQUARES_DECAY, EPSILON = 0.9, 0.999, 1e-8
 
 Tensor = Any
+JaxRuns = Mapping[int, Callable[[], Any]]
+"""For each number of runs, what makes that many in JAX."""
 
 
 class Stack(NamedTuple):
@@ -65,46 +67,57 @@ class Stack(NamedTuple):
     log_probs: Callable[[], Tensor]
 
 
-def compare(
-    starts: Experiment, jax_runs: Mapping[int, Callable[[], Any]], *, repeats: int, compile_seconds: float
+def compare(starts: Experiment, jax_runs: JaxRuns, **options: Any) -> dict[str, Any]:
+    """Times DPO runs in JAX and in PyTorch, in turn; see `in_turn`."""
+
+    def rivals(num: int) -> dict[str, Callable[[], Any]]:
+        stacks = {"stacked": runs_by_autograd(starts, num), "by hand": runs_first(starts, num)}
+        loop = {"tutorial's loop": partial(tutorial_run, starts, 0)} if num == 1 else {}
+        return {**loop, **{name: partial(train, stack) for name, stack in stacks.items()}}
+
+    return in_turn(jax_runs, rivals, partial(runs_last, starts, compiled=True), train, steps=DPO.steps, **options)
+
+
+def in_turn(
+    jax_runs: JaxRuns,
+    rivals: Callable[[int], dict[str, Callable[[], Any]]],
+    compiled: Callable[[int], Stack],
+    train: Callable[[Stack], Any],
+    *,
+    steps: int,
+    repeats: int,
+    compile_seconds: float,
 ) -> dict[str, Any]:
-    """Times DPO runs in JAX and in PyTorch, in turn.
+    """Times runs in JAX and in PyTorch, in turn.
 
     Args:
-      starts: what runs start from, stacked; NumPy arrays.
       jax_runs: for each number of runs, what makes that many in JAX.
+      rivals: from a number of runs to what makes that many in PyTorch, by name.
+      compiled: the same as a stack whose step `torch.compile` compiles.
+      train: trains a stack.
+      steps: optimizer steps of a run.
       repeats: how often each is timed.
       compile_seconds: how long `torch.compile` may take for each number of runs; 0 leaves it out.
     """
     entries = []
     for num, run_in_jax in jax_runs.items():
-        contenders = {"jax": run_in_jax}
-        if num == 1:
-            contenders["tutorial's loop"] = partial(tutorial_run, starts, 0)
-        contenders["stacked"] = partial(train, runs_by_autograd(starts, num))
-        contenders["by hand"] = partial(train, runs_first(starts, num))
+        contenders = {"jax": run_in_jax, **rivals(num)}
         with fresh_compiler():
-            compiled = runs_last(starts, num, compiled=True)
-            compiling, problem = seconds_to_compile(compiled, compile_seconds)
+            stack = compiled(num)
+            compiling, problem = seconds_to_compile(stack, compile_seconds)
             if problem is None:
-                contenders["by hand, compiled"] = partial(train, compiled)
+                contenders["by hand, compiled"] = partial(train, stack)
             times = {name: statistics.median(t) for name, t in seconds_in_turn(contenders, repeats).items()}
-        steps = num * NUM_EPOCHS * -(-starts.preferences.prompts.shape[1] // BATCH_SIZE)
-        entries.append(entry(num, steps, times, compiling, problem))
+        entries.append(
+            {
+                "num": num,
+                "microseconds_per_step_and_run": {name: 1e6 * t / (num * steps) for name, t in times.items()},
+                "times_jax": {name: t / times["jax"] for name, t in times.items() if name != "jax"},
+                "compile_seconds": compiling,
+                "not_compiled": problem,
+            }
+        )
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "runs": entries}
-
-
-def entry(
-    num: int, steps: int, times: Mapping[str, float], compiling: float | None, problem: str | None
-) -> dict[str, Any]:
-    """The entry of a summary for so many runs, which take so many optimizer steps together and so many seconds."""
-    return {
-        "num": num,
-        "microseconds_per_step_and_run": {name: 1e6 * t / steps for name, t in times.items()},
-        "times_jax": {name: t / times["jax"] for name, t in times.items() if name != "jax"},
-        "compile_seconds": compiling,
-        "not_compiled": problem,
-    }
 
 
 def train(stack: Stack, num_epochs: int = NUM_EPOCHS) -> tuple[Tensor, dict[str, Tensor]]:

@@ -9,8 +9,7 @@ As in `rival.py`, all do the same work as the library: the same batches, losses,
 - `by hand, compiled`: `by hand`, its gradients compiled by `torch.compile`.
 """
 
-import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,9 +18,8 @@ import numpy as np
 import torch  # type: ignore[import-not-found, unused-ignore]
 from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
 
-from experiments.benchmark.measuring import seconds_in_turn
-from experiments.benchmark.rival import Stack, Tensor, entry, epochs, fresh_compiler, fused_adam, seconds_to_compile
-from experiments.benchmark.string_runs import BATCH_SIZE, NUM_EPOCHS, NUM_PROMPTS, STRINGS, Start
+from experiments.benchmark.rival import JaxRuns, Stack, Tensor, epochs, fused_adam, in_turn
+from experiments.benchmark.string_runs import BATCH_SIZE, NUM_EPOCHS, NUM_PROMPTS, STRINGS, TRAINING, Start
 from experiments.lab.pipeline import BETA
 
 LETTERS, HORIZON, CHOICES = STRINGS.num_letters, STRINGS.horizon, STRINGS.num_choices
@@ -217,29 +215,13 @@ def in_blocks(starts: Start, num: int) -> Callable[[], None]:
     return train
 
 
-def compare(
-    starts: Start,
-    jax_runs: Mapping[int, Callable[[], Any]],
-    *,
-    repeats: int,
-    compile_seconds: float,
-) -> dict[str, Any]:
-    """Times DPO runs on strings in JAX and in PyTorch, in turn; see `rival.compare`."""
-    entries = []
-    for num, run_in_jax in jax_runs.items():
-        train = partial(epochs, num_epochs=NUM_EPOCHS)
-        contenders: dict[str, Callable[[], Any]] = {
-            "jax": run_in_jax,
-            "stacked": partial(train, by_autograd(starts, num)),
-            "by hand": partial(train, by_hand(starts, num)),
-            "by hand, in blocks": in_blocks(starts, num),
-        }
-        with fresh_compiler():
-            compiled = by_hand(starts, num, compiled=True)
-            compiling, problem = seconds_to_compile(compiled, compile_seconds)
-            if problem is None:
-                contenders["by hand, compiled"] = partial(train, compiled)
-            times = {name: statistics.median(t) for name, t in seconds_in_turn(contenders, repeats).items()}
-        steps = num * NUM_EPOCHS * -(-starts.preferences.prompts.shape[1] // BATCH_SIZE)
-        entries.append(entry(num, steps, times, compiling, problem))
-    return {"version": torch.__version__, "threads": torch.get_num_threads(), "runs": entries}
+def compare(starts: Start, jax_runs: JaxRuns, **options: Any) -> dict[str, Any]:
+    """Times DPO runs on strings in JAX and in PyTorch, in turn; see `rival.in_turn`."""
+    train = partial(epochs, num_epochs=NUM_EPOCHS)
+
+    def rivals(num: int) -> dict[str, Callable[[], Any]]:
+        stacks = {"stacked": by_autograd(starts, num), "by hand": by_hand(starts, num)}
+        blocks = {"by hand, in blocks": in_blocks(starts, num)}
+        return {name: partial(train, stack) for name, stack in stacks.items()} | blocks
+
+    return in_turn(jax_runs, rivals, partial(by_hand, starts, compiled=True), train, steps=TRAINING.steps, **options)

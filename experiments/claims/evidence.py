@@ -19,9 +19,10 @@ from dpo_jax.types import Metrics, Numeric, Params, Preferences
 from experiments import dpo_vs_rlhf, loss_variants
 from experiments.dpo_vs_rlhf import LEARNING_RATES, StrengthTrials
 from experiments.lab import console, contenders
+from experiments.lab.comparison import chosen_methods
 from experiments.lab.contenders import Scene
 from experiments.lab.feedback import SETTINGS, Setting
-from experiments.lab.methods import REFERENCE_FREE, Method, reference_free
+from experiments.lab.methods import METHODS, REFERENCE_FREE, Method, reference_free
 from experiments.lab.pipeline import BETA, BETAS, Pipeline, Start
 from experiments.lab.runs import standard_run
 from experiments.lab.statistics import Seconds, by_name, over_seeds
@@ -73,7 +74,7 @@ def orpo_from_scratch(pipeline: Pipeline) -> Method:
 
 def variants(pipeline: Pipeline) -> list[Method]:
     """The losses that the notebook names."""
-    named = loss_variants.chosen_methods(("dpo", "ipo", "kto", "kto on labels", "simpo", "orpo"))
+    named = chosen_methods(("dpo", "ipo", "kto", "kto on labels", "simpo", "orpo"), METHODS)
     return [*named, orpo_from_scratch(pipeline)]
 
 
@@ -302,8 +303,10 @@ def compare_variants(pipeline: Pipeline, key: Key[Array, ""], amounts: Amounts, 
     places = {method.name: i for i, method in enumerate(methods)}
     reported = starts.sel(seeds.reported)
     return {
-        "variants": {name: {setting: found[setting][i] for setting in SETTINGS} for name, i in places.items()},
-        "variants_sft_reward": found["clean"][0]["sft_reward"],
+        "variants": {
+            name: {setting: found[setting][i]["results"] for setting in SETTINGS} for name, i in places.items()
+        },
+        "variants_sft_reward": found["clean"][0]["results"]["sft_reward"],
         "smoothing": smoothing(pipeline, reported, found["noisy"][places["dpo"]]["hyperparameters"], seconds),
     }
 
@@ -315,7 +318,7 @@ def smoothing(
 
     Learning rate and beta are those tuned for DPO, then with a learning rate ten times as high (`training`).
     """
-    known = {method.name: method for method in loss_variants.chosen_methods(SMOOTHED)}
+    known = {method.name: method for method in chosen_methods(SMOOTHED, METHODS)}
     rate, beta = float(tuned["learning_rate"]), float(tuned["beta"])
 
     def run(start: Start, *, method: str, learning_rate: Numeric, label_smoothing: Numeric) -> Metrics:

@@ -14,48 +14,45 @@ PIPELINE = dataclasses.replace(string_worlds.PIPELINE, **SIZES)
 BY_NAME = {method.name: method for method in STRING_METHODS}
 
 
-def entry(name, judge, **numbers):
-    """Of two worlds; all measures are 0 and 1 but for the given ones."""
-    told = {"name": name, "family": "margin", "judge": judge, "hyperparameters": {"beta": 0.1}, "at_edge": []}
-    return {**told, **{measure: np.array([0.0, 1.0]) for measure in MEASURES}, **numbers}
-
-
 SFT = {measure: np.array([0.1, 0.5]) for measure in MEASURES}
 
 
-def small_summary():
-    entries = [
-        entry(name, judge, merit=np.array([0.3, 0.9]) + i, longer=np.array([1.0, 2.0]) * i)
-        for name in ("dpo", "simpo", "exo")
+def entry(**numbers):
+    """Of two worlds; all measures are 0 and 1 but for the given ones."""
+    results = {**{measure: np.array([0.0, 1.0]) for measure in MEASURES}, **numbers}
+    return {"hyperparameters": {"beta": 0.1}, "at_edge": [], "results": results}
+
+
+def small_summary(*names):
+    found = {
+        judge: [entry(merit=np.array([0.3, 0.9]) + i, longer=np.array([1.0, 2.0]) * i) for _ in names]
         for i, judge in enumerate(JUDGES)
-    ]
-    return {"num_seeds": 2, **summarise(entries, SFT)}
+    }
+    return {"num_seeds": 2, **summarise(found, [BY_NAME[name] for name in names], SFT)}
 
 
 def test_gains_are_paired_by_world():
-    found = small_summary()["losses"][1]
+    found = small_summary("dpo", "simpo")["losses"][1]
     assert (found["name"], found["judge"]) == ("dpo", "fond of length")
     np.testing.assert_allclose([found["gain"]["mean"], found["gain"]["stderr"]], [1.3, 0.1], atol=1e-12)
     np.testing.assert_allclose([found["longer"]["mean"], found["longer"]["stderr"]], [1.5, 0.5], atol=1e-12)
 
 
 def test_the_page_has_a_row_for_each_loss_that_is_shown():
-    rows = page_table(small_summary()).splitlines()
+    rows = page_table(small_summary("dpo", "simpo", "exo")).splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["dpo", "simpo"]
     assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == [
         *(f"letters, {judge}" for judge in JUDGES),
         "gain, indifferent",
     ]
-    num = small_summary()["num_seeds"]
-    shown = page.interval({"mean": 1.5, "stderr": 0.5}, num, sign=True)
+    shown = page.interval({"mean": 1.5, "stderr": 0.5}, 2, sign=True)
     assert rows[2].split("|")[3].strip() == shown
 
 
 def test_the_figure_is_made_only_if_there_is_something_to_show(tmp_path):
-    summary = small_summary()
-    save_figure({**summary, "losses": [e for e in summary["losses"] if e["name"] == "exo"]}, tmp_path)
+    save_figure(small_summary("exo"), tmp_path)
     assert not list(tmp_path.iterdir())
-    save_figure(summary, tmp_path)
+    save_figure(small_summary("dpo"), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["length.png"]
 
 

@@ -16,8 +16,8 @@ BY_NAME = {method.name: method for method in METHODS}
 def test_differences_are_paired():
     def result(rewards):
         told = {"hyperparameters": {"learning_rate": 1e-3, "beta": 1.0}, "at_edge": []}
-        measured = {"sft_reward": np.array([0.1, 0.5]), "reward_of_random_labels": np.array([0.1, 0.4])}
-        return {**told, "expected_reward": np.array(rewards), **measured}
+        results = {"expected_reward": np.array(rewards), "sft_reward": np.array([0.1, 0.5])}
+        return {**told, "results": results, "control": {"expected_reward": np.array([0.1, 0.4])}}
 
     known = {"clean": {"sft": {"expected_reward": np.array([0.1, 0.5])}}}
     summary = summarise({"clean": [result([0.2, 0.6]), result([0.3, 0.8])]}, known, [BY_NAME["dpo"], BY_NAME["ipo"]])

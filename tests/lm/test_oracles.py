@@ -119,16 +119,22 @@ LOSSES = {
 }
 
 
-def fifty_steps(loss, *, mean=False, param_dtype=jnp.float32):
-    """Losses, final parameters, and final log-probabilities of the first batch."""
+def fifty_steps(*which, mean=False, param_dtype=jnp.float32):
+    """A program that trains by one of some losses: its index -> losses, parameters, final log-probabilities.
+
+    The log-probabilities are those of the first batch.
+    """
     model = lm.load(GOLDEN / "chat_model", param_dtype=param_dtype)
     score = lm.log_prob_fn(model.decoder, mean=mean)
     data = jax.tree.map(jnp.asarray, PAIRS)
-    objective = train.preference_objective(score, loss, beta=0.1)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 
     @jax.jit
-    def run(params):
+    def run(index, params):
+        def loss(policy, reference, *, beta):
+            return jax.lax.switch(index, [partial(loss, beta=beta) for loss in which], policy, reference)
+
+        objective = train.preference_objective(score, loss, beta=0.1)
         with_reference = train.with_reference(score, params, data)
         state = train.init_state(params, objective=objective, optimizer=optimizer)
         batches = (jnp.arange(50)[:, None] % 6) * 4 + jnp.arange(4)[None]
@@ -143,34 +149,40 @@ def fifty_steps(loss, *, mean=False, param_dtype=jnp.float32):
         )
         return metrics["loss"], state.params, sums
 
-    return model, *run(model.params)
+    return lambda index: run(index, model.params)
 
 
 def compare(name, found, *, of_losses, of_logps):
-    np.testing.assert_allclose(found[1], NUMBERS[f"{name}/loss"], atol=of_losses)
+    of_steps, _, logps = found
+    np.testing.assert_allclose(of_steps, NUMBERS[f"{name}/loss"], atol=of_losses)
     for side in ("chosen", "rejected"):
-        np.testing.assert_allclose(getattr(found[3], side), NUMBERS[f"{name}/final_{side}_logps"], atol=of_logps)
+        np.testing.assert_allclose(getattr(logps, side), NUMBERS[f"{name}/final_{side}_logps"], atol=of_logps)
 
 
 @pytest.mark.slow
 def test_fifty_steps_of_dpo_are_those_of_trl_to_the_last_parameter():
     """In float64: what is left is the 1e-6 that PyTorch adds to the norm where it clips."""
     with jax.enable_x64(True):
-        model, *found = fifty_steps(losses.dpo_loss, param_dtype=jnp.float64)
-        compare("sigmoid_exact", (model, *found), of_losses=1e-7, of_logps=1e-4)
+        found = fifty_steps(losses.dpo_loss, param_dtype=jnp.float64)(0)
+        compare("sigmoid_exact", found, of_losses=1e-7, of_logps=1e-4)
         from dpo_jax.lm.folder import _named
 
-        ours = dict(_named(model.decoder, found[1]))
+        ours = dict(_named(lm.load(GOLDEN / "chat_model").decoder, found[1]))
         for name in (n for n in NUMBERS.files if n.startswith("sigmoid_exact/parameters/")):
             np.testing.assert_allclose(ours[name.split("/")[-1]], NUMBERS[name], atol=2e-6)
 
 
+@pytest.fixture(scope="module")
+def fifty_steps_on_sums():
+    return fifty_steps(*LOSSES.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
-def test_fifty_steps_are_those_of_trl(name):
+def test_fifty_steps_are_those_of_trl(fifty_steps_on_sums, name):
     """IPO takes means over tokens in TRL 1.16."""
     largest = NUMBERS[f"{name}/loss"].max()
     sharpened = 20 if name == "discopop" else 1  # its temperature of 0.05 multiplies differences
-    compare(
-        name, fifty_steps(LOSSES[name], mean=name == "ipo"), of_losses=1e-5 * max(1, largest) * sharpened, of_logps=1e-2
-    )
+    run = fifty_steps(*LOSSES.values(), mean=True) if name == "ipo" else fifty_steps_on_sums
+    found = run(list(LOSSES).index(name))
+    compare(name, found, of_losses=1e-5 * max(1, largest) * sharpened, of_logps=1e-2)

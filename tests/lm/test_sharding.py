@@ -42,15 +42,18 @@ found = {}
 for name, options in {"all": {}, "adapter": {"lora": lm.LoRA(rank=4)}}.items():
     here = folder / name
     data = lm.with_reference(spread, tiny.pairs(12), cache=here / "reference")
-    alone = lm.tune(jax.random.key(1), model, lm.with_reference(model, tiny.pairs(12)), **usual, **options)
+    if number == 0:
+        alone = lm.tune(jax.random.key(1), model, lm.with_reference(model, tiny.pairs(12)), **usual, **options)
     together = lm.tune(jax.random.key(1), spread, data, folder=here / "run", **usual, **options)
     again = lm.tune(jax.random.key(1), spread, data, folder=here / "run", **usual, **options)
-    one, four, resumed = (list(map(to_host, jax.tree.leaves(tuned.params))) for tuned in (alone, together, again))
+    four, resumed = (list(map(to_host, jax.tree.leaves(tuned.params))) for tuned in (together, again))
     found[name] = {
-        "apart": float(max(abs(a - b).max() for a, b in zip(one, four))),
         "resumed": all((a == b).all() for a, b in zip(four, resumed)),
         "devices": len(jax.tree.leaves(together.params)[0].sharding.device_set),
     }
+    if number == 0:
+        one = list(map(to_host, jax.tree.leaves(alone.params)))
+        found[name]["apart"] = float(max(abs(a - b).max() for a, b in zip(one, four)))
     if name == "all":
         lm.save(here / "model", spread._replace(params=together.params))
         read = jax.tree.leaves(lm.load(here / "model").params)
@@ -67,11 +70,12 @@ def test_four_devices_train_as_one(tmp_path, num_processes):
         subprocess.Popen([*command, str(i), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for i in range(num_processes)
     ]
-    for process in processes:
+    for i, process in enumerate(processes):
         printed, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         for found in json.loads(printed.splitlines()[-1]).values():
-            assert found.pop("apart") < 1e-5 and found.pop("devices") == 4
+            assert found.pop("devices") == 4
+            assert i > 0 or found.pop("apart") < 1e-5
             assert all(found.values()), found
     lines = (tmp_path / "all" / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]

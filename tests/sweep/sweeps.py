@@ -1,9 +1,8 @@
-"""Runs to sweep, what a plain loop makes of them, and sweeps in processes of their own."""
+"""Runs to sweep, what a plain loop makes of them, and sweeps for processes of their own."""
 
 import errno
 import functools
 import itertools
-import multiprocessing
 import os
 import resource
 import signal
@@ -15,13 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import xarray  # noqa: F401  (so that the processes below start with it)
 
 from dpo_jax import losses, sweep, toy, train
-from dpo_jax.fast import compiling
 from dpo_jax.sweep import processes, store
 
-compiling.CPU_OPTIONS.clear()  # also in processes of their own, which compile as this one does
 POLICY = toy.ToyLM(num_responses=4)
 
 
@@ -104,22 +100,7 @@ def assert_same(first, second, compare=np.testing.assert_array_equal):
         compare(array.values, second[name].values)
 
 
-# Many blocks, in a process of its own or not
-
-
-def in_a_process(target, *args):
-    """Starts a function of this module in a process that has imported it, and nothing else of JAX."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.sweep.sweeps"])
-    process = context.Process(target=target, args=args)
-    process.start()
-    return process
-
-
-def exit_code(target, *args):
-    process = in_a_process(target, *args)
-    process.join(120)
-    return process.exitcode
+# Many blocks, in a process of its own (`tests/forked.py`) or not
 
 
 NUM_RUNS = 72

@@ -12,6 +12,7 @@ import pytest
 
 from dpo_jax import sweep
 from dpo_jax.types import Ratio
+from tests import forked
 from tests.sweep import sweeps
 
 AXES = {"draws": sweep.static([2, 3]), "scale": [1.0, 2.0, 3.0], "shift": [0.0, 0.25]}
@@ -55,7 +56,7 @@ def test_training_in_a_grid_is_training_in_a_loop():
 
 @pytest.mark.slow
 def test_several_devices_give_the_same_bits_and_files(tmp_path):
-    devices = sweeps.in_a_process(sweeps.make_on_devices, tmp_path / "4", "training", 4)
+    devices = forked.start(sweeps.make_on_devices, tmp_path / "4", "training", 4)
     alone = sweeps.make(tmp_path / "1", "training")
     devices.join(120)
     assert devices.exitcode == 0
@@ -65,13 +66,13 @@ def test_several_devices_give_the_same_bits_and_files(tmp_path):
 
 @pytest.mark.parametrize("num_devices", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_seeds_that_devices_cannot_share_evenly_are_no_problem(tmp_path, num_devices):
-    assert sweeps.exit_code(sweeps.make_on_devices, tmp_path / "many", "noisy", num_devices) == 0
+    assert forked.exit_code(sweeps.make_on_devices, tmp_path / "many", "noisy", num_devices) == 0
     sweeps.make(tmp_path / "one", "noisy")
     assert sweeps.contents(tmp_path / "many") == sweeps.contents(tmp_path / "one")
 
 
 def test_the_last_seeds_may_be_too_few_for_their_device(tmp_path):
-    assert sweeps.exit_code(sweeps.make_on_devices, tmp_path, "uneven", 2) == 0
+    assert forked.exit_code(sweeps.make_on_devices, tmp_path, "uneven", 2) == 0
     looped = sweeps.loop(sweeps.noisy, sweeps.base_key(), num_seeds=5, scale=[1.0, 2.0])
     close(sweep.open_results(tmp_path)["total"], looped["total"])
 

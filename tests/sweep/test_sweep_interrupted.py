@@ -20,6 +20,7 @@ import pytest
 
 from dpo_jax import sweep
 from dpo_jax.sweep import stopping, store
+from tests import forked
 from tests.sweep import sweeps
 
 programs = importlib.import_module("dpo_jax.sweep.programs")
@@ -27,13 +28,13 @@ programs = importlib.import_module("dpo_jax.sweep.programs")
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_comes_to_the_same_end(tmp_path, expected):
-    assert sweeps.exit_code(sweeps.make_until_killed, tmp_path / "never" / "out", 0) == 0
+    assert forked.exit_code(sweeps.make_until_killed, tmp_path / "never" / "out", 0) == 0
     assert sweeps.contents(tmp_path / "never" / "out") == expected
     num_lines = int((tmp_path / "never" / "lines").read_text())
     moments = random.Random(0)
     folder, num_kills = tmp_path / "0" / "out", 0
     while num_kills < 20:
-        code = sweeps.exit_code(sweeps.make_until_killed, folder, moments.randint(1, num_lines // 3))
+        code = forked.exit_code(sweeps.make_until_killed, folder, moments.randint(1, num_lines // 3))
         assert code in (0, -9)
         num_kills += code == -9
         if code == 0:
@@ -44,7 +45,7 @@ def test_killed_at_twenty_moments_it_comes_to_the_same_end(tmp_path, expected):
 
 
 def test_asked_to_terminate_it_stops_after_a_block_and_goes_on_later(tmp_path, expected):
-    assert sweeps.exit_code(sweeps.make_until_terminated, tmp_path / "out", 20) == 128 + 15
+    assert forked.exit_code(sweeps.make_until_terminated, tmp_path / "out", 20) == 128 + 15
     done = len(list((tmp_path / "out" / "blocks").iterdir()))
     assert 0 < done < sweeps.NUM_BLOCKS / 2
     told = []
@@ -132,7 +133,7 @@ def test_a_handler_of_the_callers_is_left_alone(key, monkeypatch):
 
 def test_without_space_it_fails_and_goes_on_later(out, expected):
     done = {path.name for path in (out / "blocks").iterdir()}
-    assert sweeps.exit_code(sweeps.make_with_little_space, out, 300) == errno.EFBIG
+    assert forked.exit_code(sweeps.make_with_little_space, out, 300) == errno.EFBIG
     assert done <= {path.name for path in (out / "blocks").iterdir()}
     sweeps.make(out)
     assert sweeps.contents(out) == expected

@@ -11,6 +11,7 @@ import pytest
 
 from dpo_jax import sweep
 from dpo_jax.sweep import processes
+from tests import forked
 from tests.sweep import sweeps
 
 grid_module = importlib.import_module("dpo_jax.sweep.grid")
@@ -26,7 +27,7 @@ def free_port():
 def make_together(out, name, folder, **ends):
     address = f"127.0.0.1:{free_port()}"
     processes = [
-        sweeps.in_a_process(
+        forked.start(
             sweeps.make_together,
             out,
             name,
@@ -54,7 +55,7 @@ def test_two_processes_make_the_same_folder_as_one_and_both_return_the_whole(tmp
 
 @pytest.mark.slow
 def test_two_processes_finish_what_one_began(tmp_path):
-    assert sweeps.exit_code(sweeps.make_until_terminated, tmp_path / "two", 20) == 143
+    assert forked.exit_code(sweeps.make_until_terminated, tmp_path / "two", 20) == 143
     assert make_together(tmp_path / "two", "many blocks", tmp_path) == [0, 0]
     sweeps.make(tmp_path / "one")
     assert sweeps.contents(tmp_path / "two") == sweeps.contents(tmp_path / "one")

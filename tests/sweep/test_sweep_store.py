@@ -18,6 +18,7 @@ import pytest
 
 from dpo_jax import sweep
 from dpo_jax.sweep import store
+from tests import forked
 from tests.sweep import sweeps
 
 grid_module = importlib.import_module("dpo_jax.sweep.grid")
@@ -85,7 +86,7 @@ def test_a_second_process_is_refused_at_once(tmp_path, expected):
     def report(progress):
         if not codes and progress.done > 10:
             before = sweeps.contents(out)
-            codes.append(sweeps.exit_code(sweeps.make_and_tell, out))
+            codes.append(forked.exit_code(sweeps.make_and_tell, out))
             assert sweeps.contents(out) == before
 
     sweeps.make(out, report=report)

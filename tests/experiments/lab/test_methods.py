@@ -11,9 +11,10 @@ import pytest
 
 from dpo_jax import losses, train
 from experiments.lab import methods, tuning
+from experiments.lab.comparison import ranges_of
 from experiments.lab.feedback import SETTINGS, Feedback
 from experiments.lab.methods import METHODS, Setup
-from experiments.loss_variants import ranges_of
+from experiments.loss_variants import LEARNING_RATE
 from tests.experiments.small import PIPELINE, slow_but
 from tests.losses.menu import OF_RLHF
 
@@ -95,7 +96,10 @@ def test_names_can_stand_in_a_list():
 
 def test_methods_share_learning_rates_and_betas():
     known = {method.name: method for method in METHODS}
-    dpo, cdpo = (tuning.hyperparameters(ranges_of(known[name]), CANDIDATES[0]) for name in ("dpo", "conservative dpo"))
+    dpo, cdpo = (
+        tuning.hyperparameters(ranges_of(known[name], LEARNING_RATE), CANDIDATES[0])
+        for name in ("dpo", "conservative dpo")
+    )
     assert {name: cdpo[name] for name in dpo} == dpo
 
 

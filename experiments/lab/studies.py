@@ -1,0 +1,102 @@
+"""A study: one question asked in many worlds. What all such commands share: how they begin, and how they end."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import Array, Key
+
+from dpo_jax import checks, sweep
+from experiments.lab import commands, console, devices, files
+from experiments.lab.statistics import Seconds
+from experiments.lab.tuning import Seeds
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of every study; a command sets defaults of its own."""
+
+    seed: int = 0
+    """Decides everything random."""
+    num_seeds: int = 64
+    """How many worlds to report, each with its own data, network and training."""
+    num_tuning_seeds: int = 32
+    """How many other worlds to choose hyperparameters in."""
+    out: Path = Path("results")
+    """Folder for summary.json and the figures."""
+
+
+@dataclass
+class Study:
+    """A study that is under way.
+
+    Attributes:
+      options: of the command.
+      out: the folder of results.
+      seconds: what its sweeps took.
+      start: when it began, in seconds.
+    """
+
+    options: Options
+    out: Path
+    seconds: Seconds = field(default_factory=Seconds)
+    start: float = field(default_factory=time.perf_counter)
+
+    @cached_property
+    def seeds(self) -> Seeds:
+        """Which worlds to report, and which to tune in."""
+        return Seeds.of(self.options.num_seeds, self.options.num_tuning_seeds)
+
+    def announce(self, what: str) -> None:
+        """Says what will be done, and in how many worlds."""
+        console.say(
+            f"{what} in {self.options.num_seeds:,} worlds, and {self.options.num_tuning_seeds:,} more for tuning. The "
+            "first start also compiles, for some minutes."
+        )
+
+    def prepare(self, prepare: Callable[[Key[Array, ""]], Any], what: str) -> sweep.Starts:
+        """Makes what all runs of a seed share, in all worlds."""
+        with console.waiting(f"Preparing {what}"):
+            return sweep.prepare(prepare, jax.random.key(self.options.seed), seeds=self.seeds.all)
+
+    def save(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Writes `summary.json`: sizes, results, and their provenance; returns it."""
+        took = {"total": time.perf_counter() - self.start, **vars(self.seconds)}
+        summary = {**sizes_of(self.options), **results, **files.provenance(**took)}
+        files.save_summary(summary, self.out)
+        return summary
+
+    def end(self) -> None:
+        """Says how long it took, and where the results are."""
+        console.say(
+            f"{time.perf_counter() - self.start:.0f} s in all: {self.seconds.compile:.0f} s compiling and "
+            f"{self.seconds.run:.0f} s running. Figures and summary.json are in {self.out}."
+        )
+
+
+def begin(options: Options, *, at_least: int = 1) -> Study:
+    """Checks the options, makes the folder, and makes devices ready; ends the command if something is wrong.
+
+    Args:
+      options: of the command.
+      at_least: how many worlds it needs.
+    """
+    sizes = sizes_of(options)
+    commands.check_seed(sizes.pop("seed"))
+    with commands.clear_errors():
+        checks.size("--num-seeds", sizes.pop("num_seeds"), at_least=at_least)
+    commands.check_sizes(**sizes)
+    study = Study(options, files.output_folder(options.out))
+    devices.use_all_cores()
+    devices.enable_compilation_cache()
+    return study
+
+
+def sizes_of(options: Options) -> dict[str, int]:
+    """Those options that are whole numbers, by name."""
+    values = {each.name: getattr(options, each.name) for each in fields(options)}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
