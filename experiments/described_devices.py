@@ -88,8 +88,8 @@ NAMES_OF_MEMORY = ("AllocateBuffer", "ConcatBitcast")
 """Custom calls on a TPU that move nothing."""
 PARTS = ("slice", "dynamic-slice", "gather")
 """What reads only as much of its first operand as it returns."""
-STEPS_IN_TURN = SFT.steps + 2 * DPO.steps
-"""Optimizer steps of an experiment that wait for one another: the ablation trains all values of beta at once."""
+STEPS_IN_TURN = SFT.steps + DPO.steps
+"""Optimizer steps of an experiment that wait for one another: its DPO runs train at once."""
 
 
 class Kernel(NamedTuple):

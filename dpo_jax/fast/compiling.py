@@ -30,8 +30,8 @@ def compile_fast(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 def precise_options() -> dict[str, str | bool]:
     """Options for `jax.jit` where products of large matrices shall round less: `PRECISE_OPTIONS` if XLA knows them.
 
-    On a CPU, YNNPACK's kernels make steps of training about a tenth faster, but the largest error of logits twice as
-    large (`tests/golden/scripts/written_in_transformers.py`), and a program slower when it is first run.
+    On a CPU, YNNPACK's kernels make steps of training faster, but the largest error of logits twice as large
+    (`tests/golden/scripts/written_in_transformers.py`), and a program slower when it is first run.
     """
     if jax.default_backend() != "cpu":
         return {}

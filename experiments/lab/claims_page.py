@@ -11,13 +11,13 @@ from experiments.lab.judging import Claim
 from experiments.lab.studies import Study
 
 
-def publish(claims: list[Claim], study: Study, path: Path) -> None:
+def publish(what: str, claims: list[Claim], study: Study, path: Path) -> None:
     """Writes the summary, the figures and the page beside the command; prints the verdicts."""
     summary = study.save({"claims": [as_entry(claim) for claim in claims]})
     save_figures(claims, study.out)
     page.update(page_texts(summary, path.parent.name), study.out, path=path)
     console.print_table(
-        "The claims, measured: effects with 95% intervals",
+        f"{what}, measured: effects with 95% intervals",
         ["claim", "effect", "verdict"],
         [[claim.id, f"{claim.effect.mean:+.4f} ± {claim.effect.half:.4f}", claim.verdict] for claim in claims],
     )

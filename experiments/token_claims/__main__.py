@@ -13,7 +13,7 @@ from experiments.lab.string_worlds import PIPELINE
 from experiments.token_claims.evidence import gather
 from experiments.token_claims.statements import judge
 
-PAGE = Path(__file__).parent / "README.md"
+WHAT, PAGE = "Claims about tokens", Path(__file__).parent / "README.md"
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Options(studies.Options):
 def main(options: Options, pipeline: Pipeline = PIPELINE) -> None:
     """Measures, judges, and writes the results."""
     study = studies.begin(options, at_least=2)
-    study.announce("Claims about tokens")
+    study.announce(WHAT)
     claims = judge(gather(options.seed, study.seeds, study.seconds, pipeline))
-    claims_page.publish(claims, study, PAGE)
+    claims_page.publish(WHAT, claims, study, PAGE)
     study.end()
 
 
