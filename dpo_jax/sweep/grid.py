@@ -33,7 +33,7 @@ from dpo_jax.sweep.programs import BlockShape, compile_all, interruptible_thread
 from dpo_jax.sweep.progress import Progress, on_terminal
 from dpo_jax.sweep.results import Results, check_results_fit, dimension_names, labelled, read_blocks
 from dpo_jax.sweep.starts import Starts
-from dpo_jax.sweep.stopping import Stop, stopping
+from dpo_jax.sweep.stopping import Stop, result_of, stopping
 from dpo_jax.sweep.store import Block, check_place, locked, refuse_other
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _compute(
     with interruptible_threads(1) as waiting:
         for by_device, arrays in _one_ahead(_dispatched(work, pending)):
             with _naming_runs(work, next(iter(by_device.values()))):
-                fetched = waiting.submit(jax.device_get, arrays).result()
+                fetched = result_of(waiting.submit(jax.device_get, arrays))
             for block, part in _split_by_block(work, by_device, fetched):
                 if work.folder:
                     work.folder.write(block, part)

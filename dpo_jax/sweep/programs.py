@@ -22,6 +22,7 @@ from jaxtyping import Array, Key, PyTree, UInt32
 
 from dpo_jax.fast.compiling import compile_fast
 from dpo_jax.sweep.axes import name_run
+from dpo_jax.sweep.stopping import result_of
 
 SPLIT, WHOLE = PartitionSpec("seeds"), PartitionSpec()
 
@@ -198,7 +199,7 @@ def compile_all(
                     started[id(each)] = compilers.submit(compile_fast, each.lower(shape, devices))
         for each in todo:
             if id(each) in started:
-                each.programs[place] = started[id(each)].result()
+                each.programs[place] = result_of(started[id(each)])
     return Programs(prepare.programs[place] if prepare else None, [run.programs[place] for run in runs])
 
 

@@ -5,10 +5,11 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -17,6 +18,19 @@ USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, s
 
 SECONDS_BETWEEN = 0.5
 """How long to wait before a request that was swallowed is made again."""
+
+ResultType = TypeVar("ResultType")
+
+
+def result_of(future: Future[ResultType]) -> ResultType:
+    """What a thread returns, waited for such that a signal acts within half a second.
+
+    The system may give a signal to any thread. Python acts on it in the main thread, as soon as that runs; nobody wakes
+    one that waits for a lock.
+    """
+    while not wait([future], SECONDS_BETWEEN).done:
+        pass
+    return future.result()
 
 
 class Stop:

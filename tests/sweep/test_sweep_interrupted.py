@@ -77,6 +77,19 @@ def signal_in_the_collector(number):
     yield
 
 
+@contextlib.contextmanager
+def signal_to_another_thread(number):
+    """Sends a signal soon, which this thread does not receive; as the system may choose under load."""
+    with signal_soon(number):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+        try:
+            yield
+        finally:
+            if number in signal.sigpending():
+                signal.sigwait({number})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+
+
 @pytest.mark.parametrize(
     ("number", "where"),
     [
@@ -110,6 +123,19 @@ def test_a_signal_acts_at_once_whatever_is_done(key, monkeypatch, where, number)
     assert expected is KeyboardInterrupt or stopped.value.code == 143
     assert len(compiled) <= (os.cpu_count() or 1)
     assert {n: signal.getsignal(n) for n in before} == before
+
+
+@pytest.mark.parametrize("where", ["compile", "run"])
+def test_a_signal_that_reaches_another_thread_acts_at_once(key, monkeypatch, where):
+    again = threading.Event()
+    wait = lambda *_: again.wait(10)  # noqa: E731
+    if where == "compile":
+        monkeypatch.setattr(programs, "compile_fast", wait)
+    else:
+        monkeypatch.setattr(jax, "device_get", wait)
+    with signal_to_another_thread(signal.SIGINT), pytest.raises(KeyboardInterrupt):
+        sweep.grid(lambda key: 0.0, key, num_seeds=1)
+    again.set()
 
 
 def test_what_a_callback_raised_for_a_signal_is_that_of_the_signal():
