@@ -25,6 +25,7 @@ from experiments.lab.language import (
     judged,
     kind_of_data,
     kl_along,
+    model_and_text,
     objective_of,
     optimizer_of,
     read,
@@ -170,11 +171,9 @@ def main(options: Options) -> None:
         methods = dict(method_named(name, OF_LANGUAGE) for name in options.loss)
         if len({kind_of_data(method) for method in methods.values()}) > 1:
             raise ValueError(f"--loss: {', '.join(methods)} learn from different data: try them one at a time")
-        model = lm.load(options.model)
-        if model.text is None:
-            raise ValueError(f"{options.model} has no tokenizer.json")
+        model, text = model_and_text(options.model)
         method = next(iter(methods.values()))
-        rows, report = read(method, options.data, model.text, max_length=options.max_length, key=keys[3])
+        rows, report = read(method, options.data, text, max_length=options.max_length, key=keys[3])
         console.say(str(report))
         data = split(keys[0], rows, held_out=options.held_out, at_most=options.max_rows)
         for name, method in methods.items():

@@ -24,7 +24,7 @@ from dpo_jax import checks, figures, lm, losses, train
 from dpo_jax.lm.preferences import padded
 from dpo_jax.types import Demonstrations, Pair, Params, Preferences
 from experiments.lab import commands, console, devices, files, page
-from experiments.lab.language import FAILURES, answers, kl_along, optimizer_of, within_prompts
+from experiments.lab.language import FAILURES, answers, kl_along, model_and_text, optimizer_of, within_prompts
 
 SUBJECTS = (
     "The film", "The movie", "This picture", "The first half", "The second half", "The story", "The plot", "The script",
@@ -165,10 +165,8 @@ def main(options: Options) -> None:
     keys = jax.random.split(jax.random.key(options.seed), 5)
     score = sentiment()
     with commands.clear_errors():
-        model = lm.load(options.model)
-        if model.text is None:
-            raise ValueError(f"{options.model} has no tokenizer.json")
-        study = Study(model, padded([model.text.prompt(opening) for opening in OPENINGS]), score, options.max_tokens)
+        model, text = model_and_text(options.model)
+        study = Study(model, padded([text.prompt(opening) for opening in OPENINGS]), score, options.max_tokens)
         with console.waiting("Writing continuations"):
             written, scores = study.write(keys[0], model.params, options.num_samples)
         seconds["writing"] = time.perf_counter() - clock

@@ -27,6 +27,7 @@ from experiments.lab.language import (
     answers,
     hyperparameters_of,
     judged,
+    model_and_text,
     objective_of,
     optimizer_of,
     read,
@@ -117,10 +118,8 @@ def prepare(keys: Any, options: Options) -> Job:
     _, method = method_named(options.loss, OF_LANGUAGE)
     beta = {"beta": options.beta} if "beta" in method.ranges else {}
     hyperparameters = hyperparameters_of(method, {**beta, **options.fixed})
-    model = lm.load(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
-    if model.text is None:
-        raise ValueError(f"{options.model} has no tokenizer.json")
-    data, report = read(method, options.data, model.text, max_length=options.max_length, key=keys[0])
+    model, text = model_and_text(options.model, dtype=jnp.bfloat16 if options.bfloat16 else None)
+    data, report = read(method, options.data, text, max_length=options.max_length, key=keys[0])
     console.say(str(report))
     both = split(keys[1], data, held_out=options.held_out, at_most=options.max_rows)
     rank, mean = options.lora_rank, takes_means(method, options.mean)

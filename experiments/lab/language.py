@@ -29,6 +29,18 @@ OF_LANGUAGE = {method.name: method for method in METHODS if method.name in {*OF_
 """Losses that tune language models: those that need nothing but log-probabilities of responses."""
 
 
+def model_and_text(folder: Path, **options: Any) -> tuple[lm.LanguageModel, lm.Text]:
+    """A model and its tokenizer; see `lm.load`.
+
+    Raises:
+      ValueError: there is no tokenizer.
+    """
+    model = lm.load(folder, **options)
+    if model.text is None:
+        raise ValueError(f"{folder} has no tokenizer.json")
+    return model, model.text
+
+
 def is_kto(method: Method) -> bool:
     """Whether a method is the library's KTO; a function of that name is not."""
     return method is OF_LANGUAGE["kto"]

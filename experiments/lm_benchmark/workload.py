@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jax
 import numpy as np
 
 from dpo_jax import lm
@@ -63,8 +62,3 @@ def least_work(config: lm.Config, capacity: lm.Capacity, num_rows: int) -> float
     attention = 4 * c.num_heads * c.head_dim * (capacity.tokens / num_rows) / 2
     forward = capacity.tokens * c.num_layers * (2 * of_layer + attention)
     return 3 * (forward + 2 * capacity.scored * c.vocab_size * c.hidden_size)
-
-
-def num_parameters(params: Any) -> int:
-    """How many numbers a tree holds."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
