@@ -55,6 +55,8 @@ PANELS = {
 class Options(studies.Options):
     """DPO beside RLHF: cost, exact reward, KL, and sensitivity, with confidence intervals."""
 
+    num_tuning_seeds: int = 32
+    """How many other worlds to choose learning rates in."""
     out: Path = Path("results/dpo_vs_rlhf")
     """Folder for summary.json and the figures."""
 
@@ -473,7 +475,7 @@ def points(entry: Any) -> figures.Points:
 
 def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Compares the methods and writes the results."""
-    study = studies.begin(options, at_least=2)
+    study = studies.begin(options, options.out, at_least=2)
     study.announce(f"{len(CONTENDERS)} methods: {num_runs(study.seeds):,} runs")
     scenes = study.prepare(partial(contenders.scene, pipeline), "worlds, SFT policies and reward models")
     learned = compare(scenes, study.seeds, pipeline, study.seconds)

@@ -52,9 +52,10 @@ MEASURES = ("expected_reward", "kl_to_reference", "regret", "merit", "expected_l
 class Options(studies.Options):
     """What every loss does to length: exact reward, KL, regret, and letters beyond the best policy at the same KL."""
 
+    num_tuning_seeds: int = 32
+    """How many other worlds to choose hyperparameters in: all candidates in a quarter of them, the best four in all."""
     num_candidates: int = 16
-    """How many sets of hyperparameters to try for each loss and judge, in a quarter of the tuning worlds; the best four
-    in all of them."""
+    """How many sets of hyperparameters to try for each loss and judge."""
     losses: tuple[str, ...] = ()
     """Names of the losses (see `experiments/lab/string_worlds.py`); all if none are given."""
     out: Path = Path("results/length")
@@ -139,7 +140,7 @@ def page_table(summary: dict[str, Any]) -> str:
 def main(options: Options, pipeline: Pipeline = PIPELINE) -> None:
     """Compares the losses and writes the results."""
     methods = comparison.chosen_methods(options.losses, STRING_METHODS)
-    study = studies.begin(options)
+    study = studies.begin(options, options.out)
     num_runs = tuning.num_runs(study.seeds, len(methods), len(JUDGES), options.num_candidates)
     study.announce(f"{len(methods)} losses, {len(JUDGES)} judges: {num_runs:,} runs")
     starts = study.prepare(pipeline.start, "worlds and SFT policies")

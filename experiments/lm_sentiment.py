@@ -82,7 +82,7 @@ def sentiment() -> Callable[[str], float]:
 
 
 @dataclass(frozen=True)
-class Study:
+class Sampler:
     """What all policies are measured by.
 
     Attributes:
@@ -166,12 +166,12 @@ def main(options: Options) -> None:
     score = sentiment()
     with commands.clear_errors():
         model, text = model_and_text(options.model)
-        study = Study(model, padded([text.prompt(opening) for opening in OPENINGS]), score, options.max_tokens)
+        sampler = Sampler(model, padded([text.prompt(opening) for opening in OPENINGS]), score, options.max_tokens)
         with console.waiting("Writing continuations"):
-            written, scores = study.write(keys[0], model.params, options.num_samples)
+            written, scores = sampler.write(keys[0], model.params, options.num_samples)
         seconds["writing"] = time.perf_counter() - clock
         tokens = np.asarray(written.tokens).reshape(*scores.shape, -1)
-        pairs = ordered_pairs(keys[1], study.prompts, tokens, scores, options.num_pairs)
+        pairs = ordered_pairs(keys[1], sampler.prompts, tokens, scores, options.num_pairs)
         with console.waiting("Reference"):
             pairs = lm.with_reference(model, pairs, cache=out / "reference")
     lora = lm.LoRA(rank=options.lora_rank, alpha=2.0 * options.lora_rank, top_layers=options.top_layers)
@@ -210,7 +210,7 @@ def main(options: Options) -> None:
     results: dict[str, Any] = {}
     for name, params in policies.items():
         # same key: differences between policies are not those of the draws
-        results[name] = study.measure(keys[3], params, options.num_fresh)
+        results[name] = sampler.measure(keys[3], params, options.num_fresh)
         found = results[name]
         console.say(f"{name}: sentiment {_shown(found['reward'])}, KL {_shown(found['kl'])}: {found['example']!r}")
     results |= {f"best of {n}": best_of(scores, n) for n in BEST_OF if n < options.num_samples}

@@ -216,7 +216,7 @@ def page_table(summary: dict[str, Any]) -> str:
 def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Compares the losses and writes the results."""
     methods = comparison.chosen_methods(options.losses, METHODS)
-    study = studies.begin(options)
+    study = studies.begin(options, options.out)
     num_runs = tuning.num_runs(study.seeds, len(methods), len(SETTINGS), options.num_candidates, reports=2)
     study.announce(f"{len(methods)} losses on feedback of {len(SETTINGS)} kinds: {num_runs:,} runs")
     starts = study.prepare(pipeline.start, "worlds and SFT policies")

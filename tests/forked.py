@@ -15,9 +15,14 @@ def start(target, *args):
     """Starts a function of a module in a process of its own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.forked"])
-    process = context.Process(target=target, args=args)
+    process = context.Process(target=run, args=(target, *args))
     process.start()
     return process
+
+
+def run(target, *args):
+    """What the process does: it has imported this module, whether or not that was done in advance."""
+    target(*args)
 
 
 def exit_code(target, *args):

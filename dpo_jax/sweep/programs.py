@@ -215,7 +215,7 @@ def naming(combination: dict[str, Any], traced: Sequence[str]) -> Iterator[None]
 
 @contextmanager
 def interruptible_threads(num_threads: int | None) -> Iterator[ThreadPoolExecutor]:
-    """Threads for work that the main thread waits for, so that Ctrl-C reaches it meanwhile.
+    """Threads for work that the main thread waits for by `result_of`, so that Ctrl-C reaches it meanwhile.
 
     After an error no more work is started, and running work is not waited for until the process ends: XLA can cancel
     neither a compilation nor a program.

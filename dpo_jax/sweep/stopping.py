@@ -19,17 +19,20 @@ USUAL: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, s
 SECONDS_BETWEEN = 0.5
 """How long to wait before a request that was swallowed is made again."""
 
+SECONDS_BETWEEN_LOOKS = 0.5
+"""How long the main thread may wait for another one before it looks whether a signal has come."""
+
 ResultType = TypeVar("ResultType")
 
 
 def result_of(future: Future[ResultType]) -> ResultType:
-    """What a thread returns, waited for such that a signal acts within half a second.
+    """The result of a future.
 
-    The system may give a signal to any thread. Python acts on it in the main thread, as soon as that runs; nobody wakes
-    one that waits for a lock.
+    It waits in short steps, so that a signal acts soon even if the system delivers it to another thread: Python handles
+    signals in the main thread, and only when that runs.
     """
-    while not wait([future], SECONDS_BETWEEN).done:
-        pass
+    while not future.done():
+        wait([future], SECONDS_BETWEEN_LOOKS)
     return future.result()
 
 

@@ -4,10 +4,9 @@ Times to compile and times to run are kept apart; each time to run is the median
 PyTorch is installed, and JAX runs on the CPU, the same DPO runs are made in PyTorch in turn (`rival.py`).
 """
 
-import importlib
 import importlib.util
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,8 +130,7 @@ def measure(options: Options) -> dict[str, Any]:
         "strings": of_strings,
         "losses": of_losses,
         "scaling": of_devices,
-        "torch": beside_torch("rival", options, starts, runs, sizes.torch_runs),
-        "string_torch": beside_torch("string_rival", options, string_starts, on_strings, sizes.string_runs),
+        **beside_torch(options, sizes, (starts, runs), (string_starts, on_strings)),
     }
 
 
@@ -148,20 +146,28 @@ def can_compare(options: Options) -> bool:
 
 
 def beside_torch(
-    rival: str, options: Options, starts: sweep.Starts, runs: workloads.Workload, numbers: Iterable[int]
-) -> dict[str, Any] | None:
-    """The same runs in PyTorch, by the module of that name; `None` if that cannot be compared."""
+    options: Options,
+    sizes: Sizes,
+    dpo: tuple[sweep.Starts, workloads.Workload],
+    strings: tuple[sweep.Starts, workloads.Workload],
+) -> dict[str, Any]:
+    """The same runs in PyTorch; `None` if that cannot be compared."""
     if not can_compare(options):
-        return None
-    found: dict[str, Any]
-    with console.waiting("PyTorch"):
-        found = importlib.import_module(f"experiments.benchmark.{rival}").compare(
+        return {"torch": None, "string_torch": None}
+    from experiments.benchmark import rival, string_rival
+
+    def compared(compare: Any, starts: sweep.Starts, runs: workloads.Workload, numbers: tuple[int, ...]) -> Any:
+        return compare(
             without_keys(starts.values),
             {num: partial(runs.run, num) for num in numbers},
             repeats=options.repeats,
             compile_seconds=0.0 if options.quick else 60.0,
         )
-    return found
+
+    with console.waiting("PyTorch"):
+        torch = compared(rival.compare, *dpo, sizes.torch_runs)
+    with console.waiting("PyTorch on strings"):
+        return {"torch": torch, "string_torch": compared(string_rival.compare, *strings, sizes.string_runs)}
 
 
 def without_keys(starts: Any) -> Any:

@@ -67,22 +67,25 @@ class Stack(NamedTuple):
     log_probs: Callable[[], Tensor]
 
 
-def compare(starts: Experiment, jax_runs: JaxRuns, **options: Any) -> dict[str, Any]:
-    """Times DPO runs in JAX and in PyTorch, in turn; see `in_turn`."""
+def compare(starts: Experiment, jax_runs: JaxRuns, *, repeats: int, compile_seconds: float) -> dict[str, Any]:
+    """Times DPO runs in JAX and in PyTorch, in turn; starts are stacked NumPy arrays. See `times_in_turn`."""
 
     def rivals(num: int) -> dict[str, Callable[[], Any]]:
         stacks = {"stacked": runs_by_autograd(starts, num), "by hand": runs_first(starts, num)}
         loop = {"tutorial's loop": partial(tutorial_run, starts, 0)} if num == 1 else {}
         return {**loop, **{name: partial(train, stack) for name, stack in stacks.items()}}
 
-    return in_turn(jax_runs, rivals, partial(runs_last, starts, compiled=True), train, steps=DPO.steps, **options)
+    to_compile = partial(runs_last, starts, compiled=True)
+    return times_in_turn(
+        jax_runs, rivals, to_compile, train, steps=DPO.steps, repeats=repeats, compile_seconds=compile_seconds
+    )
 
 
-def in_turn(
+def times_in_turn(
     jax_runs: JaxRuns,
     rivals: Callable[[int], dict[str, Callable[[], Any]]],
-    compiled: Callable[[int], Stack],
-    train: Callable[[Stack], Any],
+    to_compile: Callable[[int], Stack],
+    train_stack: Callable[[Stack], Any],
     *,
     steps: int,
     repeats: int,
@@ -93,8 +96,8 @@ def in_turn(
     Args:
       jax_runs: for each number of runs, what makes that many in JAX.
       rivals: from a number of runs to what makes that many in PyTorch, by name.
-      compiled: the same as a stack whose step `torch.compile` compiles.
-      train: trains a stack.
+      to_compile: from a number of runs to a stack whose step `torch.compile` compiles when it is first trained.
+      train_stack: trains a stack.
       steps: optimizer steps of a run.
       repeats: how often each is timed.
       compile_seconds: how long `torch.compile` may take for each number of runs; 0 leaves it out.
@@ -103,10 +106,10 @@ def in_turn(
     for num, run_in_jax in jax_runs.items():
         contenders = {"jax": run_in_jax, **rivals(num)}
         with fresh_compiler():
-            stack = compiled(num)
+            stack = to_compile(num)
             compiling, problem = seconds_to_compile(stack, compile_seconds)
             if problem is None:
-                contenders["by hand, compiled"] = partial(train, stack)
+                contenders["by hand, compiled"] = partial(train_stack, stack)
             times = {name: statistics.median(t) for name, t in seconds_in_turn(contenders, repeats).items()}
         entries.append(
             {

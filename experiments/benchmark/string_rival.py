@@ -18,7 +18,7 @@ import numpy as np
 import torch  # type: ignore[import-not-found, unused-ignore]
 from torch.nn import functional  # type: ignore[import-not-found, unused-ignore]
 
-from experiments.benchmark.rival import JaxRuns, Stack, Tensor, epochs, fused_adam, in_turn
+from experiments.benchmark.rival import JaxRuns, Stack, Tensor, epochs, fused_adam, times_in_turn
 from experiments.benchmark.string_runs import BATCH_SIZE, NUM_EPOCHS, NUM_PROMPTS, STRINGS, TRAINING, Start
 from experiments.lab.pipeline import BETA
 
@@ -215,13 +215,16 @@ def in_blocks(starts: Start, num: int) -> Callable[[], None]:
     return train
 
 
-def compare(starts: Start, jax_runs: JaxRuns, **options: Any) -> dict[str, Any]:
-    """Times DPO runs on strings in JAX and in PyTorch, in turn; see `rival.in_turn`."""
+def compare(starts: Start, jax_runs: JaxRuns, *, repeats: int, compile_seconds: float) -> dict[str, Any]:
+    """Times DPO runs on strings in JAX and in PyTorch, in turn; starts are stacked NumPy arrays."""
     train = partial(epochs, num_epochs=NUM_EPOCHS)
 
     def rivals(num: int) -> dict[str, Callable[[], Any]]:
         stacks = {"stacked": by_autograd(starts, num), "by hand": by_hand(starts, num)}
         blocks = {"by hand, in blocks": in_blocks(starts, num)}
-        return {name: partial(train, stack) for name, stack in stacks.items()} | blocks
+        return {**{name: partial(train, stack) for name, stack in stacks.items()}, **blocks}
 
-    return in_turn(jax_runs, rivals, partial(by_hand, starts, compiled=True), train, steps=TRAINING.steps, **options)
+    to_compile = partial(by_hand, starts, compiled=True)
+    return times_in_turn(
+        jax_runs, rivals, to_compile, train, steps=TRAINING.steps, repeats=repeats, compile_seconds=compile_seconds
+    )

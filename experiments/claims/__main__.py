@@ -12,7 +12,7 @@ from experiments.claims.statements import judge
 from experiments.lab import claims_page, commands, console, studies
 from experiments.lab.pipeline import TUTORIAL, Pipeline
 
-WHAT, PAGE = "The notebook's claims", Path(__file__).parent / "README.md"
+TITLE, PAGE = "The notebook's claims", Path(__file__).parent / "README.md"
 ENOUGH_CANDIDATES, ENOUGH_TUNING_SEEDS = 16, 32
 """With fewer, the luck of tuning decides some verdicts."""
 
@@ -33,11 +33,11 @@ class Options(studies.Options):
 
 def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Measures, judges, and writes the results."""
-    study = studies.begin(options, at_least=2)
-    study.announce(WHAT)
+    study = studies.begin(options, options.out, at_least=2)
+    study.announce(TITLE)
     amounts = Amounts(study.seeds, options.num_candidates)
     claims = judge(gather(pipeline, options.seed, amounts, study.seconds))
-    claims_page.publish(WHAT, claims, study, PAGE)
+    claims_page.publish(TITLE, claims, study, "claims", PAGE)
     if options.num_candidates < ENOUGH_CANDIDATES or options.num_tuning_seeds < ENOUGH_TUNING_SEEDS:
         console.say(
             f"Beware: with {options.num_candidates} candidates in {options.num_tuning_seeds} tuning worlds, luck in "

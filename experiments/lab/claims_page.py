@@ -11,13 +11,21 @@ from experiments.lab.judging import Claim
 from experiments.lab.studies import Study
 
 
-def publish(what: str, claims: list[Claim], study: Study, path: Path) -> None:
-    """Writes the summary, the figures and the page beside the command; prints the verdicts."""
+def publish(title: str, claims: list[Claim], study: Study, folder: str, path: Path) -> None:
+    """Writes the summary, the figures and the page; prints the verdicts.
+
+    Args:
+      title: what all claims are about.
+      claims: the claims.
+      study: of which they are the result.
+      folder: of the reported results, to which the page links.
+      path: of the page.
+    """
     summary = study.save({"claims": [as_entry(claim) for claim in claims]})
     save_figures(claims, study.out)
-    page.update(page_texts(summary, path.parent.name), study.out, path=path)
+    page.update(page_texts(summary, folder), study.out, path=path)
     console.print_table(
-        f"{what}, measured: effects with 95% intervals",
+        f"{title}, measured: effects with 95% intervals",
         ["claim", "effect", "verdict"],
         [[claim.id, f"{claim.effect.mean:+.4f} ± {claim.effect.half:.4f}", claim.verdict] for claim in claims],
     )

@@ -17,10 +17,13 @@ Run = Callable[[Method, Start, Any, Mapping[str, Numeric]], Metrics]
 """Trains `(method, start, setting, hyperparameters)`, where a setting says how feedback arises; measures the policy."""
 
 
-def chosen_methods(names: Sequence[str], methods: Sequence[Method]) -> list[Method]:
-    """The methods of these names, or all of them; ends the command if there is no such method."""
+def chosen_methods(names: tuple[str, ...], methods: Sequence[Method]) -> list[Method]:
+    """The methods of these names, or all of them; ends the command if there is no such method, or it is named twice."""
     known = {method.name: method for method in methods}
     commands.check_names("--losses", names, known)
+    with commands.clear_errors():
+        if twice := [name for name in known if names.count(name) > 1]:
+            raise ValueError(f"--losses names {twice[0]!r} twice")
     return [known[name] for name in names] if names else list(methods)
 
 
@@ -62,7 +65,7 @@ def compare(
     """
     known = {method.name: method for method in methods}
     ranges = {name: ranges_of(method, learning_rate) for name, method in known.items()}
-    reported = [*settings.values(), *(map(control, settings.values()) if control else [])]
+    measured_in = [*settings.values(), *(map(control, settings.values()) if control else [])]
 
     def run_trial(start: Start, *, method: str, trial: Trials) -> Metrics:
         return run(known[method], start, trial.setting, tuning.hyperparameters(ranges[method], trial.candidate))
@@ -73,8 +76,8 @@ def compare(
         chosen = tuning.tune(sweep_of, list(known), list(settings.values()), seeds, points=points, score=score)
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
         for name, candidates in zip(known, chosen, strict=True):
-            repeated = np.tile(candidates, (len(reported) // len(settings), 1))[:, None]
-            results = sweep_of([name], tuning.trials(reported, repeated), seeds.reported).isel(method=0)
+            repeated = np.tile(candidates, (len(measured_in) // len(settings), 1))[:, None]
+            results = sweep_of([name], tuning.trials(measured_in, repeated), seeds.reported).isel(method=0)
             for i, setting in enumerate(settings):
                 found[setting].append(
                     {

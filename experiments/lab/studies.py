@@ -18,7 +18,7 @@ from experiments.lab.tuning import Seeds
 
 @dataclass(frozen=True)
 class Options:
-    """Options of every study; a command sets defaults of its own."""
+    """Options of every study; a command adds its own, and defaults of its own."""
 
     seed: int = 0
     """Decides everything random."""
@@ -26,8 +26,6 @@ class Options:
     """How many worlds to report, each with its own data, network and training."""
     num_tuning_seeds: int = 32
     """How many other worlds to choose hyperparameters in."""
-    out: Path = Path("results")
-    """Folder for summary.json and the figures."""
 
 
 @dataclass
@@ -37,14 +35,14 @@ class Study:
     Attributes:
       options: of the command.
       out: the folder of results.
+      began: when it began, by `time.perf_counter`.
       seconds: what its sweeps took.
-      start: when it began, in seconds.
     """
 
     options: Options
     out: Path
+    began: float
     seconds: Seconds = field(default_factory=Seconds)
-    start: float = field(default_factory=time.perf_counter)
 
     @cached_property
     def seeds(self) -> Seeds:
@@ -58,45 +56,46 @@ class Study:
             "first start also compiles, for some minutes."
         )
 
-    def prepare(self, prepare: Callable[[Key[Array, ""]], Any], what: str) -> sweep.Starts:
+    def prepare(self, make: Callable[[Key[Array, ""]], Any], what: str) -> sweep.Starts:
         """Makes what all runs of a seed share, in all worlds."""
         with console.waiting(f"Preparing {what}"):
-            return sweep.prepare(prepare, jax.random.key(self.options.seed), seeds=self.seeds.all)
+            return sweep.prepare(make, jax.random.key(self.options.seed), seeds=self.seeds.all)
 
     def save(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json`: sizes, results, and their provenance; returns it."""
-        took = {"total": time.perf_counter() - self.start, **vars(self.seconds)}
-        summary = {**sizes_of(self.options), **results, **files.provenance(**took)}
+        took = {"total": time.perf_counter() - self.began, **vars(self.seconds)}
+        summary = {**numbers_of(self.options), **results, **files.provenance(**took)}
         files.save_summary(summary, self.out)
         return summary
 
     def end(self) -> None:
         """Says how long it took, and where the results are."""
         console.say(
-            f"{time.perf_counter() - self.start:.0f} s in all: {self.seconds.compile:.0f} s compiling and "
-            f"{self.seconds.run:.0f} s running. Figures and summary.json are in {self.out}."
+            f"{time.perf_counter() - self.began:.0f} s in all; sweeps took {self.seconds.compile:.0f} s to compile and "
+            f"{self.seconds.run:.0f} s to run. Results are in {self.out}."
         )
 
 
-def begin(options: Options, *, at_least: int = 1) -> Study:
+def begin(options: Options, out: Path, *, at_least: int = 1) -> Study:
     """Checks the options, makes the folder, and makes devices ready; ends the command if something is wrong.
 
     Args:
-      options: of the command.
+      options: of the command; numbers beside the seed must be 1 or more.
+      out: the folder of results.
       at_least: how many worlds it needs.
     """
-    sizes = sizes_of(options)
+    sizes = numbers_of(options)
     commands.check_seed(sizes.pop("seed"))
     with commands.clear_errors():
         checks.size("--num-seeds", sizes.pop("num_seeds"), at_least=at_least)
     commands.check_sizes(**sizes)
-    study = Study(options, files.output_folder(options.out))
+    study = Study(options, files.output_folder(out), time.perf_counter())
     devices.use_all_cores()
     devices.enable_compilation_cache()
     return study
 
 
-def sizes_of(options: Options) -> dict[str, int]:
-    """Those options that are whole numbers, by name."""
+def numbers_of(options: Options) -> dict[str, int]:
+    """The seed and the sizes: options that are whole numbers, by name."""
     values = {each.name: getattr(options, each.name) for each in fields(options)}
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+    return {name: value for name, value in values.items() if type(value) is int}

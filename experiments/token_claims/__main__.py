@@ -13,7 +13,7 @@ from experiments.lab.string_worlds import PIPELINE
 from experiments.token_claims.evidence import gather
 from experiments.token_claims.statements import judge
 
-WHAT, PAGE = "Claims about tokens", Path(__file__).parent / "README.md"
+TITLE, PAGE = "Claims about strings of tokens", Path(__file__).parent / "README.md"
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Options(studies.Options):
 
 def main(options: Options, pipeline: Pipeline = PIPELINE) -> None:
     """Measures, judges, and writes the results."""
-    study = studies.begin(options, at_least=2)
-    study.announce(WHAT)
+    study = studies.begin(options, options.out, at_least=2)
+    study.announce(TITLE)
     claims = judge(gather(options.seed, study.seeds, study.seconds, pipeline))
-    claims_page.publish(WHAT, claims, study, PAGE)
+    claims_page.publish(TITLE, claims, study, "token_claims", PAGE)
     study.end()
 
 

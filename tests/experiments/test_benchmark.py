@@ -352,6 +352,28 @@ def test_runs_on_strings_in_pytorch_learn_as_the_library_does(string_starts):
 
 
 @needs_torch
+def test_each_number_of_runs_is_timed_in_both():
+    from experiments.benchmark import rival
+
+    made = []
+    found = rival.times_in_turn(
+        {2: lambda: made.append("jax"), 3: lambda: made.append("jax")},
+        lambda num: {"stacked": lambda: made.append(num)},
+        lambda num: SimpleNamespace(),
+        lambda stack: made.append("compiled"),
+        steps=10,
+        repeats=2,
+        compile_seconds=0.0,
+    )["runs"]
+    assert [entry["num"] for entry in found] == [2, 3]
+    assert made.count("jax") == 2 * made.count(2) == 2 * made.count(3) and "compiled" not in made
+    for entry in found:
+        costs = entry["microseconds_per_step_and_run"]
+        assert entry["times_jax"] == {"stacked": pytest.approx(costs["stacked"] / costs["jax"])}
+        assert (entry["compile_seconds"], entry["not_compiled"]) == (None, "not asked for")
+
+
+@needs_torch
 def test_a_compiler_that_takes_too_long_is_left_out():
     from experiments.benchmark import rival
 

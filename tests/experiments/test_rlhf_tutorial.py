@@ -15,7 +15,7 @@ FIGURES = ("reward_model", "learned_rewards", "ppo_training", "overoptimisation"
 @pytest.fixture(scope="module")
 def walk(tmp_path_factory):
     out = tmp_path_factory.mktemp("rlhf_tutorial")
-    done = walks.run("experiments.rlhf_tutorial", "--seed", "3", "--num-seeds", "64", "--out", str(out))
+    done = walks.run("experiments.rlhf_tutorial", "--seed", "3", "--num-seeds", "4", "--out", str(out))
     assert done.returncode == 0, done.stderr
     return out, done.stdout, json.loads((out / "summary.json").read_text())
 
