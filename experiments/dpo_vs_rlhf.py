@@ -6,6 +6,7 @@ meant to maximise: the exact expected reward minus beta times the KL (if the KL 
 Every policy is measured exactly.
 """
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from jaxtyping import Array
 
 from dpo_jax import figures, losses, rlhf, sweep, toy
 from dpo_jax.types import Metrics, Numeric
-from experiments.lab import commands, console, contenders, files, page, studies
+from experiments.lab import commands, console, contenders, files, page, studies, tuning
 from experiments.lab.contenders import CONTENDERS, STRENGTHS, Contender, Scene, contender
 from experiments.lab.pipeline import BETA, TUTORIAL, Pipeline
 from experiments.lab.statistics import Seconds, by_name, mean_and_stderr, over_seeds
@@ -73,18 +74,19 @@ class StrengthTrials(NamedTuple):
         """The trials of some pairs of a strength and a learning rate."""
         return cls(np.arange(len(rows)), *(np.array(column, np.float32) for column in zip(*rows, strict=True)))
 
+    @classmethod
+    def all_of(cls, strengths: Sequence[float], rates: Sequence[float]) -> "StrengthTrials":
+        """Each strength with each learning rate."""
+        return cls.of([*itertools.product(strengths, rates)])
 
-def runner(pipeline: Pipeline) -> Callable[..., Metrics]:
-    """`run(scene, method=..., trial=...)`: trains one policy and measures it exactly; NaN if training diverged."""
 
-    def run(scene: Scene, *, method: str, trial: StrengthTrials) -> Metrics:
-        chosen = contender(method)
-        log_probs, history = chosen.trained(scene, trial.strength, trial.learning_rate, pipeline=pipeline)
-        found = measure(scene, log_probs, price_of(chosen, trial.strength))
-        finished = jnp.isfinite(history["loss"][-1])
-        return {name: jnp.where(finished, value, jnp.nan) for name, value in found.items()}
-
-    return run
+def run(pipeline: Pipeline, scene: Scene, *, method: str, trial: StrengthTrials) -> Metrics:
+    """Trains one policy and measures it exactly; NaN if training diverged."""
+    chosen = contender(method)
+    log_probs, history = chosen.trained(scene, trial.strength, trial.learning_rate, pipeline=pipeline)
+    found = measure(scene, log_probs, price_of(chosen, trial.strength))
+    finished = jnp.isfinite(history["loss"][-1])
+    return {name: jnp.where(finished, value, jnp.nan) for name, value in found.items()}
 
 
 def price_of(contender: Contender, strength: Numeric) -> Numeric:
@@ -173,19 +175,11 @@ def compare(scenes: sweep.Starts, seeds: Seeds, pipeline: Pipeline, seconds: Sec
       For each method what `run_reported` returns.
     """
     with console.progress("Runs") as report:
-
-        def sweep_of(methods: Sequence[str], trials: StrengthTrials, where: range) -> Any:
-            num_seeds = min(BLOCK[0], -(-len(seeds.tuning) // jax.local_device_count()))
-            shape = num_seeds, BLOCK[1]
-            return seconds.count(
-                sweep.grid(run, scenes, seeds=where, runs_at_once=shape, report=report, method=methods, trial=trials)
-            )
-
-        run, tuned = runner(pipeline), dict[str, Any]()
+        sweep_of = tuning.sweep_of(partial(run, pipeline), scenes, block=BLOCK, seconds=seconds, report=report)
+        tuned: dict[str, Any] = {}
         for strengths in dict.fromkeys(each.strengths for each in CONTENDERS):
             names = [each.name for each in CONTENDERS if each.strengths == strengths]
-            tried = StrengthTrials.of([(strength, rate) for strength in strengths for rate in LEARNING_RATES])
-            results = sweep_of(names, tried, seeds.tuning)
+            results = sweep_of(names, StrengthTrials.all_of(strengths, LEARNING_RATES), seeds.tuning)
             tuned |= {name: results.sel({"method": name}) for name in names}  # sel has an argument `method`
         return [run_reported(sweep_of, seeds, each, tuned[each.name]) for each in CONTENDERS]
 
@@ -204,10 +198,7 @@ def run_reported(
     reported = StrengthTrials.of(
         [*zip(strengths, chosen, strict=True), *((contender.usual, rate) for rate in LEARNING_RATES)]
     )
-    found = {
-        name: values.transpose("trial", "seed").values
-        for name, values in sweep_of([name], reported, seeds.reported).isel(method=0).data_vars.items()
-    }
+    found = by_name(sweep_of([name], reported, seeds.reported).isel(method=0))
     return {
         "chosen": chosen,
         "by_strength": {name: values[: len(strengths)] for name, values in found.items()},
@@ -253,11 +244,11 @@ def seconds_of_all(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, dict[s
         compiled = once()["compile"]
         return {"compile": compiled, "run": statistics.median(once()["run"] for _ in range(NUM_TIMINGS))}
 
-    run = runner(pipeline)
     model = seconds_of(timed(partial(fit_rewards, pipeline=pipeline), scenes))
     found = {}
     for each in CONTENDERS:
-        own = seconds_of(timed(run, scenes, method=[each.name], trial=StrengthTrials.of([(each.usual, WATCHED_RATE)])))
+        trial = StrengthTrials.of([(each.usual, WATCHED_RATE)])
+        own = seconds_of(timed(partial(run, pipeline), scenes, method=[each.name], trial=trial))
         shared = model if each.judge == contenders.MODEL else dict.fromkeys(model, 0.0)
         found[each.name] = {name: own[name] + shared[name] for name in own}
     return found
@@ -271,7 +262,7 @@ def untrained(scenes: sweep.Starts, pipeline: Pipeline) -> dict[str, Any]:
         return {
             "baseline": over_seeds(baseline, scenes),
             "estimators": over_seeds(estimators, scenes),
-            "courses": {name: by_name(found) for name, found in courses.items()},
+            "courses": {name: {k: v.T for k, v in by_name(found).items()} for name, found in courses.items()},
         }
 
 

@@ -7,7 +7,7 @@ says what follows.
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.claims.evidence import Amounts, gather
+from experiments.claims.evidence import gather
 from experiments.claims.statements import judge
 from experiments.lab import claims_page, commands, console, studies
 from experiments.lab.pipeline import TUTORIAL, Pipeline
@@ -35,8 +35,7 @@ def main(options: Options, pipeline: Pipeline = TUTORIAL) -> None:
     """Measures, judges, and writes the results."""
     study = studies.begin(options, options.out, at_least=2)
     study.announce(TITLE)
-    amounts = Amounts(study.seeds, options.num_candidates)
-    claims = judge(gather(pipeline, options.seed, amounts, study.seconds))
+    claims = judge(gather(pipeline, study, options.num_candidates))
     claims_page.publish(TITLE, claims, study, "claims", PAGE)
     if options.num_candidates < ENOUGH_CANDIDATES or options.num_tuning_seeds < ENOUGH_TUNING_SEEDS:
         console.say(

@@ -6,7 +6,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from experiments.lab.feedback import SETTINGS, Setting
 from experiments.lab.methods import METHODS, REFERENCE_FREE, Method, reference_free
 from experiments.lab.pipeline import BETA, BETAS, Pipeline, Start
 from experiments.lab.runs import standard_run
-from experiments.lab.statistics import Seconds, by_name, over_seeds
-from experiments.lab.tuning import Range, Seeds
+from experiments.lab.statistics import over_seeds, seed_last
+from experiments.lab.studies import Study
+from experiments.lab.tuning import Range
 
 MANY_BETAS = (0.003, BETAS[0], 0.03, BETAS[1], BETAS[2], BETAS[3])
 RATED = ("DPO", "PPO, reward model", "RLOO, reward model", "GRPO, reward model")
@@ -50,18 +51,6 @@ SMOOTHINGS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
 SMOOTHED = ("conservative dpo", "robust dpo")
 
 
-class Amounts(NamedTuple):
-    """How much to measure.
-
-    Attributes:
-      seeds: the worlds to report, and those to choose hyperparameters in.
-      num_candidates: how many sets of hyperparameters to try for each loss.
-    """
-
-    seeds: Seeds
-    num_candidates: int
-
-
 def orpo_from_scratch(pipeline: Pipeline) -> Method:
     """ORPO from a fresh network, on comparisons alone: no demonstrations, no SFT."""
 
@@ -78,57 +67,38 @@ def variants(pipeline: Pipeline) -> list[Method]:
     return [*named, orpo_from_scratch(pipeline)]
 
 
-def gather(pipeline: Pipeline, seed: int, amounts: Amounts, seconds: Seconds) -> dict[str, Any]:
+def gather(pipeline: Pipeline, study: Study, num_candidates: int) -> dict[str, Any]:
     """Runs everything."""
-    seeds, key = amounts.seeds, jax.random.key(seed)
-    with console.waiting("Preparing worlds, SFT policies and reward models"):
-        scenes = sweep.prepare(partial(contenders.scene, pipeline), key, seeds=seeds.all)
-    reported = scenes.sel(seeds.reported)
+    scenes = study.prepare(partial(contenders.scene, pipeline), "worlds, SFT policies and reward models")
+    reported = scenes.sel(study.seeds.reported)
+    hacked = StrengthTrials.all_of(HACKED_BETAS, [pipeline.learning_rate])
     with console.progress("Runs") as report:
 
         def grid(run: Callable[..., Metrics], starts: sweep.Starts = reported, **axes: Any) -> dict[str, np.ndarray]:
-            found = seconds.count(sweep.grid(partial(run, pipeline), starts, report=report, **axes))
-            return {str(name): found[name].transpose(..., "seed").values for name in found.data_vars}
+            return study.grid(partial(run, pipeline), starts, report, **axes)
 
-        methods = dpo_vs_rlhf.runner(pipeline)
-        rated = seconds.count(
-            sweep.grid(methods, reported, report=report, method=RATED, trial=at_rates([BETA], LEARNING_RATES))
-        )
-        ppo = seconds.count(
-            sweep.grid(
-                methods,
-                reported,
-                report=report,
-                method=COMPARED[1:],
-                trial=at_rates(HACKED_BETAS, [pipeline.learning_rate]),
-            )
-        )
         found: dict[str, Any] = {
             "dpo": grid(dpo_by_beta, beta=MANY_BETAS),
-            "dpo on policy": {name: rows[0] for name, rows in grid(dpo_on_policy, beta=[BETA]).items()},
+            **by_value(["dpo on policy"], grid(dpo_on_policy, beta=[BETA])),
             "dpo to the end": grid(dpo_to_the_end, beta=HACKED_BETAS),
-            "ppo": {name: rows.T for name, rows in by_name(ppo.isel(method=0)).items()},
-            "by_rate": {name: {k: v.T for k, v in by_name(rated, method=name).items()} for name in RATED},
-            "by_clip": grid(ppo_by_clip, scenes, faster=sweep.static(FASTER), clip=CLIPS)["expected_reward"],
-            "exploration": dict(zip(EXPLORERS, _by_how(grid(explore, how=EXPLORERS, power=POWERS)), strict=True)),
-            "regularisation": dict(
-                zip(
-                    REGULARISED, _by_how(grid(regularised, loss=REGULARISED, learning_rate=LEARNING_RATES)), strict=True
-                )
+            **by_value(["ppo"], grid(dpo_vs_rlhf.run, method=COMPARED[1:], trial=hacked)),
+            "by_rate": by_value(
+                RATED, grid(dpo_vs_rlhf.run, method=RATED, trial=StrengthTrials.all_of([BETA], LEARNING_RATES))
             ),
+            "by_clip": study.split(
+                grid(ppo_by_clip, scenes, faster=sweep.static(FASTER), clip=CLIPS)["expected_reward"]
+            ),
+            "exploration": by_value(EXPLORERS, grid(explore, how=EXPLORERS, power=POWERS)),
+            "regularisation": by_value(REGULARISED, grid(regularised, loss=REGULARISED, learning_rate=LEARNING_RATES)),
         }
     with console.waiting("Evaluating what needs no training, and timing"):
-        found |= {"exact": _last(over_seeds(exact, reported)), "cost": cost(pipeline, reported)}
-    found["by_clip"] = {
-        "tuning": found["by_clip"][..., len(seeds.reported) :],
-        "reported": found["by_clip"][..., : len(seeds.reported)],
-    }
-    return found | compare_variants(pipeline, key, amounts, seconds)  # same key: the same worlds
+        found |= {"exact": seed_last(over_seeds(exact, reported)), "cost": cost(pipeline, reported)}
+    return found | compare_variants(pipeline, study, num_candidates)
 
 
-def at_rates(strengths: Sequence[float], rates: Sequence[float]) -> StrengthTrials:
-    """Each strength with each learning rate."""
-    return StrengthTrials.of([(strength, rate) for strength in strengths for rate in rates])
+def by_value(names: Sequence[str], found: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Results of each value of the first axis, under these names."""
+    return {name: {what: rows[i] for what, rows in found.items()} for i, name in enumerate(names)}
 
 
 def dpo_by_beta(pipeline: Pipeline, scene: Scene, *, beta: Numeric) -> Metrics:
@@ -285,7 +255,7 @@ def exact(scene: Scene) -> dict[str, Any]:
 
 def cost(pipeline: Pipeline, scenes: sweep.Starts) -> dict[str, np.ndarray]:
     """Seconds per run of DPO, and of reward model and PPO, in turn."""
-    run, trial = dpo_vs_rlhf.runner(pipeline), StrengthTrials.of([(BETA, pipeline.learning_rate)])
+    run, trial = partial(dpo_vs_rlhf.run, pipeline), StrengthTrials.of([(BETA, pipeline.learning_rate)])
     dpo, ppo = (dpo_vs_rlhf.timed(run, scenes, method=[name], trial=trial) for name in COMPARED)
     model = dpo_vs_rlhf.timed(partial(dpo_vs_rlhf.fit_rewards, pipeline=pipeline), scenes)
     for warm_up in (dpo, ppo, model):
@@ -294,26 +264,23 @@ def cost(pipeline: Pipeline, scenes: sweep.Starts) -> dict[str, np.ndarray]:
     return {"dpo": times[:, 0], "rlhf": times[:, 1]}
 
 
-def compare_variants(pipeline: Pipeline, key: Key[Array, ""], amounts: Amounts, seconds: Seconds) -> dict[str, Any]:
+def compare_variants(pipeline: Pipeline, study: Study, num_candidates: int) -> dict[str, Any]:
     """The losses that the notebook names, tuned, on feedback of every kind; and DPO's label smoothing, varied alone."""
-    seeds, methods = amounts.seeds, variants(pipeline)
-    with console.waiting("Preparing worlds and SFT policies"):
-        starts = sweep.prepare(pipeline.start, key, seeds=seeds.all)
-    found = loss_variants.compare(methods, starts, seeds, amounts.num_candidates, pipeline, seconds)
+    methods = variants(pipeline)
+    starts = study.prepare(pipeline.start, "worlds and SFT policies")
+    found = loss_variants.compare(methods, starts, study.seeds, num_candidates, pipeline, study.seconds)
     places = {method.name: i for i, method in enumerate(methods)}
-    reported = starts.sel(seeds.reported)
+    tuned = found["noisy"][places["dpo"]]["hyperparameters"]
     return {
         "variants": {
             name: {setting: found[setting][i]["results"] for setting in SETTINGS} for name, i in places.items()
         },
         "variants_sft_reward": found["clean"][0]["results"]["sft_reward"],
-        "smoothing": smoothing(pipeline, reported, found["noisy"][places["dpo"]]["hyperparameters"], seconds),
+        "smoothing": smoothing(pipeline, study, starts.sel(study.seeds.reported), tuned),
     }
 
 
-def smoothing(
-    pipeline: Pipeline, starts: sweep.Starts, tuned: dict[str, Any], seconds: Seconds
-) -> dict[str, np.ndarray]:
+def smoothing(pipeline: Pipeline, study: Study, starts: sweep.Starts, tuned: dict[str, Any]) -> dict[str, np.ndarray]:
     """True reward `[methods, training, smoothings, seeds]` with a fifth of the labels flipped.
 
     Learning rate and beta are those tuned for DPO, then with a learning rate ten times as high (`training`).
@@ -327,16 +294,4 @@ def smoothing(
 
     axes: dict[str, Any] = {"method": SMOOTHED, "learning_rate": [rate, 10 * rate], "label_smoothing": SMOOTHINGS}
     with console.progress("Label smoothing") as report:
-        found = seconds.count(sweep.grid(run, starts, report=report, **axes))
-    return {"expected_reward": found.expected_reward.transpose(*axes, "seed").values}
-
-
-def _by_how(found: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    """Results of each value of the first axis."""
-    num = len(next(iter(found.values())))
-    return [{name: rows[i] for name, rows in found.items()} for i in range(num)]
-
-
-def _last(found: Any) -> Any:
-    """Arrays with the seed last, which had it first."""
-    return jax.tree.map(lambda values: np.moveaxis(values, 0, -1), found)
+        return {"expected_reward": study.grid(run, starts, report, **axes)["expected_reward"]}

@@ -36,10 +36,10 @@ SMALLEST, LARGEST = MANY_BETAS.index(BETAS[0]), MANY_BETAS.index(BETAS[-1])
 USUAL = MANY_BETAS.index(BETA)
 
 
-def judge(evidence: dict[str, Any]) -> list[Claim]:
-    """All claims, in the order of the notebook."""
-    return [
-        make(evidence)
+def judge(evidence: dict[str, Any]) -> dict[str, Claim]:
+    """All claims by name, in the order of the notebook."""
+    return {
+        make.__name__: make(evidence)
         for make in (
             same_policy,
             widens_margins,
@@ -61,7 +61,7 @@ def judge(evidence: dict[str, Any]) -> list[Claim]:
             simpo_without_reference,
             smoothing_helps,
         )
-    ]
+    }
 
 
 def same_policy(evidence: dict[str, Any]) -> Claim:
@@ -70,7 +70,6 @@ def same_policy(evidence: dict[str, Any]) -> Claim:
     difference = dpo["expected_reward"] - dpo["rlhf_reward"]
     effect = estimate(difference[USUAL])
     return Claim(
-        "same_policy",
         "DPO skips the reward model by showing that the optimal policy has a closed form.",
         "reward of DPO minus that of RLHF with perfect reinforcement learning, from the same comparisons, at β = 0.1",
         effect,
@@ -93,7 +92,6 @@ def widens_margins(evidence: dict[str, Any]) -> Claim:
     dpo = evidence["dpo"]
     effect = estimate(dpo["margin_change"][USUAL])
     return Claim(
-        "widens_margins",
         "The DPO loss directly increases the probability of preferred responses relative to rejected ones.",
         "change of the log-ratio (nats) of chosen to rejected by training, mean over the training pairs, at β = 0.1",
         effect,
@@ -117,7 +115,6 @@ def raises_chosen(evidence: dict[str, Any]) -> Claim:
     }
     effects = {name: estimate(0.5 - share) for name, share in fell.items()}
     return Claim(
-        "raises_chosen",
         "(As the above is often read:) DPO makes preferred responses more probable.",
         "share of chosen responses that become more probable, minus one half, at β = 0.1, uniform responses compared",
         effects["uniform responses"],
@@ -139,7 +136,6 @@ def implicit_reward(evidence: dict[str, Any]) -> Claim:
     dpo, model = evidence["dpo"], evidence["exact"]["ranking_accuracy"]
     effect = estimate(dpo["ranking_accuracy"][USUAL] - 0.5)
     return Claim(
-        "implicit_reward",
         "A higher log-ratio means that the response is better (the implicit reward).",
         "share of pairs of responses that the implicit reward orders as the true one does, minus one half, at β = 0.1",
         effect,
@@ -165,7 +161,6 @@ def small_beta_is_aggressive(evidence: dict[str, Any]) -> Claim:
     kl = evidence["dpo"]["kl_to_reference"]
     effect = estimate(kl[SMALLEST] - kl[USUAL])
     return Claim(
-        "small_beta_is_aggressive",
         "Small β: aggressive optimisation.",
         "KL to the reference (nats) at β = 0.01 minus that at β = 0.1",
         effect,
@@ -183,7 +178,6 @@ def small_beta_overfits(evidence: dict[str, Any]) -> Claim:
     effect = estimate(reward[USUAL] - reward[SMALLEST])
     gap = dpo["training_accuracy"] - dpo["new_accuracy"]
     return Claim(
-        "small_beta_overfits",
         "Small β can overfit to the preferences.",
         "true reward at β = 0.1 minus that at β = 0.01",
         effect,
@@ -216,7 +210,6 @@ def large_beta_stays(evidence: dict[str, Any]) -> Claim:
     kl, gain = dpo["kl_to_reference"], dpo["gain"]
     effect = estimate(kl[USUAL] - kl[LARGEST])
     return Claim(
-        "large_beta_stays",
         "Large β: conservative, stays close to SFT.",
         "KL to the reference (nats) at β = 0.1 minus that at β = 2",
         effect,
@@ -237,7 +230,6 @@ def reward_model_exploited(evidence: dict[str, Any]) -> Claim:
     gain, excess = exact["gain"], exact["overestimate"]
     effect = estimate(gain[USUAL] - gain[SMALLEST])
     return Claim(
-        "reward_model_exploited",
         "RLHF: reward hacking is possible.",
         "true reward lost where the reward model is maximised at β = 0.01 instead of 0.1, and scores higher",
         effect,
@@ -270,7 +262,6 @@ def dpo_not_exploited(evidence: dict[str, Any]) -> Claim:
     as_trained = estimate(lost["PPO, as many steps"] - lost["DPO"])
     converged = estimate(lost["reward model, maximised exactly"] - lost["DPO, trained to the end"])
     return Claim(
-        "dpo_not_exploited",
         "DPO: reward hacking is less likely, as there is no explicit reward model.",
         "true reward lost from β = 0.1 to β = 0.01, by PPO minus by DPO, in equally many steps",
         as_trained,
@@ -308,7 +299,6 @@ def ppo_sensitive_to_learning_rate(evidence: dict[str, Any]) -> Claim:
     effects = {name: estimate(share[name] - share["DPO"]) for name in RATED if name != "DPO"}
     algorithms = {name.removesuffix(", reward model"): effect for name, effect in effects.items()}
     return Claim(
-        "ppo_sensitive_to_learning_rate",
         "RLHF (PPO) is sensitive to hyperparameters, DPO is more stable.",
         "share of runs that end worse than SFT, over eight learning rates from 3e-5 to 0.1: PPO minus DPO",
         effects["PPO, reward model"],
@@ -345,7 +335,6 @@ def ppo_sensitive_to_clip(evidence: dict[str, Any]) -> Claim:
         spreads[label] = estimate(gain[best] - gain[worst])
         chosen |= {f"best clip, {label}": float(CLIPS[best]), f"worst clip, {label}": float(CLIPS[worst])}
     return Claim(
-        "ppo_sensitive_to_clip",
         "RLHF (PPO) is sensitive to hyperparameters: its clip.",
         f"true reward with the best clip minus that with the worst, of five from 0.02 to 2, at a {labels[0]}; best and "
         "worst in other worlds",
@@ -367,7 +356,6 @@ def dpo_cheaper(evidence: dict[str, Any]) -> Claim:
     ratio = evidence["cost"]["rlhf"] / evidence["cost"]["dpo"]
     effect = estimate(ratio)
     return Claim(
-        "dpo_cheaper",
         "Compute: RLHF high (rollouts), DPO lower (just forward and backward).",
         "seconds of reward model and PPO divided by seconds of DPO, as many steps for each of the three; nine timings",
         effect,
@@ -393,22 +381,15 @@ def exploration_helps(evidence: dict[str, Any]) -> Claim:
     effects = [estimate(on - off) for on, off in zip(reward["online"], reward["offline"], strict=True)]
     by_coverage = by_condition({f"{power:g}": e for power, e in zip(POWERS, effects, strict=True)})
     sft, stored = evidence["exact"]["sft_reward"], evidence["dpo"]["gain"][USUAL]
-    as_many = POWERS.index(1.0)
+    as_many, labels = POWERS.index(1.0), {"DPO, offline": "offline", "DPO, online": "online", "XPO": "xpo"}
     return Claim(
-        "exploration_helps",
         "RLHF can explore online, DPO is offline: a trade-off.",
         "true reward of online DPO minus that of DPO on a uniform reference's responses, as many labels",
         effects[POWERS.index(0.0)],
         "depends on how well the reference covers good responses" if "depends" in by_coverage else by_coverage,
         {
-            "Expected true reward": {
-                label: series(coverage, reward[name])
-                for label, name in {"DPO, offline": "offline", "DPO, online": "online", "XPO": "xpo"}.items()
-            },
-            "Regret": {
-                label: series(coverage, found[name]["regret"])
-                for label, name in {"DPO, offline": "offline", "DPO, online": "online", "XPO": "xpo"}.items()
-            },
+            "Expected true reward": {label: series(coverage, reward[name]) for label, name in labels.items()},
+            "Regret": {label: series(coverage, found[name]["regret"]) for label, name in labels.items()},
         },
         "Log coverage coefficient (larger is worse)",
         {
@@ -430,24 +411,22 @@ def over_dpo(evidence: dict[str, Any], name: str) -> dict[str, Estimate]:
     }
 
 
+def over_sft(evidence: dict[str, Any], name: str) -> dict[str, np.ndarray]:
+    """What a loss earns over SFT in each setting, world by world."""
+    sft = evidence["variants_sft_reward"]
+    return {setting: evidence["variants"][name][setting]["expected_reward"] - sft for setting in SETTINGS}
+
+
 def gains_panel(evidence: dict[str, Any], names: Mapping[str, str]) -> dict[str, dict[str, Measured]]:
     """Gains over SFT of some losses in every setting."""
-    sft = evidence["variants_sft_reward"]
-    return {
-        "Gain in true reward over SFT": {
-            label: series(
-                list(SETTINGS), [evidence["variants"][name][setting]["expected_reward"] - sft for setting in SETTINGS]
-            )
-            for name, label in names.items()
-        }
-    }
+    gains = {label: over_sft(evidence, name) for name, label in names.items()}
+    return {"Gain in true reward over SFT": {label: series(gain, gain.values()) for label, gain in gains.items()}}
 
 
 def ipo_robust(evidence: dict[str, Any]) -> Claim:
     """Section 6: IPO withstands noise."""
     effects = over_dpo(evidence, "ipo")
     return Claim(
-        "ipo_robust",
         "IPO is more robust: to noise.",
         "true reward of IPO minus that of DPO, both tuned, with a fifth of the labels flipped",
         effects["noisy"],
@@ -471,7 +450,6 @@ def ipo_keeps_regularisation(evidence: dict[str, Any]) -> Claim:
     usual = f"learning rate {TUTORIAL.learning_rate:g}"
     effect = effects.get(usual) or next(iter(effects.values()))
     return Claim(
-        "ipo_keeps_regularisation",
         "IPO is more robust: its regularisation survives labels that are never wrong.",
         "expected reward minus β KL of IPO minus that of DPO, β = 0.1, at the smallest learning rate of 0.001 or more",
         effect,
@@ -508,7 +486,6 @@ def smoothing_helps(evidence: dict[str, Any]) -> Claim:
     first = next(iter(effects))
     sft = evidence["variants_sft_reward"]
     return Claim(
-        "smoothing_helps",
         "Label smoothing helps where labels are flipped (conservative and robust DPO).",
         "true reward with a smoothing of 0.2 minus that without, a fifth of labels flipped, all else as tuned for DPO",
         effects[first],
@@ -526,23 +503,18 @@ def smoothing_helps(evidence: dict[str, Any]) -> Claim:
 def kto_unpaired(evidence: dict[str, Any]) -> Claim:
     """Section 6: KTO needs no pairs."""
     effects = over_dpo(evidence, "kto on labels")
-    sft = evidence["variants_sft_reward"]
-    over_sft = {
-        setting: estimate(evidence["variants"]["kto on labels"][setting]["expected_reward"] - sft)
-        for setting in SETTINGS
-    }
+    gains = {setting: estimate(gain) for setting, gain in over_sft(evidence, "kto on labels").items()}
     return Claim(
-        "kto_unpaired",
         "KTO works with just good and bad labels, no pairs needed.",
         "true reward of KTO on 3,600 labels minus that of SFT, clean labels",
-        over_sft["clean"],
-        by_condition(over_sft),
+        gains["clean"],
+        by_condition(gains),
         gains_panel(
             evidence, {"dpo": "DPO, 1,800 pairs", "kto": "KTO, the same pairs split", "kto on labels": "KTO, labels"}
         ),
         "Labels",
         {
-            **{f"KTO on labels over SFT, {setting}": effect for setting, effect in over_sft.items()},
+            **{f"KTO on labels over SFT, {setting}": gain for setting, gain in gains.items()},
             **{f"KTO on labels minus DPO, {setting}": effect for setting, effect in effects.items()},
         },
     )
@@ -550,27 +522,18 @@ def kto_unpaired(evidence: dict[str, Any]) -> Claim:
 
 def orpo_without_sft(evidence: dict[str, Any]) -> Claim:
     """Section 6: ORPO needs no SFT."""
-    sft, scratch = evidence["variants_sft_reward"], evidence["variants"]["orpo from scratch"]
-    over_sft = {setting: estimate(scratch[setting]["expected_reward"] - sft) for setting in SETTINGS}
-    over_two = {
-        setting: estimate(scratch[setting]["expected_reward"] - evidence["variants"]["dpo"][setting]["expected_reward"])
-        for setting in SETTINGS
-    }
-    panels = gains_panel(evidence, {"dpo": "SFT, then DPO", "orpo": "SFT, then ORPO"})
-    panels["Gain in true reward over SFT"]["ORPO alone"] = series(
-        list(SETTINGS), [scratch[setting]["expected_reward"] - sft for setting in SETTINGS]
-    )
+    effects = over_dpo(evidence, "orpo from scratch")
+    gains = {setting: estimate(gain) for setting, gain in over_sft(evidence, "orpo from scratch").items()}
     return Claim(
-        "orpo_without_sft",
         "ORPO combines SFT and preference in one loss.",
         "true reward of ORPO from a fresh network, on comparisons alone, minus that of SFT, clean labels",
-        over_sft["clean"],
-        by_condition(over_sft),
-        panels,
+        gains["clean"],
+        by_condition(gains),
+        gains_panel(evidence, {"dpo": "SFT, then DPO", "orpo": "SFT, then ORPO", "orpo from scratch": "ORPO alone"}),
         "Labels",
         {
-            **{f"ORPO alone over SFT, {setting}": effect for setting, effect in over_sft.items()},
-            **{f"ORPO alone minus SFT and DPO, {setting}": effect for setting, effect in over_two.items()},
+            **{f"ORPO alone over SFT, {setting}": gain for setting, gain in gains.items()},
+            **{f"ORPO alone minus SFT and DPO, {setting}": effect for setting, effect in effects.items()},
         },
     )
 
@@ -579,7 +542,6 @@ def simpo_without_reference(evidence: dict[str, Any]) -> Claim:
     """Section 6: SimPO needs no reference."""
     effects = over_dpo(evidence, "simpo")
     return Claim(
-        "simpo_without_reference",
         "SimPO is reference-free (and no worse for it).",
         "true reward of SimPO minus that of DPO, both tuned, clean labels; no worse if above -0.01",
         effects["clean"],

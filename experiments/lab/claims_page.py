@@ -1,5 +1,6 @@
 """Claims as they stand in a summary, on a page and in figures."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,34 @@ from experiments.lab.judging import Claim
 from experiments.lab.studies import Study
 
 
-def publish(title: str, claims: list[Claim], study: Study, folder: str, path: Path) -> None:
+def publish(title: str, claims: Mapping[str, Claim], study: Study, folder: str, path: Path) -> None:
     """Writes the summary, the figures and the page; prints the verdicts.
 
     Args:
       title: what all claims are about.
-      claims: the claims.
+      claims: by name, which is that of the figure, too.
       study: of which they are the result.
       folder: of the reported results, to which the page links.
       path: of the page.
     """
-    summary = study.save({"claims": [as_entry(claim) for claim in claims]})
+    summary = study.save({"claims": [as_entry(name, claim) for name, claim in claims.items()]})
     save_figures(claims, study.out)
     page.update(page_texts(summary, folder), study.out, path=path)
     console.print_table(
         f"{title}, measured: effects with 95% intervals",
         ["claim", "effect", "verdict"],
-        [[claim.id, f"{claim.effect.mean:+.4f} ± {claim.effect.half:.4f}", claim.verdict] for claim in claims],
+        [[name, f"{c.effect.mean:+.4f} ± {c.effect.half:.4f}", c.verdict] for name, c in claims.items()],
     )
 
 
-def as_entry(claim: Claim) -> dict[str, Any]:
+def as_entry(name: str, claim: Claim) -> dict[str, Any]:
     """A claim as it stands in the summary."""
     details = {
-        name: value if isinstance(value, float) else {"effect": value.mean, "interval": value.interval}
-        for name, value in claim.details.items()
+        what: value if isinstance(value, float) else {"effect": value.mean, "interval": value.interval}
+        for what, value in claim.details.items()
     }
     return {
-        "id": claim.id,
+        "id": name,
         "claim": claim.claim,
         **({"papers": list(claim.papers)} if claim.papers else {}),
         "quantity": claim.quantity,
@@ -50,8 +51,8 @@ def as_entry(claim: Claim) -> dict[str, Any]:
             "xlabel": claim.xlabel,
             "log": claim.log,
             "panels": {
-                name: {label: measured._asdict() for label, measured in lines.items()}
-                for name, lines in claim.panels.items()
+                quantity: {label: measured._asdict() for label, measured in lines.items()}
+                for quantity, lines in claim.panels.items()
             },
         },
     }
@@ -84,8 +85,8 @@ def _number(measured: dict[str, Any] | float) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def save_figures(claims: list[Claim], out: Path) -> None:
-    """Draws each claim, under its id."""
-    for claim in claims:
+def save_figures(claims: Mapping[str, Claim], out: Path) -> None:
+    """Draws each claim, under its name."""
+    for name, claim in claims.items():
         title = f"“{claim.claim}” {_sentence(claim.verdict)}"
-        files.save_figure(draw(claim.panels, xlabel=claim.xlabel, title=title, log=claim.log), out / f"{claim.id}.png")
+        files.save_figure(draw(claim.panels, xlabel=claim.xlabel, title=title, log=claim.log), out / f"{name}.png")

@@ -33,7 +33,6 @@ class Claim:
     """One claim and its verdict.
 
     Attributes:
-      id: names it, and its figure.
       claim: the sentence.
       quantity: the effect, in words.
       effect: its mean and interval.
@@ -45,7 +44,6 @@ class Claim:
       details: other numbers that belong to it, by name.
     """
 
-    id: str
     claim: str
     quantity: str
     effect: Estimate
@@ -98,12 +96,18 @@ def equivalence(effect: Estimate, *, within: float = NOTHING) -> str:
 
 def by_condition(effects: Mapping[str, Estimate], condition: str = "the labels", *, matters: float = NOTHING) -> str:
     """A word if all conditions agree; otherwise each word, with the conditions in which it is right."""
+    words = {name: verdict(effect, matters=matters) for name, effect in effects.items()}
+    return in_words(words, f"depends on {condition}")
+
+
+def in_words(words: Mapping[str, str], otherwise: str = "depends") -> str:
+    """One word if all agree; otherwise each word with what it belongs to."""
     names: dict[str, list[str]] = {}
-    for name, effect in effects.items():
-        names.setdefault(verdict(effect, matters=matters), []).append(name)
+    for name, word in words.items():
+        names.setdefault(word, []).append(name)
     if len(names) == 1:
         return next(iter(names))
-    return f"depends on {condition}: " + ", ".join(f"{word} ({'; '.join(where)})" for word, where in names.items())
+    return f"{otherwise}: " + ", ".join(f"{word} ({'; '.join(where)})" for word, where in names.items())
 
 
 def series(x: Any, rows: Any) -> Measured:

@@ -37,12 +37,16 @@ def mean_and_stderr(values: Any) -> dict[str, np.ndarray]:
     return {"mean": values.mean(axis=0), "stderr": spread / np.sqrt(len(values))}
 
 
-def by_name(results: "xarray.Dataset", **point: Any) -> dict[str, np.ndarray]:
-    """What a sweep found at one point, as arrays with the seed first, by name."""
-    found = results.sel(point) if point else results
-    return {str(name): found[name].transpose("seed", ...).values for name in found.data_vars}
+def by_name(results: "xarray.Dataset") -> dict[str, np.ndarray]:
+    """What a sweep found, as arrays with the seed last, by name."""
+    return {str(name): results[name].transpose(..., "seed").values for name in results.data_vars}
 
 
 def over_seeds(function: Callable[[Any], PyTree], starts: sweep.Starts) -> PyTree:
     """A cheap function of each start, as NumPy arrays with the seed first."""
     return jax.device_get(jax.jit(partial(jax.lax.map, function, batch_size=16))(starts.values))
+
+
+def seed_last(found: PyTree) -> PyTree:
+    """Arrays with the seed last, which had it first."""
+    return jax.tree.map(lambda values: np.moveaxis(values, 0, -1), found)

@@ -1,18 +1,19 @@
 """A study: one question asked in many worlds. What all such commands share: how they begin, and how they end."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from dpo_jax import checks, sweep
 from experiments.lab import commands, console, devices, files
-from experiments.lab.statistics import Seconds
+from experiments.lab.statistics import Seconds, by_name
 from experiments.lab.tuning import Seeds
 
 
@@ -56,10 +57,27 @@ class Study:
             "first start also compiles, for some minutes."
         )
 
-    def prepare(self, make: Callable[[Key[Array, ""]], Any], what: str) -> sweep.Starts:
-        """Makes what all runs of a seed share, in all worlds."""
+    @property
+    def key(self) -> Key[Array, ""]:
+        """The key of all worlds; the same key makes the same worlds."""
+        return jax.random.key(self.options.seed)
+
+    def prepare(
+        self, make: Callable[[Key[Array, ""]], Any], what: str, seeds: Sequence[int] | None = None
+    ) -> sweep.Starts:
+        """Makes what all runs of a seed share, by default in all worlds."""
         with console.waiting(f"Preparing {what}"):
-            return sweep.prepare(make, jax.random.key(self.options.seed), seeds=self.seeds.all)
+            return sweep.prepare(make, self.key, seeds=self.seeds.all if seeds is None else seeds)
+
+    def grid(self, run: Callable[..., Any], starts: sweep.Starts, report: Any, **axes: Any) -> dict[str, np.ndarray]:
+        """A sweep, whose seconds count: arrays with the seed last, by name."""
+        return by_name(self.seconds.count(sweep.grid(run, starts, report=report, **axes)))
+
+    def split(self, found: Any) -> dict[str, Any]:
+        """Arrays over all worlds, whose last axis is the seed, in those that are `reported` and those for `tuning`."""
+        num = len(self.seeds.reported)
+        parts = {"reported": slice(num), "tuning": slice(num, None)}
+        return {name: jax.tree.map(lambda values, part=part: values[..., part], found) for name, part in parts.items()}
 
     def save(self, results: dict[str, Any]) -> dict[str, Any]:
         """Writes `summary.json`: sizes, results, and their provenance; returns it."""

@@ -149,21 +149,13 @@ def sweep_of(
     *,
     seconds: Seconds,
     report: Callable[[Any], None] | None = None,
-) -> Callable[[Sequence[str], Trials, range], Any]:
+    block: tuple[int, int] = BLOCK,
+) -> Callable[[Sequence[str], Any, range], Any]:
     """The sweep that `tune` asks for: `run(start, method=..., trial=...)` in blocks of one size."""
-    num_seeds = min(BLOCK[0], max(1, len(starts.seeds) // jax.local_device_count()))
+    shape = min(block[0], max(1, len(starts.seeds) // jax.local_device_count())), block[1]
 
-    def results(methods: Sequence[str], tried: Trials, seeds: range) -> Any:
-        return seconds.count(
-            sweep.grid(
-                run,
-                starts,
-                seeds=seeds,
-                runs_at_once=(num_seeds, BLOCK[1]),
-                report=report,
-                method=methods,
-                trial=tried,
-            )
-        )
+    def results(methods: Sequence[str], tried: Any, seeds: range) -> Any:
+        found = sweep.grid(run, starts, seeds=seeds, runs_at_once=shape, report=report, method=methods, trial=tried)
+        return seconds.count(found)
 
     return results

@@ -32,7 +32,7 @@ def main(options: Options, pipeline: Pipeline = PIPELINE) -> None:
     """Measures, judges, and writes the results."""
     study = studies.begin(options, options.out, at_least=2)
     study.announce(TITLE)
-    claims = judge(gather(options.seed, study.seeds, study.seconds, pipeline))
+    claims = judge(gather(pipeline, study))
     claims_page.publish(TITLE, claims, study, "token_claims", PAGE)
     study.end()
 

@@ -5,7 +5,7 @@
 chosen in other worlds.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
 from dpo_jax import losses, rlhf, strings, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
@@ -22,11 +22,10 @@ from experiments.lab import console, string_worlds
 from experiments.lab.methods import Method
 from experiments.lab.pipeline import Pipeline, Start
 from experiments.lab.runs import trained
-from experiments.lab.statistics import Seconds, by_name, over_seeds
+from experiments.lab.statistics import over_seeds, seed_last
 from experiments.lab.string_worlds import (
     BETA,
     KNOWN,
-    PIPELINE,
     STRING_METHODS,
     STRINGS,
     Judge,
@@ -34,7 +33,7 @@ from experiments.lab.string_worlds import (
     measured,
     strings_of,
 )
-from experiments.lab.tuning import Seeds
+from experiments.lab.studies import Study
 from experiments.token_claims.measures import (
     accuracy,
     bad,
@@ -69,9 +68,9 @@ STRENGTHS = (0.03, 0.1, 0.3, 1.0)
 KEPT_BETAS = (0.5, 1.0)
 DISTANCES = (1, 2, 3, 4)
 AGGREGATIONS = {
-    "mean of responses (GRPO)": losses.mean_of_responses,
-    "mean of tokens (DAPO)": losses.mean_of_tokens,
-    "mean per length (Dr. GRPO)": partial(losses.mean_per_length, max_length=STRINGS.horizon),
+    "GRPO": losses.mean_of_responses,
+    "DAPO": losses.mean_of_tokens,
+    "Dr. GRPO": partial(losses.mean_per_length, max_length=STRINGS.horizon),
 }
 MANY_LABELS, PASSES = 4096, 5
 """How many labels offline and online DPO get, and how often they see each."""
@@ -86,59 +85,46 @@ CHI_BETAS = (0.003, 0.03, 0.3, 1.0)
 FLIPPED = Judge(flip_probability=0.35)
 
 
-def gather(seed: int, seeds: Seeds, seconds: Seconds, pipeline: Pipeline = PIPELINE) -> dict[str, Any]:
+def gather(pipeline: Pipeline, study: Study) -> dict[str, Any]:
     """Runs everything."""
-    key = jax.random.key(seed)
-    with console.waiting("Preparing worlds and SFT policies"):
-        starts = sweep.prepare(pipeline.start, key, seeds=seeds.all)
-        hidden = replace(pipeline, demonstrator=contrarian)
-        # same key: the worlds are the same, and only the demonstrators differ
-        far = sweep.prepare(hidden.start, key, seeds=seeds.reported)
-    reported = starts.sel(seeds.reported)
-    reported_first = starts.sel(seeds.reported[:NUM_NOISE])
+    starts = study.prepare(pipeline.start, "worlds and SFT policies")
+    hidden = replace(pipeline, demonstrator=contrarian)
+    far = study.prepare(hidden.start, "the same worlds with other demonstrators", study.seeds.reported)
+    reported = starts.sel(study.seeds.reported)
+    reported_first = reported.sel(study.seeds.reported[:NUM_NOISE])
+    both = _rows(TRUTHFUL, UNIFORM)
     with console.progress("Runs") as report:
 
         def grid(run: Callable[..., Metrics], starts: sweep.Starts = reported, **axes: Any) -> dict[str, np.ndarray]:
-            found = seconds.count(sweep.grid(partial(run, pipeline), starts, report=report, **axes))
-            return {str(name): found[name].transpose(..., "seed").values for name in found.data_vars}
+            return study.grid(partial(run, pipeline), starts, report, **axes)
 
         found: dict[str, Any] = {
             "dpo": grid(dpo, judge=_rows(TRUTHFUL, FOND, UNIFORM), beta=BETAS),
-            "after length": _split(grid(after_length, starts, method=list(AFTER_LENGTH), beta=AFTER_BETAS), seeds),
-            "keepers": _split(
-                grid(
-                    keeper,
-                    starts,
-                    method=list(KEPT),
-                    judge=_rows(TRUTHFUL, UNIFORM),
-                    strength=STRENGTHS,
-                    beta=KEPT_BETAS,
-                ),
-                seeds,
+            "after length": study.split(grid(after_length, starts, method=list(AFTER_LENGTH), beta=AFTER_BETAS)),
+            "keepers": study.split(
+                grid(keeper, starts, method=list(KEPT), judge=both, strength=STRENGTHS, beta=KEPT_BETAS)
             ),
-            "kept by nothing": _split(
-                grid(keeper, starts, method=["dpo"], judge=_rows(TRUTHFUL, UNIFORM), strength=[0.0], beta=KEPT_BETAS),
-                seeds,
+            "kept by nothing": study.split(
+                grid(keeper, starts, method=["dpo"], judge=both, strength=[0.0], beta=KEPT_BETAS)
             ),
             "chi-po": grid(against_overoptimisation, method=["dpo", "chi-po"], beta=CHI_BETAS),
             "alike": grid(alike, distance=DISTANCES),
-            "models": _split(grid(reward_models, starts, model=["implicit", "explicit"], rate=RATES), seeds),
+            "models": study.split(grid(reward_models, starts, model=["implicit", "explicit"], rate=RATES)),
             "online": {
                 name: grid(offline_and_online, where, how=["offline", "online"])
                 for name, where in {"near": reported, "far": far}.items()
             },
             "aggregation": grid(by_aggregation, aggregation=list(AGGREGATIONS)),
-            "learners": _split(grid(by_learner, starts, learner=["token PPO", "RLOO"], rate=RATES), seeds),
+            "learners": study.split(grid(by_learner, starts, learner=["token PPO", "RLOO"], rate=RATES)),
             "noise": grid(gradient_noise, reported_first),
-            "population": _split(grid(on_all_pairs, starts, loss=list(ON_ALL_PAIRS), beta=SMALL_BETAS), seeds),
+            "population": study.split(grid(on_all_pairs, starts, loss=list(ON_ALL_PAIRS), beta=SMALL_BETAS)),
         }
         found["elsewhere"] = {
-            # same key: the worlds are the same where their sizes are
-            name: grid_of(variation, key, seeds.reported[:NUM_ELSEWHERE], seconds, report, **options)
+            name: grid_elsewhere(variation, study, report, **options)
             for name, (variation, options) in elsewhere(pipeline).items()
         }
     with console.waiting("Evaluating what needs no training"):
-        return {**found, "exact": _last(over_seeds(exact, reported)), "far": _last(over_seeds(exact, far))}
+        return {**found, "exact": seed_last(over_seeds(exact, reported)), "far": seed_last(over_seeds(exact, far))}
 
 
 def elsewhere(pipeline: Pipeline) -> dict[str, tuple[Pipeline, dict[str, Any]]]:
@@ -156,14 +142,11 @@ def elsewhere(pipeline: Pipeline) -> dict[str, tuple[Pipeline, dict[str, Any]]]:
     }
 
 
-def grid_of(
-    pipeline: Pipeline, key: Key[Array, ""], seeds: range, seconds: Seconds, report: Any, **options: Any
-) -> dict[str, np.ndarray]:
-    """DPO at the usual beta in worlds of its own, with everything that claims are made about."""
-    starts = sweep.prepare(pipeline.start, key, seeds=seeds)
+def grid_elsewhere(pipeline: Pipeline, study: Study, report: Any, **options: Any) -> dict[str, np.ndarray]:
+    """DPO at the usual beta in the first worlds, as this pipeline makes them, and everything that claims are about."""
+    starts = sweep.prepare(pipeline.start, study.key, seeds=study.seeds.reported[:NUM_ELSEWHERE])
     axes = {"judge": _rows(TRUTHFUL), "beta": [BETA], **options}
-    results = seconds.count(sweep.grid(partial(dpo, pipeline), starts, report=report, **axes))
-    return {name: values.ravel() for name, values in by_name(results).items()}
+    return {name: values.ravel() for name, values in study.grid(partial(dpo, pipeline), starts, report, **axes).items()}
 
 
 def contrarian(world: toy.World) -> Float[Array, "prompts responses"]:
@@ -426,17 +409,3 @@ def token_log_prob(table: Callable[[Params], Array]) -> Any:
 def _rows(*judges: Judge) -> Judge:
     """An axis of judges."""
     return Judge(*(jnp.asarray(column, jnp.float32) for column in zip(*judges, strict=True)))
-
-
-def _split(found: Mapping[str, np.ndarray], seeds: Seeds) -> dict[str, dict[str, np.ndarray]]:
-    """Results in the worlds to report, and in those to choose in."""
-    num = len(seeds.reported)
-    return {
-        "reported": {name: values[..., :num] for name, values in found.items()},
-        "tuning": {name: values[..., num:] for name, values in found.items()},
-    }
-
-
-def _last(found: Any) -> Any:
-    """The same with the seed last."""
-    return jax.tree.map(lambda values: np.moveaxis(values, 0, -1), found)

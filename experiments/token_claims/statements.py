@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lab.claim_figure import Measured
-from experiments.lab.judging import Claim, Estimate, by_condition, equivalence, estimate, series, verdict
+from experiments.lab.judging import Claim, Estimate, by_condition, equivalence, estimate, in_words, series, verdict
 from experiments.lab.string_worlds import BETA, STRINGS
 from experiments.token_claims.evidence import (
     AFTER_LENGTH,
@@ -30,10 +30,10 @@ and in shares and probabilities."""
 NAMES = {"dpo": "DPO", "r-dpo": "R-DPO", "ld-dpo": "LD-DPO", "sampo": "SamPO", "ln-dpo": "LN-DPO", "simpo": "SimPO"}
 
 
-def judge(evidence: dict[str, Any]) -> list[Claim]:
-    """All claims: length, then what happens to probabilities, then data, credit, and learners that sample."""
-    return [
-        make(evidence)
+def judge(evidence: dict[str, Any]) -> dict[str, Claim]:
+    """All claims by name: length, then what happens to probabilities, then data, credit, and learners that sample."""
+    return {
+        make.__name__: make(evidence)
         for make in (
             dpo_lengthens,
             r_dpo_removes,
@@ -55,7 +55,7 @@ def judge(evidence: dict[str, Any]) -> list[Claim]:
             grpo_favours_length,
             rloo_suffices,
         )
-    ]
+    }
 
 
 def elsewhere(evidence: dict[str, Any], measure: Callable[[dict[str, Any]], Any]) -> dict[str, Estimate]:
@@ -86,7 +86,6 @@ def dpo_lengthens(evidence: dict[str, Any]) -> Claim:
     effects = {name: estimate(found[place, USUAL]) for name, place in judges.items()}
     beyond_truth = estimate(evidence["dpo"]["longer"][FOND, USUAL])
     return Claim(
-        "dpo_lengthens",
         "DPO makes answers longer than the labels ask for.",
         "letters of DPO's strings, minus those of the policy that the judges like best at the same KL; β = 0.5",
         effects["judges indifferent to length"],
@@ -116,11 +115,14 @@ def _after_length(evidence: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _length_panels(evidence: dict[str, Any], names: Sequence[str]) -> dict[str, dict[str, Measured]]:
     at_best = _after_length(evidence)
     return {
-        "Letters beyond the best policy": {
-            "at its best β": by_name({NAMES[name]: estimate(at_best[name]["longer"]) for name in names})
-        },
-        "Reward − β KL": {"at its best β": by_name({NAMES[name]: estimate(at_best[name]["merit"]) for name in names})},
+        "Letters beyond the best policy": {"at its best β": _marks(at_best, names, "longer")},
+        "Reward − β KL": {"at its best β": _marks(at_best, names, "merit")},
     }
+
+
+def _marks(found: Mapping[str, Any], names: Sequence[str], measure: str) -> Measured:
+    """What losses come to, as marks over their names."""
+    return series([NAMES[name] for name in names], [found[name][measure] for name in names])
 
 
 def r_dpo_removes(evidence: dict[str, Any]) -> Claim:
@@ -129,7 +131,6 @@ def r_dpo_removes(evidence: dict[str, Any]) -> Claim:
     left = estimate(at_best["r-dpo"]["longer"])
     gain = estimate(at_best["r-dpo"]["merit"] - at_best["dpo"]["merit"])
     return Claim(
-        "r_dpo_removes",
         "A price for each token (R-DPO) removes the length bias of the labels.",
         "letters of R-DPO's strings beyond the best policy at the same KL, labels fond of length, the judge's price",
         left,
@@ -154,12 +155,11 @@ def ld_dpo_and_sampo(evidence: dict[str, Any]) -> Claim:
     words = {name: verdict(effect, matters=LETTERS) for name, effect in effects.items()}
     words |= {name: verdict(effect) for name, effect in free.items()}
     return Claim(
-        "ld_dpo_and_sampo",
         "LD-DPO and SamPO remove the length bias at no loss.",
         "letters by which LD-DPO's strings are shorter than DPO's, each beyond the best policy at its KL, labels fond "
         "of length",
         effects["LD-DPO: shorter"],
-        _in_words(words),
+        in_words(words),
         _length_panels(evidence, ["dpo", "ld-dpo", "sampo"]),
         "Loss",
         {
@@ -169,16 +169,6 @@ def ld_dpo_and_sampo(evidence: dict[str, Any]) -> Claim:
         },
         papers=("2409.06411", "2406.10957"),
     )
-
-
-def _in_words(words: Mapping[str, str]) -> str:
-    """One word if all agree; otherwise each word with what it belongs to."""
-    grouped: dict[str, list[str]] = {}
-    for name, word in words.items():
-        grouped.setdefault(word, []).append(name)
-    if len(grouped) == 1:
-        return next(iter(grouped))
-    return "depends: " + ", ".join(f"{word} ({'; '.join(names)})" for word, names in grouped.items())
 
 
 def _population(evidence: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -201,31 +191,18 @@ def means_fix_length(evidence: dict[str, Any]) -> Claim:
     off = {name: np.abs(found["longer"]) for name, found in minima.items()}
     effects |= {name: estimate(off["dpo"] - off[loss]) for name, loss in on_all.items()}
     short = {name: estimate(minima[loss]["short_of_frontier"]) for name, loss in on_all.items()}
-    first = next(iter(effects))
+    first, names = next(iter(effects)), ("dpo", "simpo", "ln-dpo")
     return Claim(
-        "means_fix_length",
         "Means over tokens (SimPO, length-normalised DPO) fix the length.",
         "letters by which SimPO is closer than DPO to the length of the best policy at its KL, labels fond of length",
         effects[first],
         by_condition(effects, "the labels", matters=LETTERS),
         {
             "Letters beyond the best policy": {
-                "labels fond of length": by_name(
-                    {NAMES[n]: estimate(at_best[n]["longer"]) for n in ("dpo", "simpo", "ln-dpo")}
-                ),
-                "infinite data, truthful labels": by_name(
-                    {NAMES[n]: estimate(minima[n]["longer"]) for n in ("dpo", "simpo", "ln-dpo")}
-                ),
+                "labels fond of length": _marks(at_best, names, "longer"),
+                "infinite data, truthful labels": _marks(minima, names, "longer"),
             },
-            "Reward short of the frontier": {
-                "infinite data": by_name(
-                    {
-                        "DPO": estimate(minima["dpo"]["short_of_frontier"]),
-                        "SimPO": short["SimPO, infinite data"],
-                        "LN-DPO": short["LN-DPO, infinite data"],
-                    }
-                )
-            },
+            "Reward short of the frontier": {"infinite data": _marks(minima, names, "short_of_frontier")},
         },
         "Loss",
         {**effects, **{f"reward short of the frontier, {name}": e for name, e in short.items()}},
@@ -242,11 +219,10 @@ def sums_or_means(evidence: dict[str, Any]) -> Claim:
     }
     names = ("dpo", "ipo on sums", "ipo on means", "orpo on sums", "orpo")
     return Claim(
-        "sums_or_means",
         "It makes little difference whether IPO and ORPO see sums or means over tokens.",
         "reward − β KL at the minimum of IPO on sums minus that on means, infinite data, each at its best β",
         effects["IPO"],
-        _in_words({name: equivalence(effect, within=REWARD) for name, effect in effects.items()}),
+        in_words({name: equivalence(effect, within=REWARD) for name, effect in effects.items()}),
         {
             "Reward − β KL, short of the optimum": {
                 loss: series(SMALL_BETAS, _short_of_optimum(evidence, loss)) for loss in names
@@ -275,7 +251,6 @@ def chosen_falls(evidence: dict[str, Any]) -> Claim:
     who = {"pairs of the SFT policy": TRUTHFUL, "uniform pairs": UNIFORM}
     effects = {name: estimate(found["fell"][place, USUAL] - 0.5) for name, place in who.items()}
     return Claim(
-        "chosen_falls",
         "In DPO the chosen response loses probability.",
         "share of chosen strings that become less probable, minus one half; pairs of the SFT policy, β = 0.5",
         effects["pairs of the SFT policy"],
@@ -307,7 +282,6 @@ def similar_pairs(evidence: dict[str, Any]) -> Claim:
     found = evidence["alike"]
     effect = estimate(found["chosen_change"][-1] - found["chosen_change"][0])
     return Claim(
-        "similar_pairs",
         "... and most so where chosen and rejected are alike.",
         "change of the log-probability (nats) of chosen strings at edit distance 4, minus that at distance 1; β = 0.5",
         effect,
@@ -341,7 +315,6 @@ def gradients_tell(evidence: dict[str, Any]) -> Claim:
     }
     first = next(iter(effects))
     return Claim(
-        "gradients_tell",
         "The inner product of the gradients of chosen and rejected tells whether chosen rises or falls.",
         "share of pairs whose direction is told by the pair's own gradients at the start, minus the share of the more "
         "frequent direction; pairs of the SFT policy, β = 0.5",
@@ -373,7 +346,6 @@ def squeezing(evidence: dict[str, Any]) -> Claim:
     beyond = found["mode_change"] - found["mode_change_of_best"]
     effects = {name: estimate(beyond[place, USUAL]) for name, place in who.items()}
     return Claim(
-        "squeezing",
         "DPO squeezes probability into what was most probable already, worst where data are off-policy.",
         "change of the probability of the SFT policy's most probable string, minus that of the best policy at equal "
         "KL; uniform pairs, β = 0.5",
@@ -424,12 +396,11 @@ def keepers_cost_nothing(evidence: dict[str, Any]) -> Claim:
     }
     first = next(iter(costs))
     return Claim(
-        "keepers_cost_nothing",
         "An NLL term (RPO) or DPO-positive keeps chosen responses probable, at no cost.",
         "reward − β KL of RPO, as strong as it takes that chosen strings lose at most 0.1 nats on average, minus that "
         "of DPO; pairs of the SFT policy, each at its best β",
         costs[first],
-        _in_words({name: verdict(no_loss(effect)) for name, effect in costs.items()}),
+        in_words({name: verdict(no_loss(effect)) for name, effect in costs.items()}),
         {
             "Change of chosen (nats)": {
                 name: series(STRENGTHS, [f["chosen_change"] for f in found]) for name, found in lines.items()
@@ -465,7 +436,6 @@ def unseen_strings(evidence: dict[str, Any]) -> Claim:
     found = {name: values[TRUTHFUL] for name, values in evidence["dpo"].items()}
     effect = estimate((found["unseen"] - found["unseen_before"])[USUAL])
     return Claim(
-        "unseen_strings",
         "DPO gives probability to responses that nobody showed.",
         "probability of strings that are in no pair, after DPO minus before; pairs of the SFT policy, β = 0.5",
         effect,
@@ -503,7 +473,6 @@ def online_where_far(evidence: dict[str, Any]) -> Claim:
     covers = {"near": evidence["exact"]["coverage"], "far": evidence["far"]["coverage"]}
     more = estimate(gain["far"] - gain["near"])
     return Claim(
-        "online_where_far",
         "On-policy data win where the best responses are far from the reference.",
         "gain in reward − β KL by online over offline DPO, as many labels and steps: a reference that avoids good "
         "strings minus one that prefers them",
@@ -530,11 +499,10 @@ def chi_po_escapes(evidence: dict[str, Any]) -> Claim:
         "loses nothing": verdict(no_loss(estimate(-lost["χPO"]))),
     }
     return Claim(
-        "chi_po_escapes",
         "χPO escapes overoptimisation.",
         "reward that DPO loses from its best β to β = 0.003, minus the same of χPO; 128 pairs, a third of them flipped",
         effects["loses less than DPO"],
-        _in_words(words),
+        in_words(words),
         {
             "Expected reward": {n: series(CHI_BETAS, reward[i]) for i, n in enumerate(("DPO", "χPO"))},
             "KL to the reference (nats)": {
@@ -556,7 +524,6 @@ def credit_without_labels(evidence: dict[str, Any]) -> Claim:
     found = evidence["dpo"]["credit"]
     effect = estimate(found[TRUTHFUL, USUAL])
     return Claim(
-        "credit_without_labels",
         "DPO's log-ratios of tokens are advantages: it learns credit without labels of tokens.",
         "correlation of β times the log-ratio of a token with its soft advantage, tokens of the SFT policy; β = 0.5",
         effect,
@@ -584,7 +551,6 @@ def early_tokens(evidence: dict[str, Any]) -> Claim:
     size = evidence["exact"]["advantage_by_place"]
     effect = estimate(size[0] - size[-1])
     return Claim(
-        "early_tokens",
         "Early tokens matter more.",
         "size (root mean square, in units of reward) of the soft advantage of the first token minus that of the sixth",
         effect,
@@ -605,7 +571,6 @@ def implicit_generalises_worse(evidence: dict[str, Any]) -> Claim:
     }
     effects = {name: estimate(explicit[key] - implicit[key]) for name, key in where.items()}
     return Claim(
-        "implicit_generalises_worse",
         "DPO's implicit reward generalises worse than a reward model.",
         "accuracy on new comparisons of a reward model minus that of DPO's implicit reward, uniform strings",
         effects["uniform strings"],
@@ -634,7 +599,6 @@ def ranking_accuracy_low(evidence: dict[str, Any]) -> Claim:
     }
     effect = effects["the true rewards"]
     return Claim(
-        "ranking_accuracy_low",
         "After training, policies still order few pairs rightly by likelihood, far from what is possible.",
         "share of training pairs whose chosen string has the higher true reward, minus the share in which it is more "
         "probable under DPO; β = 0.5",
@@ -661,7 +625,7 @@ def ranking_accuracy_low(evidence: dict[str, Any]) -> Claim:
 
 def grpo_favours_length(evidence: dict[str, Any]) -> Claim:
     """GRPO's aggregations."""
-    found, names = evidence["aggregation"], _short(list(AGGREGATIONS))
+    found = evidence["aggregation"]
     grpo, fixed = 0, 2
     effects = {
         "exact gradient, letters per unit of reward": estimate(
@@ -671,18 +635,19 @@ def grpo_favours_length(evidence: dict[str, Any]) -> Claim:
         "letters of bad strings after training": estimate(found["length_of_bad"][grpo] - found["length_of_bad"][fixed]),
     }
     return Claim(
-        "grpo_favours_length",
         "GRPO's mean over each response's tokens makes responses, bad ones above all, longer; Dr. GRPO does not.",
         "letters of bad strings after training with GRPO's aggregation, minus those with Dr. GRPO's",
         effects["letters of bad strings after training"],
         by_condition(effects, "what is measured", matters=LETTERS / 2),
         {
             "Letters": {
-                "all strings": by_name({n: estimate(found["expected_length"][i]) for i, n in enumerate(names)}),
-                "bad strings": by_name({n: estimate(found["length_of_bad"][i]) for i, n in enumerate(names)}),
+                "all strings": by_name({n: estimate(found["expected_length"][i]) for i, n in enumerate(AGGREGATIONS)}),
+                "bad strings": by_name({n: estimate(found["length_of_bad"][i]) for i, n in enumerate(AGGREGATIONS)}),
             },
             "Letters per unit of reward, exact gradient": {
-                "at the start": by_name({n: estimate(found["longer_per_reward"][i]) for i, n in enumerate(names)})
+                "at the start": by_name(
+                    {n: estimate(found["longer_per_reward"][i]) for i, n in enumerate(AGGREGATIONS)}
+                )
             },
         },
         "Aggregation",
@@ -697,11 +662,6 @@ def grpo_favours_length(evidence: dict[str, Any]) -> Claim:
     )
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """What stands in the brackets of names."""
-    return [name.split("(")[1].rstrip(")") for name in names]
-
-
 def rloo_suffices(evidence: dict[str, Any]) -> Claim:
     """RLOO on whole strings beside PPO with a value for each token."""
     ppo, rloo = (best_of(evidence["learners"], place) for place in (0, 1))
@@ -710,7 +670,6 @@ def rloo_suffices(evidence: dict[str, Any]) -> Claim:
     merits = evidence["learners"]["reported"]["merit"]
     variance = {"RLOO": "rloo", "PPO, true values": "ppo", "PPO, no values": "ppo_without_values"}
     return Claim(
-        "rloo_suffices",
         "RLOO on whole responses does as well as PPO with a value for each token, or better.",
         "reward − β KL of RLOO minus that of PPO with generalised advantages, as many samples, each at its best rate",
         effect,

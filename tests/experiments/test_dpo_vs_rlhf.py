@@ -55,8 +55,7 @@ def test_the_price_is_that_of_the_objective():
 def test_a_run_that_diverges_is_nan(scene):
     (trial,) = (StrengthTrials.of([(0.1, np.inf)]),)
     row = jax.tree.map(lambda column: column[0], trial)
-    run = dpo_vs_rlhf.runner(PIPELINE)
-    measured = jax.jit(lambda trial: run(scene, method="RLOO, reward model", trial=trial))(row)
+    measured = jax.jit(lambda trial: dpo_vs_rlhf.run(PIPELINE, scene, method="RLOO, reward model", trial=trial))(row)
     assert all(np.isnan(value) for value in measured.values())
 
 
