@@ -66,19 +66,8 @@ class Instruction(NamedTuple):
 Computation = list[Instruction]
 Module = dict[str, Computation]
 
-ITEM_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s32": 4,
-    "u32": 4,
-    "f32": 4,
-    "s64": 8,
-    "u64": 8,
-    "f64": 8,
-}
+ITEM_BYTES = {"pred": 1, "bf16": 2} | {f"{kind}{8 * size}": size for size in (1, 2, 4, 8) for kind in "suf"}
+"""XLA's names of types say their bits."""
 LINE = re.compile(r"^  (ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done")
 """What is no kernel, or the end of one."""

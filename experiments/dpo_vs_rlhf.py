@@ -400,7 +400,7 @@ def page_table(summary: dict[str, Any]) -> str:
             " → ".join(entry["stages"][1:]),
             *(f"{entry[name]:,}" for name in ("labels", "samples", "steps")),
             f"{1000 * entry['seconds']['run']:.0f}",
-            page.interval(entry["gain"], summary["num_seeds"], sign=True),
+            console.interval(entry["gain"], summary["num_seeds"], sign=True),
             f"{entry['spread_of_gain']:.3f}",
             *(f"{entry[name]['mean']:.3f}" for name in ("kl_to_reference", "learned_gain")),
             f"{entry['worse_than_sft']['mean']:.0%}",
@@ -417,7 +417,7 @@ def estimators_table(summary: dict[str, Any]) -> str:
             name,
             f"{quality['alignment']['mean']:.3f}",
             f"{quality['scale']['mean']:.2f}",
-            page.interval(quality["noise"], summary["num_seeds"], digits=1),
+            console.interval(quality["noise"], summary["num_seeds"], digits=1),
         ]
         for name, quality in summary["gradient_estimators"].items()
     ]

@@ -128,8 +128,8 @@ def page_table(summary: dict[str, Any]) -> str:
     rows = [
         [
             name,
-            *(page.interval(entries[name, judge]["longer"], num, sign=True) for judge in JUDGES),
-            page.interval(entries[name, "indifferent"]["gain"], num, sign=True),
+            *(console.interval(entries[name, judge]["longer"], num, sign=True) for judge in JUDGES),
+            console.interval(entries[name, "indifferent"]["gain"], num, sign=True),
         ]
         for name in SHOWN
         if (name, "indifferent") in entries

@@ -202,7 +202,7 @@ def page_table(summary: dict[str, Any]) -> str:
     entries = {(entry["name"], entry["setting"]): entry for entry in summary["losses"]}
 
     def cell(name: str, setting: str, gain: str) -> str:
-        return page.interval(entries[name, setting][gain], summary["num_seeds"], sign=True)
+        return console.interval(entries[name, setting][gain], summary["num_seeds"], sign=True)
 
     settings = list(summary["settings"])
     rows = [

@@ -113,17 +113,9 @@ def measure(options: Options) -> dict[str, Any]:
         },
         "pairs": sizes.pairs,
         "peaks": report.highest(peaks, [*experiments, *dpo, *of_strings, *of_losses.values()]),
-        "step": workloads.step_counts(
-            workloads.dpo_step,
-            starts.values.start.params,
-            starts.values,
-            workloads.DPO.work * (1 / workloads.DPO.steps),
-        ),
+        "step": workloads.step_counts(workloads.dpo_step, starts.values.start.params, starts.values, workloads.DPO),
         "string_step": workloads.step_counts(
-            string_runs.step,
-            string_starts.values.params,
-            string_starts.values,
-            string_runs.TRAINING.work * (1 / string_runs.TRAINING.steps),
+            string_runs.step, string_starts.values.params, string_starts.values, string_runs.TRAINING
         ),
         "experiments": experiments,
         "dpo": dpo,

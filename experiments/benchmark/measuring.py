@@ -45,20 +45,6 @@ class Program:
         return jax.device_put(args, self.sharding)
 
     @property
-    def num_devices(self) -> int:
-        """On how many devices it runs."""
-        return self.sharding.num_devices
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes on each device: what the program needs, and the largest use so far where the device counts that."""
-        needed = self.executable.memory_analysis()
-        used = jax.local_devices()[0].memory_stats() or {}
-        names = ("argument", "output", "temp")
-        sizes = {name: int(getattr(needed, f"{name}_size_in_bytes")) for name in names} if needed else {}
-        return sizes | ({"peak_so_far": int(used["peak_bytes_in_use"])} if "peak_bytes_in_use" in used else {})
-
-    @property
     def xla_counts(self) -> dict[str, float]:
         """What XLA thinks the program does; the body of a loop counts once, however often it is run."""
         counts = self.executable.cost_analysis() or {}

@@ -1,6 +1,6 @@
 """What a benchmark says: tables, figures, and doubts about its numbers."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def print_results(summary: dict[str, Any]) -> None:
             console.print_table(
                 f"µs per optimizer step and {runs}, beside PyTorch {summary[what]['version']}; in turn",
                 ["at once", "JAX", *(f"PyTorch, {name}" for name in versions)],
-                [[f"{entry['num']:,}", *_beside(entry, versions)] for entry in summary[what]["runs"]],
+                [_beside(entry, versions) for entry in summary[what]["runs"]],
             )
 
 
@@ -121,11 +121,13 @@ def _row(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _beside(entry: dict[str, Any], versions: Sequence[str]) -> list[str]:
-    """The cells of a row of the comparison: microseconds, and how many times those of JAX."""
+def _beside(
+    entry: dict[str, Any], versions: Sequence[str], shown: Callable[[float], str] = "{:.2f}".format
+) -> list[str]:
+    """A row of the comparison: how many runs, microseconds, and how many times those of JAX."""
     cost, ratio = entry["microseconds_per_step_and_run"], entry["times_jax"]
-    rivals = [f"{cost[name]:.2f} ({ratio[name]:.2f} ×)" if name in cost else "" for name in versions]
-    return [f"{cost['jax']:.2f}", *rivals]
+    rivals = [f"{shown(cost[name])} ({shown(ratio[name])}×)" if name in cost else "" for name in versions]
+    return [f"{entry['num']:,}", shown(cost["jax"]), *rivals]
 
 
 def page_tables(summary: dict[str, Any]) -> dict[str, str]:
@@ -199,13 +201,7 @@ def _steps(summary: dict[str, Any]) -> list[list[str]]:
 
 def _table_beside_torch(runs: str, compared: dict[str, Any], versions: Sequence[str]) -> str:
     columns = [runs, "this library, µs per step and run", *(f"PyTorch, {name}" for name in versions)]
-    return page.table(columns, [_beside_torch(entry, versions) for entry in compared["runs"]], numbers=True)
-
-
-def _beside_torch(entry: dict[str, Any], versions: Sequence[str]) -> list[str]:
-    costs, times = entry["microseconds_per_step_and_run"], entry["times_jax"]
-    rivals = [f"{_cost(costs[name])} ({_cost(times[name])}×)" if name in costs else "" for name in versions]
-    return [f"{entry['num']:,}", _cost(costs["jax"]), *rivals]
+    return page.table(columns, [_beside(entry, versions, _cost) for entry in compared["runs"]], numbers=True)
 
 
 def _cost(number: float) -> str:

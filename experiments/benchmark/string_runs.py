@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key
 from dpo_jax import losses, strings, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
 from experiments.benchmark.least_work import StringNetwork, Training, string_pair
-from experiments.benchmark.workloads import Workload
+from experiments.benchmark.workloads import Workload, runs_from
 from experiments.lab.pipeline import BETA
 
 STRINGS = strings.Strings(num_letters=4, horizon=5)
@@ -91,13 +91,7 @@ def step(params: Params, start: Start) -> Metrics:
 
 
 def workload(starts: sweep.Starts, runs_at_once: int | None) -> Workload:
-    """Such runs; if there are more runs than starts, some start alike and differ in their orders."""
+    """Such runs."""
     if runs_at_once is None and jax.default_backend() == "cpu":
         runs_at_once = RUNS_AT_ONCE
-
-    def arguments(num: int) -> dict[str, Any]:
-        num_seeds = min(num, len(starts.seeds))
-        again = np.arange(-(-num // num_seeds))
-        return {"run": run, "key": starts, "seeds": starts.seeds[:num_seeds], "again": again}
-
-    return Workload(arguments, TRAINING.steps, TRAINING.work, runs_at_once)
+    return runs_from(starts, run, TRAINING, runs_at_once)

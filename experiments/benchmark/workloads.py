@@ -144,14 +144,21 @@ def experiments(seed: int, runs_at_once: int | None) -> Workload:
 
 
 def dpo_runs(starts: sweep.Starts, runs_at_once: int | None) -> Workload:
-    """DPO runs; if there are more runs than starts, some start alike and differ in their orders."""
+    """DPO runs."""
+    return runs_from(starts, run_dpo, DPO, runs_at_once)
+
+
+def runs_from(
+    starts: sweep.Starts, run: Callable[..., Metrics], training: Training, runs_at_once: int | None
+) -> Workload:
+    """Training runs; if there are more runs than starts, some start alike and differ in their orders."""
 
     def arguments(num: int) -> dict[str, Any]:
         num_seeds = min(num, len(starts.seeds))
         again = np.arange(-(-num // num_seeds))
-        return {"run": run_dpo, "key": starts, "seeds": starts.seeds[:num_seeds], "again": again}
+        return {"run": run, "key": starts, "seeds": starts.seeds[:num_seeds], "again": again}
 
-    return Workload(arguments, DPO.steps, DPO.work, runs_at_once)
+    return Workload(arguments, training.steps, training.work, runs_at_once)
 
 
 def at_once(workload: Workload, numbers: Iterable[int], clock: Clock, max_seconds: float) -> Iterator[dict[str, Any]]:
@@ -198,16 +205,16 @@ def scaling(workload: Workload, num_each: int, clock: Clock) -> list[dict[str, A
     return entries
 
 
-def step_counts(step: Callable[..., Any], params: Params, starts: Any, work: Work) -> dict[str, Any]:
+def step_counts(step: Callable[..., Any], params: Params, starts: Any, training: Training) -> dict[str, Any]:
     """One optimizer step of a run: the least work, and what XLA says the compiled step does when 64 are stacked.
 
     Args:
       step: `(params, start)`.
       params: of all starts, stacked.
       starts: from which runs start.
-      work: the least work of a step.
+      training: which consists of such steps.
     """
-    num = 64
+    num, work = 64, training.work * (1 / training.steps)
     rows = np.arange(num) % len(jax.tree.leaves(starts)[0])
     stacked = jax.tree.map(lambda leaf: leaf[rows], (params, starts))
     program = measuring.compile_on(1, jax.vmap(step), *stacked)

@@ -38,10 +38,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     console.print(table)
 
 
-def interval(statistics: Mapping[str, Any], num: int, digits: int = 3) -> str:
+def interval(statistics: Mapping[str, Any], num: int, digits: int = 3, *, sign: bool = False) -> str:
     """A mean of `num` values and half the width of its 95 % confidence interval, if there is one."""
-    half = half_width(statistics["stderr"], num)
-    return f"{statistics['mean']:.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
+    half = half_width(np.float64(statistics["stderr"]), num)
+    return f"{statistics['mean']:{'+' if sign else ''}.{digits}f}" + ("" if np.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def on_terminal() -> bool:

@@ -81,9 +81,6 @@ def train_reward_model(
     key: Key[Array, ""],
     world: toy.World,
     preferences: Preferences,
-    *,
-    margin: Numeric = 0.0,
-    centring: Numeric = 0.01,
 ) -> tuple[Float[Array, "prompts responses"], Metrics]:
     """Fits a fresh network to the comparisons, as long as DPO trains; returns its table of rewards.
 
@@ -92,9 +89,8 @@ def train_reward_model(
     """
     init_key, train_key = jax.random.split(key)
     network, embeddings = pipeline.policy, world.embeddings  # its outputs read as rewards
-    objective = train.reference_free_objective(
-        toy.score_fn(network, embeddings), losses.bradley_terry_loss, margin=margin, centring=centring
-    )
+    score = toy.score_fn(network, embeddings)
+    objective = train.reference_free_objective(score, losses.bradley_terry_loss, centring=0.01)
     params, history = pipeline.fit(train_key, network.init(init_key, embeddings), preferences, objective=objective)
     return toy.score_table_fn(network, embeddings)(params), history
 

@@ -79,23 +79,28 @@ SFT_WEIGHT = Range(1e-5, 3.0, usual=1.0)
 TARGET_MARGIN = Range(0.01, 3.0, usual=0.1)
 
 
-def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
-    """A method whose loss takes policy and reference, and nothing but tuned hyperparameters."""
+def of_loss(
+    name: str, family: str, objective_of: Any, loss: Any, ranges: Mapping[str, Range], data: Any = Feedback.pairs
+) -> Method:
+    """A method that is a loss and its hyperparameters; `objective_of` is a function of `train`."""
 
     def objective(setup: Setup, h: Hyperparameters) -> Objective:
-        return train.preference_objective(setup.log_prob, loss, **h)
+        made: Objective = objective_of(setup.log_prob, loss, **h)
+        return made
 
-    ranges = {"beta": BETA, **ranges}
-    return Method(name, family, objective, ranges, optional=_defaults(loss, ranges))
+    parameters = inspect.signature(loss).parameters.values()
+    optional = tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in ranges)
+    return Method(name, family, objective, ranges, data, optional=optional)
+
+
+def pairwise(name: str, loss: Any, family: str = MARGIN, **ranges: Range) -> Method:
+    """A method whose loss takes policy and reference, and nothing but tuned hyperparameters."""
+    return of_loss(name, family, train.preference_objective, loss, {"beta": BETA, **ranges})
 
 
 def reference_free(name: str, loss: Any, **ranges: Range) -> Method:
     """A method whose loss takes the policy alone."""
-
-    def objective(setup: Setup, h: Hyperparameters) -> Objective:
-        return train.reference_free_objective(setup.log_prob, loss, **h)
-
-    return Method(name, REFERENCE_FREE, objective, ranges, optional=_defaults(loss, ranges))
+    return of_loss(name, REFERENCE_FREE, train.reference_free_objective, loss, ranges)
 
 
 def method_of(name: str, loss: Callable[..., Array]) -> Method:
@@ -120,22 +125,12 @@ def method_of(name: str, loss: Callable[..., Array]) -> Method:
     if len(positional) == 2:
         return pairwise(name, loss, "your own", **ranges)
     if len(positional) == 3:
-
-        def objective(setup: Setup, h: Hyperparameters) -> Objective:
-            return train.unpaired_objective(setup.log_prob, loss, **h)
-
         ranges = {"beta": UNKNOWN, **ranges}
-        return Method(name, UNPAIRED, objective, ranges, Feedback.split_pairs, optional=_defaults(loss, ranges))
+        return of_loss(name, UNPAIRED, train.unpaired_objective, loss, ranges, Feedback.split_pairs)
     raise TypeError(
         f"{name} must take (policy), (policy, reference) or (policy, reference, desirable), and hyperparameters as "
         f"keywords; it takes ({', '.join(positional)})"
     )
-
-
-def _defaults(loss: Callable[..., Array], ranges: Mapping[str, Range]) -> tuple[str, ...]:
-    """The keyword arguments of a loss that have a default and are not tuned."""
-    parameters = inspect.signature(loss).parameters.values()
-    return tuple(p.name for p in parameters if p.kind == p.KEYWORD_ONLY and p.name not in ranges)
 
 
 def load_function(path: Path, name: str) -> Callable[..., Any]:
@@ -251,10 +246,11 @@ METHODS = (
     pairwise("aot", losses.aot_loss, BATCH),
     pairwise("unpaired aot", losses.aot_unpaired_loss, BATCH),
     Method("beta-dpo", BATCH, beta_dpo, {"beta": BETA, "alpha": Range(0.1, 2.0, usual=0.5)}),
-    Method(
+    of_loss(
         "plackett-luce of 4",
         RANKED,
-        lambda setup, h: train.preference_objective(setup.log_prob, losses.plackett_luce_loss, **h),
+        train.preference_objective,
+        losses.plackett_luce_loss,
         {"beta": BETA},
         Feedback.rankings,
     ),
@@ -271,10 +267,11 @@ METHODS = (
     Method("kto on labels", UNPAIRED, kto, {"beta": BETA}, Feedback.labels),
     Method("bco", UNPAIRED, bco, {"beta": BETA}, Feedback.split_pairs),
     Method("bco on labels", UNPAIRED, bco, {"beta": BETA}, Feedback.labels),
-    Method(
+    of_loss(
         "unpaired apo-zero",
         UNPAIRED,
-        lambda setup, h: train.unpaired_objective(setup.log_prob, losses.apo_zero_unpaired_loss, **h),
+        train.unpaired_objective,
+        losses.apo_zero_unpaired_loss,
         {"beta": BETA},
         Feedback.split_pairs,
     ),

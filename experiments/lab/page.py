@@ -4,10 +4,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from dpo_jax.intervals import half_width
-
 PAGE = Path(__file__).parents[1] / "README.md"
 REPORTED = Path(__file__).parents[1] / "reported"
 LANGUAGE_MODELS = Path(__file__).parents[2] / "dpo_jax" / "lm" / "README.md"
@@ -18,12 +14,6 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: boo
     """A table in Markdown; with `numbers`, all columns but the first are aligned to the right."""
     line = ["---", *(["---:"] if numbers else ["---"]) * (len(columns) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, line, *rows))
-
-
-def interval(statistics: dict[str, float], num: int, *, sign: bool = False, digits: int = 3) -> str:
-    """A mean and half the width of its 95 % interval."""
-    half = half_width(np.float64(statistics["stderr"]), num)
-    return f"{statistics['mean']:{'+' if sign else ''}.{digits}f} ± {half:.{digits}f}"
 
 
 def update(texts: Mapping[str, str], out: Path, *, path: Path | None = None) -> None:

@@ -6,7 +6,8 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -78,11 +79,6 @@ class Pipeline:
         """Optimizer steps of training on comparisons."""
         return self.num_epochs * self.steps_per_epoch
 
-    def more(self, factor: int) -> "Pipeline":
-        """The same with so many times as many comparisons, in batches that keep the number of steps."""
-        num, size = factor * self.num_preferences, factor * self.batch_size
-        return replace(self, num_preferences=num, batch_size=size)
-
     def log_prob(self, world: toy.World) -> LogProbFn:
         """Scores responses: `(params, prompts, responses) -> log-probabilities`."""
         return toy.log_prob_fn(self.policy, world.embeddings)
@@ -120,7 +116,6 @@ class Pipeline:
         *,
         objective: Objective,
         learning_rate: Numeric | None = None,
-        num_epochs: int | None = None,
         evaluate: Callable[[Params], Metrics] | None = None,
     ) -> tuple[Params, Metrics]:
         """Trains for the pipeline's number of optimizer steps, in larger batches if there are more data."""
@@ -130,13 +125,18 @@ class Pipeline:
             data,
             objective=objective,
             optimizer=optax.adam(self.learning_rate if learning_rate is None else learning_rate),
-            num_epochs=num_epochs or self.num_epochs,
+            num_epochs=self.num_epochs,
             batch_size=max(1, len(data.prompts) * self.batch_size // self.num_preferences),
             evaluate=evaluate,
         )
 
     def dpo(
-        self, key: Key[Array, ""], start: Start, pairs: Preferences, beta: Numeric, **options: Any
+        self,
+        key: Key[Array, ""],
+        start: Start,
+        pairs: Preferences,
+        beta: Numeric,
+        learning_rate: Numeric | None = None,
     ) -> tuple[Params, Metrics]:
         """Direct Preference Optimization from the SFT policy, evaluated exactly after each epoch."""
         objective = train.preference_objective(self.log_prob(start.world), losses.dpo_loss, beta=beta)
@@ -145,8 +145,8 @@ class Pipeline:
             start.params,
             pairs,
             objective=objective,
-            evaluate=lambda params: self.evaluate(start, params),
-            **options,
+            learning_rate=learning_rate,
+            evaluate=partial(self.evaluate, start),
         )
 
     def evaluate(self, start: Start, params: Params) -> Metrics:

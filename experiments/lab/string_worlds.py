@@ -85,7 +85,6 @@ def measured(
     start: Start,
     log_probs: Float[Array, "prompts responses"],
     *,
-    beta: Numeric = BETA,
     every: strings.Strings = STRINGS,
 ) -> Metrics:
     """Exact measures of a policy, by the truth.
@@ -101,8 +100,8 @@ def measured(
     lengths = [jnp.mean(strings.expected_length(table, every)) for table in (log_probs, best)]
     return {
         **found,
-        "regret": jnp.mean(toy.regret(log_probs, reference, rewards, beta=beta)),
-        "merit": found["expected_reward"] - beta * found["kl_to_reference"],
+        "regret": jnp.mean(toy.regret(log_probs, reference, rewards, beta=BETA)),
+        "merit": found["expected_reward"] - BETA * found["kl_to_reference"],
         "expected_length": lengths[0],
         "optimal_length": lengths[1],
         "longer": lengths[0] - lengths[1],
@@ -169,25 +168,21 @@ def sampo(setup: Setup, h: Hyperparameters) -> Objective:
     return StatefulObjective(setup.key, apply)
 
 
-def by_tokens(loss: Any) -> Callable[[Setup, Hyperparameters], Objective]:
-    """The objective of a loss that is told the numbers of tokens."""
+def told_lengths(
+    loss: Any, lengths: Callable[[strings.Strings, Any], Any]
+) -> Callable[[Setup, Hyperparameters], Objective]:
+    """The objective of a loss that is told how long responses are."""
 
     def objective(setup: Setup, h: Hyperparameters) -> Objective:
         return train.preference_objective(
-            setup.log_prob, loss, lengths=lambda _, batch, __: strings.num_tokens_of(STRINGS, batch.responses), **h
+            setup.log_prob, loss, lengths=lambda _, batch, __: lengths(STRINGS, batch.responses), **h
         )
 
     return objective
 
 
-def r_dpo(setup: Setup, h: Hyperparameters) -> Objective:
-    """R-DPO: a price for each letter."""
-    return train.preference_objective(
-        setup.log_prob,
-        losses.length_regularized_dpo_loss,
-        lengths=lambda _, batch, __: strings.lengths_of(STRINGS, batch.responses),
-        **h,
-    )
+R_DPO = told_lengths(losses.length_regularized_dpo_loss, strings.lengths_of)
+LN_DPO = told_lengths(losses.length_normalized_dpo_loss, strings.num_tokens_of)
 
 
 def on_means(method: Method, name: str | None = None) -> Method:
@@ -209,8 +204,8 @@ def on_means(method: Method, name: str | None = None) -> Method:
 LENGTH_AWARE = "length-aware"
 KNOWN = {method.name: method for method in METHODS}
 OWN = (
-    Method("r-dpo", LENGTH_AWARE, r_dpo, {"beta": BETA_RANGE, "alpha": Range(0.003, 1.0)}),
-    Method("ln-dpo", LENGTH_AWARE, by_tokens(losses.length_normalized_dpo_loss), {"beta": Range(0.01, 100.0)}),
+    Method("r-dpo", LENGTH_AWARE, R_DPO, {"beta": BETA_RANGE, "alpha": Range(0.003, 1.0)}),
+    Method("ln-dpo", LENGTH_AWARE, LN_DPO, {"beta": Range(0.01, 100.0)}),
     Method("ld-dpo", LENGTH_AWARE, ld_dpo, {"beta": BETA_RANGE, "alpha": Range(0.0, 1.0, linear=True)}),
     Method("sampo", LENGTH_AWARE, sampo, {"beta": BETA_RANGE}),
     on_means(KNOWN["ipo"], "ipo on means"),

@@ -238,13 +238,7 @@ def alike(pipeline: Pipeline, start: Start, *, distance: Numeric) -> Metrics:
     prompts, pair = strings.sample_pairs(pair_key, start.log_probs, allowed, num=pipeline.num_preferences)
     pairs = toy.label_pairs(label_key, start.world, prompts, pair)
     pairs = train.with_reference(pipeline.log_prob(start.world), start.params, pairs)
-    params, _ = pipeline.fit(
-        train_key,
-        start.params,
-        pairs,
-        objective=train.preference_objective(pipeline.log_prob(start.world), losses.dpo_loss, beta=BETA),
-        learning_rate=LEARNING_RATE,
-    )
+    params, _ = pipeline.dpo(train_key, start, pairs, BETA, LEARNING_RATE)
     table = pipeline.table(start.world)(params)
     chosen, rejected = toy.lookup(table - start.log_probs, pairs.prompts, pairs.responses)
     return {

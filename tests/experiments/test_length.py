@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import length
-from experiments.lab import devices, page, string_worlds
+from experiments.lab import console, devices, string_worlds
 from experiments.lab.string_worlds import JUDGES, STRING_METHODS
 from experiments.length import MEASURES, SHOWN, Options, page_table, save_figure, summarise
 
@@ -45,7 +45,7 @@ def test_the_page_has_a_row_for_each_loss_that_is_shown():
         *(f"letters, {judge}" for judge in JUDGES),
         "gain, indifferent",
     ]
-    shown = page.interval({"mean": 1.5, "stderr": 0.5}, 2, sign=True)
+    shown = console.interval({"mean": 1.5, "stderr": 0.5}, 2, sign=True)
     assert rows[2].split("|")[3].strip() == shown
 
 

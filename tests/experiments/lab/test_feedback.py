@@ -8,7 +8,7 @@ import pytest
 
 from dpo_jax import toy
 from experiments.lab.feedback import NUM_RANKED, SETTINGS, Feedback, coin_tosses
-from tests.experiments.small import PIPELINE
+from tests.experiments.small import PIPELINE, more
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def draw(start):
 
     @jax.jit
     def drawn(setting):
-        feedback = Feedback(PIPELINE.more(10), jax.random.key(4), start, setting)
+        feedback = Feedback(more(10), jax.random.key(4), start, setting)
         return feedback.pairs(), feedback.labels(), feedback.rankings()
 
     return lambda name: drawn(SETTINGS[name])

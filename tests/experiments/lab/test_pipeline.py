@@ -9,7 +9,7 @@ import pytest
 
 from dpo_jax import losses, train
 from experiments.lab.pipeline import TUTORIAL
-from tests.experiments.small import PIPELINE
+from tests.experiments.small import PIPELINE, more
 
 
 def test_runs_have_the_notebooks_length():
@@ -35,7 +35,7 @@ def test_more_data_take_as_many_steps_in_larger_batches():
     log_prob = PIPELINE.log_prob(start.world)
     objective = train.preference_objective(log_prob, losses.dpo_loss, beta=0.1)
     for factor in (1, 2):
-        pairs = jax.jit(PIPELINE.more(factor).comparisons)(jax.random.key(1), start)
+        pairs = jax.jit(more(factor).comparisons)(jax.random.key(1), start)
         _, history = jax.jit(lambda pairs: PIPELINE.fit(jax.random.key(2), start.params, pairs, objective=objective))(
             pairs
         )

@@ -275,20 +275,21 @@ def test_worlds_say_nothing_about_length_and_demonstrators_prefer_good_strings(s
 
 
 def test_measures_are_exact(start, moved):
+    beta = string_worlds.BETA
     table = PIPELINE.table(start.world)(moved)
-    found = jax.jit(lambda table: string_worlds.measured(start, table, beta=BETA))(table)
+    found = jax.jit(lambda table: string_worlds.measured(start, table))(table)
     log_probs, reference, rewards = (np.float64(t) for t in (table, start.log_probs, start.world.rewards))
     probs = np.exp(log_probs)
     reward, kl = (probs * rewards).sum(-1).mean(), (probs * (log_probs - reference)).sum(-1).mean()
-    partition = np.log(np.sum(np.exp(reference + rewards / BETA), axis=-1))
+    partition = np.log(np.sum(np.exp(reference + rewards / beta), axis=-1))
     length = (probs @ STRINGS.lengths).mean()
     best = np.exp(np.asarray(toy.optimal_policy_at_kl(start.log_probs, start.world.rewards, kl=jnp.float32(kl))))
     optimal_length = (best @ STRINGS.lengths).mean()
     expected = {
         "expected_reward": reward,
         "kl_to_reference": kl,
-        "regret": BETA * partition.mean() - (reward - BETA * kl),
-        "merit": reward - BETA * kl,
+        "regret": beta * partition.mean() - (reward - beta * kl),
+        "merit": reward - beta * kl,
         "expected_length": length,
         "optimal_length": optimal_length,
         "longer": length - optimal_length,
