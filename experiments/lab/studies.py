@@ -74,7 +74,7 @@ class Study:
         return by_name(self.seconds.count(sweep.grid(run, starts, report=report, **axes)))
 
     def split(self, found: Any) -> dict[str, Any]:
-        """Arrays over all worlds, whose last axis is the seed, in those that are `reported` and those for `tuning`."""
+        """Splits arrays whose last axis is the seed: the `reported` worlds, and those for `tuning`."""
         num = len(self.seeds.reported)
         parts = {"reported": slice(num), "tuning": slice(num, None)}
         return {name: jax.tree.map(lambda values, part=part: values[..., part], found) for name, part in parts.items()}
