@@ -5,8 +5,8 @@ import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import Any, TypeVar
@@ -32,7 +32,8 @@ def result_of(future: Future[ResultType]) -> ResultType:
     signals in the main thread, and only when that runs.
     """
     while not future.done():
-        wait([future], SECONDS_BETWEEN_LOOKS)
+        with suppress(TimeoutError):
+            future.result(SECONDS_BETWEEN_LOOKS)
     return future.result()
 
 
