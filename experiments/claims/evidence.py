@@ -11,10 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Key
 
-from dpo_jax import losses, rlhf, sweep, toy, train
+from dpo_jax import losses, sweep, toy, train
 from dpo_jax.types import Metrics, Numeric, Params, Preferences
 from experiments import dpo_vs_rlhf, loss_variants
 from experiments.dpo_vs_rlhf import LEARNING_RATES, StrengthTrials
@@ -44,7 +43,11 @@ FASTER = (1, 10)
 """Factors on the tutorial's learning rate at which PPO's clip is varied."""
 POWERS = (1.0, 0.5, 0.25, 0.0, -0.125, -0.25, -0.5)
 """Factors on the logits of the SFT policy: references that know less (0: uniform) or rank the wrong way."""
-EXPLORERS = ("offline", "online", "xpo")
+EXPLORERS: dict[str, Callable[..., contenders.Trained]] = {
+    "offline": contenders.dpo_on_fresh,
+    "online": partial(contenders.online_dpo, contenders.TRUE),
+    "xpo": contenders.xpo,
+}
 REGULARISED = ("dpo", "ipo")
 """Losses whose regularisation is watched while the learning rate grows."""
 SMOOTHINGS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3)
@@ -88,7 +91,7 @@ def gather(pipeline: Pipeline, study: Study, num_candidates: int) -> dict[str, A
             "by_clip": study.split(
                 grid(ppo_by_clip, scenes, faster=sweep.static(FASTER), clip=CLIPS)["expected_reward"]
             ),
-            "exploration": by_value(EXPLORERS, grid(explore, how=EXPLORERS, power=POWERS)),
+            "exploration": by_value(list(EXPLORERS), grid(explore, how=list(EXPLORERS), power=POWERS)),
             "regularisation": by_value(REGULARISED, grid(regularised, loss=REGULARISED, learning_rate=LEARNING_RATES)),
         }
     with console.waiting("Evaluating what needs no training, and timing"):
@@ -167,26 +170,11 @@ def explore(pipeline: Pipeline, scene: Scene, *, how: str, power: Numeric) -> Me
     Offline, both responses are the reference's; online, both are the policy's; with XPO one of the two is the policy's.
     """
     params, table = sharpened(scene.start.params, power), pipeline.table(scene.world)
-    scene = scene._replace(start=scene.start._replace(params=params))
-    asked = contenders.exchange(
-        pipeline, scene, 1 if how == "xpo" else 2, pipeline.batch_size // (2 if how == "xpo" else 1)
+    scene = scene._replace(start=scene.start._replace(params=params, log_probs=table(params)))
+    tuned, history = EXPLORERS[how](
+        pipeline, scene, BETA, pipeline.learning_rate, num_epochs=1, rounds_per_epoch=pipeline.num_steps
     )
-    if how == "offline":
-        asked["respond"] = contenders.answered_by(params, asked["respond"])
-    prefer = toy.preference_fn(scene.true_rewards)
-    if how == "xpo":
-        learner = rlhf.xpo(**asked, prefer=prefer, beta=BETA, alpha=contenders.OPTIMISM)
-    else:
-        learner = rlhf.online_dpo(**asked, prefer=prefer, beta=BETA)
-    tuned, history = train.fit_online(
-        scene.key,
-        params,
-        learner=learner,
-        optimizer=optax.adam(pipeline.learning_rate),
-        num_epochs=1,
-        rounds_per_epoch=pipeline.num_steps,
-    )
-    policy, reference, rewards = table(tuned), table(params), scene.true_rewards
+    policy, reference, rewards = table(tuned), scene.start.log_probs, scene.true_rewards
     best = toy.optimal_policy(reference, rewards, beta=BETA)
     coverage = jnp.sum(jnp.exp(2 * best - reference), axis=-1)
     measured = {

@@ -258,11 +258,13 @@ def reinforced(
     return fit_online(pipeline, scene, learner, learning_rate)
 
 
-def online_dpo(rewards: Rewards, pipeline: Pipeline, scene: Scene, beta: Numeric, learning_rate: Numeric) -> Trained:
+def online_dpo(
+    rewards: Rewards, pipeline: Pipeline, scene: Scene, beta: Numeric, learning_rate: Numeric, **options: Any
+) -> Trained:
     """Fresh pairs of the policy, judged by rewards."""
     asked = exchange(pipeline, scene, 2, pipeline.batch_size)
     learner = rlhf.online_dpo(**asked, prefer=toy.preference_fn(rewards(scene)), beta=beta)
-    return fit_online(pipeline, scene, learner, learning_rate)
+    return fit_online(pipeline, scene, learner, learning_rate, **options)
 
 
 def answered_by(params: Params, respond: RespondFn) -> RespondFn:
@@ -274,19 +276,19 @@ def answered_by(params: Params, respond: RespondFn) -> RespondFn:
     return always
 
 
-def dpo_on_fresh(pipeline: Pipeline, scene: Scene, beta: Numeric, learning_rate: Numeric) -> Trained:
+def dpo_on_fresh(pipeline: Pipeline, scene: Scene, beta: Numeric, learning_rate: Numeric, **options: Any) -> Trained:
     """DPO, offline, with as many labels as online DPO: each comparison is of two SFT responses and is used once."""
     asked = exchange(pipeline, scene, 2, pipeline.batch_size)
     asked["respond"] = answered_by(scene.start.params, asked["respond"])
     learner = rlhf.online_dpo(**asked, prefer=toy.preference_fn(scene.true_rewards), beta=beta)
-    return fit_online(pipeline, scene, learner, learning_rate)
+    return fit_online(pipeline, scene, learner, learning_rate, **options)
 
 
-def xpo(pipeline: Pipeline, scene: Scene, beta: Numeric, learning_rate: Numeric) -> Trained:
+def xpo(pipeline: Pipeline, scene: Scene, beta: Numeric, learning_rate: Numeric, **options: Any) -> Trained:
     """The policy's answer against the reference's, judged by people."""
     asked = exchange(pipeline, scene, 1, pipeline.batch_size // 2)
     learner = rlhf.xpo(**asked, prefer=toy.preference_fn(scene.true_rewards), beta=beta, alpha=OPTIMISM)
-    return fit_online(pipeline, scene, learner, learning_rate)
+    return fit_online(pipeline, scene, learner, learning_rate, **options)
 
 
 def nash_md(pipeline: Pipeline, scene: Scene, tau: Numeric, learning_rate: Numeric) -> Trained:
