@@ -66,6 +66,12 @@ def test_what_described_devices_would_do_is_that_of_the_report(device):
     summary = reported(f"described_devices/{device}")
     assert f"{summary['kernels_per_step']:.0f} kernels a step" in text
     assert f"{summary['bytes_per_step_and_run']:,.0f} bytes per step and run" in text
+    if device == "h200":
+        times = summary["bytes_per_step_and_run"] / summary["least_bytes_per_step_and_run"]
+        assert f"{times:.1f} times the least" in text
+        assert f"notebooks take about {summary['seconds_at_least_for_100000']:.1f} s at least" in text
+    else:
+        assert f"{summary['num']} notebooks take {summary['memory']['temp'] / 1e6:.0f} MB of temporaries" in text
 
 
 def test_a_table_is_written_between_its_markers_and_only_for_reported_results(tmp_path, monkeypatch):

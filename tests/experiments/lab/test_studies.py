@@ -3,6 +3,8 @@
 import json
 from dataclasses import dataclass
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.lab import devices, studies
@@ -41,6 +43,17 @@ def test_worlds_are_prepared_for_reports_and_for_tuning(tmp_path, key):
     starts = study.prepare(lambda key: key, "keys")
     assert list(starts.seeds) == [0, 1, 2, 3, 4]
     assert (list(study.seeds.reported), list(study.seeds.tuning)) == ([0, 1], [2, 3, 4])
+
+
+def test_sweeps_have_the_seed_last_and_are_split_by_it(tmp_path):
+    study = studies.begin(Options(num_seeds=2, num_tuning_seeds=3), tmp_path)
+    starts = study.prepare(lambda key: jax.random.uniform(key), "numbers")
+    found = study.grid(lambda start, *, scale: {"x": scale * start}, starts, lambda _: None, scale=[1.0, 2.0])
+    np.testing.assert_allclose(found["x"], np.outer([1, 2], starts.values), rtol=1e-6)
+    parts = study.split(found)
+    assert parts.keys() == {"reported", "tuning"} and study.seconds.run > 0
+    np.testing.assert_array_equal(parts["reported"]["x"], found["x"][:, :2])
+    np.testing.assert_array_equal(parts["tuning"]["x"], found["x"][:, 2:])
 
 
 def test_a_summary_has_sizes_results_and_provenance(tmp_path, capsys):
